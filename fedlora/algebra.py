@@ -1,0 +1,208 @@
+"""Arithmetic of LoRA updates, in factor space.
+
+A weighted sum of updates is a stack of factors; its best approximation of rank r needs two thin QRs and the
+SVD of a small core, never the dense d_out × d_in matrix (unless that is cheaper, which a count of operations
+decides). Every function computes in float64, whatever comes in, and returns the dtype and device of its
+input. Nothing is mutated.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Pair
+from fedlora.errors import IncompatibleUpdates
+
+
+def normalised(weights: Sequence[float]) -> list[float]:
+    """Weights divided by their sum.
+
+    Raises:
+        IncompatibleUpdates: a weight is negative or not finite, or all are zero.
+    """
+    total = math.fsum(weights)
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or total <= 0:
+        raise IncompatibleUpdates(f"expected finite weights >= 0, one of them above 0, got {list(weights)}")
+    return [w / total for w in weights]
+
+
+def mean_tensors(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ_k w_k T_k, summed in the given order; the weights are taken as they are."""
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total.add_(tensor.to(torch.float64), alpha=weight)
+    return total.to(tensors[0].dtype)
+
+
+def mean_extras(extras: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted mean of every named tensor, such as those of a classification head."""
+    return {name: mean_tensors([extra[name] for extra in extras], weights) for name in extras[0]}
+
+
+def mean_factors(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """A and B averaged each by itself: (Σ w_k A_k, Σ w_k B_k), with the scale of the first pair.
+
+    A pair of another scale s_k first has √(s_k / s) absorbed into both factors, so that its own product is
+    what it was. The product of the means is not the mean of the products.
+    """
+    scale = pairs[0].scale
+    balanced = [_absorb(pair, scale) for pair in pairs]
+    return Pair(
+        mean_tensors([pair.A for pair in balanced], weights),
+        mean_tensors([pair.B for pair in balanced], weights),
+        scale,
+    )
+
+
+def _absorb(pair: Pair, scale: float) -> Pair:
+    """The same ΔW with another scale, the ratio shared evenly by both factors."""
+    if pair.scale == scale:
+        return pair
+    if pair.scale * scale <= 0:
+        return rescale(pair, scale)
+    root = math.sqrt(pair.scale / scale)
+    return Pair(pair.A * root, pair.B * root, scale)
+
+
+def rescale(pair: Pair, scale: float) -> Pair:
+    """The same ΔW with another scale, the ratio put on B; A is untouched."""
+    if pair.scale == scale:
+        return pair
+    if scale == 0:
+        raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
+    return Pair(pair.A, pair.B * (pair.scale / scale), scale)
+
+
+def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """Σ_k w_k s_k B_k A_k as one pair of rank Σ_k r_k and scale 1, exactly.
+
+    Weight and scale go on B alone: on both factors they would count twice.
+    """
+    wide = _wide(pairs, weights)
+    return Pair(wide.A.to(pairs[0].A.dtype), wide.B.to(pairs[0].B.dtype), 1.0)
+
+
+def _wide(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """`stack` in float64."""
+    columns = [pair.B.double() * (w * pair.scale) for pair, w in zip(pairs, weights, strict=True)]
+    return Pair(torch.cat([pair.A.double() for pair in pairs]), torch.cat(columns, dim=1), 1.0)
+
+
+def residual(pairs: Sequence[Pair], weights: Sequence[float], approximation: Pair) -> Pair:
+    """What `approximation` lacks of Σ_k w_k s_k B_k A_k, as one pair."""
+    return stack([*pairs, approximation], [*weights, -1.0])
+
+
+def dense(pair: Pair) -> Tensor:
+    """ΔW = scale · B @ A itself, (d_out, d_in)."""
+    return (pair.scale * (pair.B.double() @ pair.A.double())).to(pair.A.dtype)
+
+
+def pad(pair: Pair, rank: int) -> Pair:
+    """The same ΔW with zero rows of A and zero columns of B up to `rank`."""
+    more = rank - pair.rank
+    if more < 0:
+        raise IncompatibleUpdates(f"cannot pad a pair of rank {pair.rank} to the smaller rank {rank}")
+    A = torch.nn.functional.pad(pair.A, (0, 0, 0, more))
+    return Pair(A, torch.nn.functional.pad(pair.B, (0, more)), pair.scale)
+
+
+def truncate(pair: Pair, rank: int) -> Pair:
+    """The first `rank` rows of A and columns of B; the whole pair if it has no more."""
+    return Pair(pair.A[:rank].clone(), pair.B[:, :rank].clone(), pair.scale)
+
+
+def norm(pair: Pair) -> float:
+    """‖ΔW‖_F from the factors: ‖R_b R_aᵀ‖_F of their thin QRs.
+
+    Unlike √Σ(BᵀB ∘ AAᵀ) this stays accurate where the columns cancel, as in a residual that is almost zero.
+    """
+    return float(torch.linalg.matrix_norm(_core(pair)[2]))
+
+
+def relative_error(pairs: Sequence[Pair], weights: Sequence[float], result: Pair) -> tuple[float, float]:
+    """How far `result` is from Σ_k w_k s_k B_k A_k: (‖difference‖_F, ‖the sum‖_F), computed in float64."""
+    wide = _wide(pairs, weights)
+    return norm(_wide([wide, result], [1.0, -1.0])), norm(wide)
+
+
+def singular_values(pair: Pair) -> Tensor:
+    """The singular values of ΔW, largest first, float64, at most min(rank, d_out, d_in) of them."""
+    return torch.linalg.svdvals(_core(pair)[2])
+
+
+def effective_rank(pair: Pair) -> float:
+    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); 0 for a zero update."""
+    sigma = singular_values(pair)
+    share = sigma[sigma > 0] / sigma.sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
+
+
+def compress(pair: Pair, rank: int | None = None, scale: float | None = None) -> Pair:
+    """The best approximation of ΔW of at most `rank` (Eckart–Young), split as U·S | Vᵀ.
+
+    Rows of A are orthonormal, so that every direction has a gradient, those with σ = 0 too; the balanced
+    split √S | √S would leave them dead. Directions below the rounding of the input's dtype are dropped, but
+    one is always kept.
+
+    Args:
+        pair: any pair, most often a stack.
+        rank: at most so many directions; None keeps all there are.
+        scale: the scale to express the result with; None keeps the pair's.
+    """
+    scale = pair.scale if scale is None else scale
+    if scale == 0:
+        raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
+    left, right, core = _core(pair)
+    U, S, Vh = _svd(core)
+    tiny = torch.finfo(pair.A.dtype).eps * float(S[0])
+    keep = max(1, int((S > tiny).sum()))
+    keep = keep if rank is None else min(keep, rank)
+    U, Vh = U[:, :keep] * (S[:keep] / scale), Vh[:keep]
+    B = U if left is None else left @ U
+    A = Vh if right is None else Vh @ right.T
+    return Pair(A.to(pair.A.dtype), B.to(pair.B.dtype), scale)
+
+
+def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
+    """The same ΔW with room to learn up to `rank`: new rows of A orthonormal to the others, B zero there.
+
+    Beyond d_in rows no more orthonormal ones exist; the rest are random rows of length 1.
+    """
+    more = rank - pair.rank
+    if more <= 0:
+        return pair
+    fresh = torch.from_numpy(rng.standard_normal((more, pair.shape[1]))).to(pair.A.device)
+    room = max(0, min(more, pair.shape[1] - pair.rank))
+    rows = torch.linalg.qr(torch.cat([pair.A.double(), fresh[:room]]).T).Q.T[pair.rank :]
+    fresh = torch.cat([rows, fresh[room:] / fresh[room:].norm(dim=1, keepdim=True)])
+    padded = pad(pair, rank)
+    return Pair(torch.cat([pair.A, fresh.to(pair.A.dtype)]), padded.B, pair.scale)
+
+
+def _core(pair: Pair) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """(Q_b, Q_a, core) in float64 with scale·B·A = Q_b · core · Q_aᵀ; (None, None, dense) where cheaper."""
+    d_out, d_in = pair.shape
+    r, small = pair.rank, min(pair.shape)
+    B, A = pair.B.double() * pair.scale, pair.A.double()
+    thin = 4 * r * r * (d_out + d_in) + 22 * r**3
+    full = 2 * r * d_out * d_in + 22 * small**3 + 4 * small**2 * (max(d_out, d_in) - small)
+    if r >= small or thin >= full:
+        return None, None, B @ A
+    left, right = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    return left.Q, right.Q, left.R @ right.R.T
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD (U, S, Vᵀ), with a second try where LAPACK's divide and conquer does not converge."""
+    try:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:
+        # A shift far below float32's rounding separates the clustered singular values that stop it.
+        shift = torch.linspace(-1, 1, matrix.numel(), dtype=matrix.dtype, device=matrix.device)
+        shift = shift.reshape(matrix.shape) * 1e-12 * matrix.norm()
+        U, S, Vh = torch.linalg.svd(matrix + shift, full_matrices=False)
+    return U, S, Vh

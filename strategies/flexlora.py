@@ -1,0 +1,55 @@
+"""FlexLoRA: the mean of the full updates, handed down to each client by SVD at the client's rank.
+
+Bai, Chen, Qian, Yao, Li. "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
+Resources". NeurIPS 2024. https://arxiv.org/abs/2402.11505
+
+    D* = Σ_k w_k s_k B_k A_k = U S Vᵀ,    client j gets A_j = V_{:r_j}ᵀ, B_j = U_{:r_j} S_{:r_j} / s_j
+
+The server keeps D* whole, as factors: thin QRs of the stacked factors and the SVD of their small core give
+the same U, S, Vᵀ as the dense matrix. Client j gets the best approximation of its rank (Eckart–Young).
+Directions that only clients of a large rank hold shrink: with nothing learned, σ_i is multiplied each round
+by the weight of the clients whose rank reaches i.
+
+Sends: A and B up at the client's rank, A and B down at the client's rank.
+Differs from the paper: every s_k is the client's own (the authors' code divides by one alpha for all).
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlora.adapter import Adapter
+from fedlora.algebra import compress, mean_extras, refill, stack
+from fedlora.protocol import Peer, State, Task, Update
+from fedlora.seeds import generator
+from fedlora.strategy import Strategy, cut
+
+
+@dataclass(frozen=True)
+class FlexLoRA(Strategy):
+    """The choice for clients of different ranks; exact at the server, truncated at the client's rank."""
+
+    mixed_ranks = True
+    linear = False
+    exact = True
+
+    def task(self, state: State, peer: Peer) -> Task:
+        """The leading directions of D*; where D* has fewer than the client's rank, fresh ones with B = 0."""
+        room = {
+            m: refill(
+                pair, peer.ranks.get(m, peer.rank), generator(state.round, "refill", zlib.crc32(m.encode()))
+            )
+            for m, pair in state.adapter.pairs.items()
+        }
+        return Task(cut(Adapter(room, state.adapter.extra), peer))
+
+    def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
+        """D* in factors, by the SVD of its core."""
+        adapters, w = self.admit(state, updates)
+        pairs = {
+            m: compress(stack([adapter.pairs[m] for adapter in adapters], w), scale=old.scale)
+            for m, old in state.adapter.pairs.items()
+        }
+        return State(Adapter(pairs, mean_extras([a.extra for a in adapters], w)), state.round + 1)
