@@ -131,11 +131,12 @@ def relative_error(pairs: Sequence[Pair], weights: Sequence[float], result: Pair
 
 def singular_values(pair: Pair) -> Tensor:
     """The singular values of ΔW, largest first, float64, at most min(rank, d_out, d_in) of them."""
-    return torch.linalg.svdvals(_core(pair)[2])
+    sigma: Tensor = torch.linalg.svdvals(_core(pair)[2])
+    return sigma
 
 
 def effective_rank(pair: Pair) -> float:
-    """exp of the entropy of the normalised singular values (Roy & Vetterli, 2007); 0 for a zero update."""
+    """How many directions carry ΔW (Roy & Vetterli, 2007): exp of the entropy of σ / Σσ; 0 for a zero update."""
     sigma = singular_values(pair)
     share = sigma[sigma > 0] / sigma.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
@@ -153,18 +154,32 @@ def compress(pair: Pair, rank: int | None = None, scale: float | None = None) ->
         rank: at most so many directions; None keeps all there are.
         scale: the scale to express the result with; None keeps the pair's.
     """
-    scale = pair.scale if scale is None else scale
+    return _compress(pair, rank, pair.scale if scale is None else scale, pair.A.dtype)
+
+
+def weighted_sum(pairs: Sequence[Pair], weights: Sequence[float], scale: float | None = None) -> Pair:
+    """Σ_k w_k s_k B_k A_k in the fewest directions: `compress` of the stack, without rounding in between.
+
+    Args:
+        pairs: updates of one module, of any ranks and scales.
+        weights: one a pair, taken as they are.
+        scale: the scale to express the result with; None takes the first pair's.
+    """
+    scale = pairs[0].scale if scale is None else scale
+    return _compress(_wide(pairs, weights), None, scale, pairs[0].A.dtype)
+
+
+def _compress(pair: Pair, rank: int | None, scale: float, dtype: torch.dtype) -> Pair:
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
     left, right, core = _core(pair)
     U, S, Vh = _svd(core)
-    tiny = torch.finfo(pair.A.dtype).eps * float(S[0])
-    keep = max(1, int((S > tiny).sum()))
-    keep = keep if rank is None else min(keep, rank)
+    seen = S > torch.finfo(dtype).eps * S[0]
+    keep = min(max(1, int(seen.sum())), pair.rank if rank is None else rank)
     U, Vh = U[:, :keep] * (S[:keep] / scale), Vh[:keep]
     B = U if left is None else left @ U
     A = Vh if right is None else Vh @ right.T
-    return Pair(A.to(pair.A.dtype), B.to(pair.B.dtype), scale)
+    return Pair(A.to(dtype), B.to(dtype), scale)
 
 
 def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
@@ -200,7 +215,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD (U, S, Vᵀ), with a second try where LAPACK's divide and conquer does not converge."""
     try:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError
         # A shift far below float32's rounding separates the clustered singular values that stop it.
         shift = torch.linspace(-1, 1, matrix.numel(), dtype=matrix.dtype, device=matrix.device)
         shift = shift.reshape(matrix.shape) * 1e-12 * matrix.norm()

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedlora.adapter import Adapter
-from fedlora.algebra import compress, mean_extras, refill, stack
+from fedlora.algebra import mean_extras, refill, weighted_sum
 from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
 from fedlora.strategy import Strategy, cut
@@ -49,7 +49,7 @@ class FlexLoRA(Strategy):
         """D* in factors, by the SVD of its core."""
         adapters, w = self.admit(state, updates)
         pairs = {
-            m: compress(stack([adapter.pairs[m] for adapter in adapters], w), scale=old.scale)
+            m: weighted_sum([adapter.pairs[m] for adapter in adapters], w, old.scale)
             for m, old in state.adapter.pairs.items()
         }
         return State(Adapter(pairs, mean_extras([a.extra for a in adapters], w)), state.round + 1)
