@@ -5,4 +5,6 @@ if __name__ != "fedlora.clients":
         "import fedlora.clients, not clients: this folder is installed inside the fedlora package"
     )
 
-__all__: list[str] = []
+from .local import LocalTraining
+
+__all__ = ["LocalTraining"]

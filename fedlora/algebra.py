@@ -136,7 +136,7 @@ def singular_values(pair: Pair) -> Tensor:
 
 
 def effective_rank(pair: Pair) -> float:
-    """How many directions carry ΔW (Roy & Vetterli, 2007): exp of the entropy of σ / Σσ; 0 for a zero update."""
+    """How many directions carry ΔW: exp of the entropy of σ / Σσ (Roy & Vetterli, 2007); 0 for ΔW = 0."""
     sigma = singular_values(pair)
     share = sigma[sigma > 0] / sigma.sum().clamp_min(torch.finfo(torch.float64).tiny)
     return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
@@ -173,10 +173,10 @@ def _compress(pair: Pair, rank: int | None, scale: float, dtype: torch.dtype) ->
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
     left, right, core = _core(pair)
-    U, S, Vh = _svd(core)
-    seen = S > torch.finfo(dtype).eps * S[0]
+    U, sigma, Vh = _svd(core)
+    seen = sigma > torch.finfo(dtype).eps * sigma[0]
     keep = min(max(1, int(seen.sum())), pair.rank if rank is None else rank)
-    U, Vh = U[:, :keep] * (S[:keep] / scale), Vh[:keep]
+    U, Vh = U[:, :keep] * (sigma[:keep] / scale), Vh[:keep]
     B = U if left is None else left @ U
     A = Vh if right is None else Vh @ right.T
     return Pair(A.to(dtype), B.to(dtype), scale)

@@ -1,1 +1,17 @@
-"""..."""
+"""Base models from transformers, K adapters on one of them, and adapters in PEFT's files."""
+
+from fedlora.models.bank import Bank
+from fedlora.models.base import Base, load
+from fedlora.models.lora import fresh_adapter, targets
+from fedlora.models.peft_files import load_adapter, merge, save_adapter
+
+__all__ = [
+    "Bank",
+    "Base",
+    "fresh_adapter",
+    "load",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "targets",
+]

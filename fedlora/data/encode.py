@@ -1,0 +1,152 @@
+"""Rows to token ids, and examples to padded batches.
+
+Messages number a row and never quote its text: they may leave the site that holds it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fedlora.data.dataset import Kind, Row
+from fedlora.errors import ConfigError, DataError, ModelError
+
+IGNORED = -100  # torch's cross entropy leaves these positions out
+
+
+class Tokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    chat_template: Any
+    eos_token_id: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The tokens of a text, or of a list of texts."""
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """The tokens of a conversation."""
+
+    def num_special_tokens_to_add(self) -> int:
+        """How many tokens are put around a text."""
+
+
+class Example(NamedTuple):
+    """One encoded row.
+
+    Args:
+        input_ids: the tokens.
+        target: the label's index; or, for an instruction, a label for each token: the token itself in the
+            response, -100 before it. The loss shifts them by one, as in transformers.
+    """
+
+    input_ids: list[int]
+    target: int | list[int]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch:
+    """Examples padded on the right to the longest: ids and mask n×T, `target` n or n×T."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    target: Tensor
+
+
+def encode(
+    kind: Kind, rows: Sequence[Row], labels: Sequence[str], tokenizer: Tokenizer, max_length: int
+) -> list[Example]:
+    """Encode the rows of either kind; `labels` are the data set's, in order."""
+    if kind == "classification":
+        return encode_classification(rows, labels, tokenizer, max_length)
+    return encode_instruction(rows, tokenizer, max_length)
+
+
+def encode_classification(
+    rows: Sequence[Row], labels: Sequence[str], tokenizer: Tokenizer, max_length: int
+) -> list[Example]:
+    """Texts cut on the right to `max_length` tokens, each with its label's index."""
+    special = tokenizer.num_special_tokens_to_add()
+    _check_length(max_length, special + 1, f"a text's token and {special} special tokens")
+    index = {label: i for i, label in enumerate(labels)}
+    if not rows:
+        return []
+    texts = [row.source for row in rows]
+    tokens = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    examples = []
+    for number, (row, ids) in enumerate(zip(rows, tokens, strict=True)):
+        if row.target not in index:
+            raise DataError(
+                f"row {number}: expected one of the labels {', '.join(map(repr, labels)):.300}, "
+                f"got {row.target!r}; correct the label or leave the row out"
+            )
+        if not ids:
+            raise DataError(f"row {number}: expected a text with a token, got none; leave the row out")
+        examples.append(Example(list(ids), index[row.target]))
+    return examples
+
+
+def encode_instruction(rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+    """Prompts and responses, with the loss on the response and its end-of-turn token only.
+
+    The tokenizer's chat template writes the conversation when there is one; else it is the prompt, a line
+    break, the response and the end-of-sequence token. What is too long loses the left of its prompt, and the
+    right of its response only when that alone is longer than `max_length - 1`.
+    """
+    _check_length(max_length, 2, "a token of the prompt and one of the response")
+    examples = []
+    for number, row in enumerate(rows):
+        prompt, response = _conversation(row, tokenizer)
+        if not response:
+            raise DataError(f"row {number}: expected a response with a token, got none; leave the row out")
+        response = response[: max_length - 1]
+        prompt = prompt[-(max_length - len(response)) :]
+        examples.append(Example(prompt + response, [IGNORED] * len(prompt) + response))
+    return examples
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """Pad on the right to the longest example.
+
+    Padding is known by the mask, not by its id: `pad_id` may equal the end-of-sequence token's.
+    """
+    inputs = [example.input_ids for example in examples]
+    targets = [example.target for example in examples]
+    target = _pad(targets, IGNORED) if isinstance(targets[0], list) else torch.tensor(targets)
+    mask = _pad([[1] * len(ids) for ids in inputs], 0)
+    return Batch(_pad(inputs, pad_id), mask, target)
+
+
+def _check_length(max_length: int, least: int, why: str) -> None:
+    if max_length < least:
+        raise ConfigError(f"max_length: expected at least {least} ({why}), got {max_length}")
+
+
+def _conversation(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt, and of the response up to the end of its turn; no response, no end."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ModelError("expected a tokenizer with an end-of-sequence token, got none; set its eos_token")
+    answer = list(tokenizer(row.target, add_special_tokens=False)["input_ids"])
+    if not answer:
+        return [], []
+    if not tokenizer.chat_template:
+        prompt = list(tokenizer(row.source + "\n")["input_ids"])
+        return (prompt[:-1] if prompt[-1:] == [end] else prompt), [*answer, end]
+    turns = [{"role": "user", "content": row.source}, {"role": "assistant", "content": row.target}]
+    prompt = list(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False))
+    full = list(tokenizer.apply_chat_template(turns, return_dict=False))
+    response = full[len(prompt) :]
+    if full[: len(prompt)] != prompt or not response:  # the template rewrites earlier turns
+        return prompt, [*answer, end]
+    if end in response:  # leave out what the template writes after the turn
+        response = response[: len(response) - response[::-1].index(end)]
+    return prompt, response
+
+
+def _pad(rows: Sequence[Any], value: int) -> Tensor:
+    padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded

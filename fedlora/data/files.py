@@ -1,0 +1,131 @@
+"""Data sets from local files: JSONL, CSV or TSV, in UTF-8.
+
+A held-out test part is cut from the training file when there is no test file.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedlora.data.dataset import Dataset, Row, hold_out
+from fedlora.data.fields import Fields, choose
+from fedlora.errors import DataError
+
+
+def load(
+    train: str | Path,
+    test: str | Path | None = None,
+    text: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    client: str | None = None,
+    test_rows: int = 500,
+    seed: int = 0,
+) -> Dataset:
+    """Read a classification (text, label) or an instruction (prompt, response) data set.
+
+    Args:
+        train: a .jsonl or .json file (one object a line), or a .csv or .tsv file with a header.
+        test: the test file, used whole; without it a part of the training file is held out.
+        text: the column of the text to classify.
+        label: the column of its label.
+        prompt: the column of the prompt.
+        response: the column of the response.
+        client: the column that names a row's natural client, if there is one.
+        test_rows: how many rows to hold out of the training file, at most a fifth of it.
+        seed: which rows.
+    """
+    fields = choose(text, label, prompt, response, client)
+    path = Path(train)
+    rows = _read(path, fields)
+    if test is None:
+        kept, held = hold_out(rows, fields.kind, test_rows, seed)
+    else:
+        kept, held = rows, _read(Path(test), fields)
+    return Dataset.build(path.stem, fields.kind, kept, held)
+
+
+def _read(path: Path, fields: Fields) -> list[Row]:
+    ending = path.suffix.lower()
+    if ending not in (".jsonl", ".json", ".csv", ".tsv"):
+        came = repr(ending) if ending else "none"
+        raise DataError(
+            f"{path}: expected a file ending in .jsonl, .json, .csv or .tsv, got {came}; convert the file"
+        )
+    content = _decode(path)
+    if ending in (".csv", ".tsv"):
+        rows = list(_csv_rows(path, content, "," if ending == ".csv" else "\t", fields))
+    else:
+        rows = list(_json_rows(path, content, fields))
+    if not rows:
+        raise DataError(f"{path}: expected one row or more, got an empty file; check the path")
+    return rows
+
+
+def _decode(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: expected a data file, got none; check the path") from error
+    except OSError as error:
+        raise DataError(f"{path}: expected a readable file, got {error.strerror}; check the path") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: expected UTF-8 text, got the byte 0x{content[error.start]:02x}; "
+            f"save the file as UTF-8 (for example with iconv)"
+        ) from error
+
+
+def _json_rows(path: Path, content: str, fields: Fields) -> Iterator[Row]:
+    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would cut inside strings
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = (
+                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            )
+            raise DataError(
+                f"{where}: expected one JSON object a line, got broken JSON ({reason}); correct the line"
+            ) from error
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{where}: expected a JSON object, got the JSON {type(record).__name__}; write "
+                f'one object a line, such as {{"{fields.source}": "...", "{fields.target}": "..."}}'
+            )
+        yield fields.row(record, where)
+
+
+def _csv_rows(path: Path, content: str, delimiter: str, fields: Fields) -> Iterator[Row]:
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    try:
+        for cells in reader:
+            where = f"{path}:{reader.line_num}"
+            if not cells:  # a blank line
+                continue
+            if not header:
+                header = [cell.strip() for cell in cells]
+                fields.check(header, where)
+                if len(set(header)) < len(header):
+                    raise DataError(f"{where}: expected each column once, got {header}; rename one")
+                continue
+            if len(cells) != len(header):
+                raise DataError(
+                    f"{where}: expected {len(header)} cells as in the header, got {len(cells)}; "
+                    f"put quotes around a cell that holds a separator or a line break"
+                )
+            yield fields.row(dict(zip(header, cells, strict=True)), where)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{reader.line_num}: expected a row of cells, got broken quoting or an endless cell "
+            f'({error}); double each " inside a quoted cell, or use JSONL'
+        ) from error

@@ -1,0 +1,84 @@
+"""Data sets from the Hugging Face hub, or from a local folder that the `datasets` library can load."""
+
+from typing import Any
+
+from fedlora.data.dataset import Dataset, Row, hold_out
+from fedlora.data.fields import Fields, choose
+from fedlora.errors import DataError
+
+
+def load(
+    path: str,
+    name: str | None = None,
+    split: str = "train",
+    test_split: str | None = "test",
+    text: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    client: str | None = None,
+    test_rows: int = 500,
+    seed: int = 0,
+) -> Dataset:
+    """Load a classification (text, label) or an instruction (prompt, response) data set.
+
+    Args:
+        path: a hub name such as "SetFit/sst2", or a local folder.
+        name: the configuration, for a data set that has several.
+        split: the training split.
+        test_split: the test split, used whole; None holds out a part of the training split.
+        text: the column of the text to classify.
+        label: the column of its label; class numbers become their names.
+        prompt: the column of the prompt.
+        response: the column of the response.
+        client: the column that names a row's natural client, if there is one.
+        test_rows: how many rows to hold out when there is no test split, at most a fifth.
+        seed: which rows.
+    """
+    fields = choose(text, label, prompt, response, client)
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            'expected the datasets library for data from the hub, got none; pip install "fedlora[hub]"'
+        ) from error
+    try:
+        tables: dict[str, Any] = datasets.load_dataset(path, name)
+    except Exception as error:  # the library raises many kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"hub data set {path!r}: expected a data set on the hub or a local folder, got {reason:.300}; "
+            f"check the name, the configuration (name=) and the connection, or use data=files"
+        ) from error
+    rows = _rows(tables, split, fields, path)
+    if test_split is None:
+        kept, held = hold_out(rows, fields.kind, test_rows, seed)
+    else:
+        kept, held = rows, _rows(tables, test_split, fields, path)
+    return Dataset.build(path, fields.kind, kept, held)
+
+
+def _rows(tables: dict[str, Any], split: str, fields: Fields, path: str) -> list[Row]:
+    if split not in tables:
+        raise DataError(
+            f"hub data set {path!r}: expected a split {split!r}, got {', '.join(map(repr, tables))}; "
+            f"set split= or test_split= to one of these, or test_split=null to hold out training rows"
+        )
+    where = f"hub data set {path!r}, split {split!r}"
+    table = tables[split]
+    fields.check(table.column_names, where)
+    columns = [column for column in (fields.source, fields.target, fields.client) if column]
+    names = {c: table.features[c].names for c in columns if hasattr(table.features[c], "names")}
+    rows = []
+    for number, record in enumerate(table.select_columns(columns)):
+        place = f"{where}, row {number}"
+        for column, known in names.items():
+            value = record[column]
+            if value is None or not 0 <= value < len(known):
+                raise DataError(
+                    f"{place}: expected a class number below {len(known)} in {column!r}, got {value}; "
+                    f"take a split that is labelled, or test_split=null to hold out training rows"
+                )
+            record[column] = known[value]
+        rows.append(fields.row(record, place))
+    return rows

@@ -1,0 +1,214 @@
+"""K adapters on one frozen model: each row of a batch goes through the adapter of its client.
+
+A batch holds its rows client by client. At every target layer each client's rows meet that client's own
+factors, at that client's own rank, so that one pass over the shared base trains K clients and nothing is
+padded. The base is never written to: low-rank terms are added by forward hooks, and trained whole modules
+(the head) stand in for the base's while the bank is open.
+"""
+
+import copy
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.errors import ModelError
+from fedlora.models.base import Base
+from fedlora.models.lora import layer_shape
+from fedlora.protocol import BOTH
+
+
+class Bank:
+    """K adapters over one model, for use in a `with` block.
+
+    Args:
+        base: the frozen model; identical before, during and after.
+        adapters: one a slot, of any ranks and scales.
+        train: the factors that receive gradients, {"A", "B"} or one of them; empty for inference.
+
+    Raises:
+        ModelError: an adapter names a module that the model lacks, or of another shape.
+    """
+
+    def __init__(self, base: Base, adapters: Sequence[Adapter], train: frozenset[str] = BOTH) -> None:
+        device = base.device
+        self._model = base.model
+        self._counts: list[int] = []
+        self._scales = {name: [a.pairs[name].scale for a in adapters] for name in adapters[0].pairs}
+        self._pairs = [
+            {
+                name: (
+                    _leaf(pair.A, device, "A" in train),
+                    _leaf(pair.B, device, "B" in train),
+                )
+                for name, pair in adapter.pairs.items()
+            }
+            for adapter in adapters
+        ]
+        self._heads = [_copies(base, adapter, bool(train)) for adapter in adapters]
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._replaced: list[nn.Module] = []
+
+    def __enter__(self) -> Self:
+        modules = dict(self._model.named_modules())
+        for name, (A, B) in self._pairs[0].items():
+            if name not in modules:
+                raise ModelError(f"the adapter has a pair for '{name}', a module that the model lacks")
+            expected = layer_shape(modules[name], name)
+            if (B.shape[0], A.shape[1]) != expected:
+                raise ModelError(
+                    f"the adapter's update of '{name}' is {(B.shape[0], A.shape[1])}, the layer {expected}"
+                )
+        for name in self._pairs[0]:
+            self._handles.append(modules[name].register_forward_hook(self._hook(name)))
+        for name in self._heads[0]:
+            modules[name].forward = self._stand_in(name)
+            self._replaced.append(modules[name])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._replaced:
+            del module.forward
+        self._handles, self._replaced = [], []
+
+    def route(self, counts: Sequence[int]) -> None:
+        """Say how many rows of the next batch each slot has; the batch holds them slot by slot."""
+        self._counts = list(counts)
+
+    def factors(self, slot: int) -> dict[str, list[nn.Parameter]]:
+        """The trainable parameters of one slot, grouped as "A", "B" and "head"; no empty group."""
+        pairs = self._pairs[slot].values()
+        groups = {
+            "A": [A for A, _ in pairs],
+            "B": [B for _, B in pairs],
+            "head": [p for head in self._heads[slot].values() for p in head.parameters()],
+        }
+        trained = {name: [p for p in found if p.requires_grad] for name, found in groups.items()}
+        return {name: found for name, found in trained.items() if found}
+
+    def adapter(self, slot: int) -> Adapter:
+        """A copy of one slot's adapter as it now is."""
+        pairs = {
+            name: Pair(A.detach().clone(), B.detach().clone(), self._scales[name][slot])
+            for name, (A, B) in self._pairs[slot].items()
+        }
+        extra = {
+            f"{name}.{key}": value.detach().clone()
+            for name, head in self._heads[slot].items()
+            for key, value in head.named_parameters()
+        }
+        return Adapter(pairs, extra)
+
+    def _hook(self, name: str) -> Any:
+        factors = [tensor for slot in self._pairs for tensor in slot[name]]
+        scales = self._scales[name]
+
+        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            delta: Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
+                args[0], self._segments(args[0], name), scales, *factors
+            )
+            return output + delta
+
+        return add
+
+    def _stand_in(self, name: str) -> Any:
+        heads = [slot[name] for slot in self._heads]
+        dtype = next(heads[0].parameters()).dtype
+
+        def forward(x: Tensor, *rest: Any, **named: Any) -> Tensor:
+            x = x.to(dtype)
+            rows = [(k, *ends) for k, ends in enumerate(self._segments(x, name)) if ends[1] > ends[0]]
+            return torch.cat([heads[k](x[start:stop], *rest, **named) for k, start, stop in rows])
+
+        return forward
+
+    def _segments(self, x: Tensor, name: str) -> list[tuple[int, int]]:
+        """The rows (start, stop) of each slot."""
+        if len(self._pairs) == 1:
+            return [(0, x.shape[0])]
+        if x.shape[0] != sum(self._counts):
+            raise ModelError(
+                f"'{name}' is fed {x.shape[0]} rows where the batch has {sum(self._counts)}, so that they "
+                "cannot be told apart by client; train this model with engine.fuse=1"
+            )
+        stops = [sum(self._counts[: k + 1]) for k in range(len(self._counts))]
+        return list(zip([0, *stops], stops, strict=False))
+
+
+class _LowRank(torch.autograd.Function):
+    """y = scale · x Aᵀ Bᵀ by segments of rows; several times faster than gathering factors for each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, segments: list[tuple[int, int]], scales: list[float], *factors: Tensor
+    ) -> Tensor:
+        y = x.new_empty((*x.shape[:-1], factors[1].shape[0]))
+        inner = []
+        for k, (start, stop) in enumerate(segments):
+            A, B = factors[2 * k], factors[2 * k + 1]
+            u = (_flat(x[start:stop], A.dtype) @ A.T).mul_(scales[k])
+            y[start:stop] = (u @ B.T).view(y[start:stop].shape)
+            inner.append(u)
+        ctx.save_for_backward(x, *inner, *factors)
+        ctx.segments, ctx.scales = segments, scales
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        K = len(ctx.segments)
+        x, inner, factors = ctx.saved_tensors[0], ctx.saved_tensors[1 : K + 1], ctx.saved_tensors[K + 1 :]
+        wanted = ctx.needs_input_grad[3:]
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_factors: list[Tensor | None] = [None] * len(factors)
+        for k, (start, stop) in enumerate(ctx.segments):
+            if start == stop:
+                continue
+            A, B = factors[2 * k], factors[2 * k + 1]
+            g = _flat(grads[0][start:stop], A.dtype)
+            if wanted[2 * k + 1]:
+                grad_factors[2 * k + 1] = g.T @ inner[k]
+            if not (wanted[2 * k] or grad_x is not None):
+                continue
+            v = (g @ B).mul_(ctx.scales[k])
+            if wanted[2 * k]:
+                grad_factors[2 * k] = v.T @ _flat(x[start:stop], A.dtype)
+            if grad_x is not None:
+                grad_x[start:stop] = (v @ A).view(grad_x[start:stop].shape)
+        return grad_x, None, None, *grad_factors
+
+
+def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=trained)
+
+
+def _copies(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Module]:
+    """The adapter's own copy of every head of the base, or of none where the adapter has no extras."""
+    copies = {}
+    for name in base.heads if adapter.extra else ():
+        twin = copy.deepcopy(base.model.get_submodule(name))
+        for key, parameter in twin.named_parameters():
+            given = adapter.extra.get(f"{name}.{key}")
+            if given is None or given.shape != parameter.shape:
+                raise ModelError(
+                    f"the adapter's '{name}.{key}' is {None if given is None else tuple(given.shape)}, "
+                    f"the model's {tuple(parameter.shape)}"
+                )
+            parameter.data = given.detach().to(parameter.device, copy=True)
+            parameter.requires_grad_(trained)
+        copies[name] = twin
+    if unknown := [key for key in adapter.extra if not key.startswith(tuple(f"{h}." for h in base.heads))]:
+        raise ModelError(f"the adapter has tensors that no head of the model owns: {unknown[:3]}")
+    return copies
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)

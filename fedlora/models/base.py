@@ -1,0 +1,164 @@
+"""A frozen pretrained model with its tokenizer and what it is trained for; loaded once a process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedlora.data import Batch, Kind
+from fedlora.errors import ModelError
+from fedlora.seeds import generator
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that every client shares, frozen and without dropout.
+
+    Args:
+        model: a transformers model whose output has `logits`.
+        tokenizer: its tokenizer, with a pad token.
+        kind: "classification" (one label a text) or "instruction" (the response's tokens).
+        heads: modules that are trained, sent and saved whole: the classification head, and whatever else the
+            checkpoint did not hold and had to be made up.
+        path: where the model came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: Kind
+    heads: tuple[str, ...]
+    path: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The model's output, (rows, labels) or (rows, tokens, vocabulary), in float32 at least."""
+        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        output: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+        return output if output.dtype == torch.float64 else output.float()
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One loss a row, and one share of right answers a row, both (rows,).
+
+        Classification: cross-entropy of the label. Instruction: mean cross-entropy over the row's own
+        response tokens, so that a row counts once whatever its length and its batch; the share is of tokens.
+        """
+        logits, target = self.logits(batch), batch.target.to(self.device)
+        if self.kind == "classification":
+            right = (logits.argmax(-1) == target).to(logits.dtype)
+            return F.cross_entropy(logits, target, reduction="none"), right
+        logits, target = logits[:, :-1], target[:, 1:]
+        told = target != -100
+        rows, places = told.nonzero(as_tuple=True)
+        chosen, wanted = logits[rows, places], target[rows, places]
+        each = F.cross_entropy(chosen, wanted, reduction="none")
+        share = 1 / told.sum(1).clamp_min(1).to(each.dtype)[rows]
+        empty = logits.new_zeros(len(target))
+        right = (chosen.argmax(-1) == wanted).to(each.dtype)
+        return empty.index_add(0, rows, each * share), empty.index_add(0, rows, right * share)
+
+    def head_state(self) -> dict[str, Tensor]:
+        """A copy of the heads' parameters as loaded, in float32 at least."""
+        return {
+            f"{head}.{name}": p.detach().clone().to(_at_least_float32(p.dtype))
+            for head in self.heads
+            for name, p in self.model.get_submodule(head).named_parameters()
+        }
+
+
+def load(
+    path: str | Path,
+    kind: Kind,
+    labels: Sequence[str] = (),
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+) -> Base:
+    """Load a transformers model from a folder or, by name, from the hub or its cache.
+
+    What the checkpoint lacks (a new head) is drawn from the seed, the same on every machine.
+
+    Args:
+        path: a folder or a hub name.
+        kind: what it will be trained for.
+        labels: the labels of a classification, in the order of the logits.
+        dtype: of the frozen weights, "float32" or "bfloat16"; adapters are float32 in any case.
+        device: "cpu", "cuda" or "cuda:1".
+        seed: of made-up parameters.
+
+    Raises:
+        ModelError: no such model, or one that cannot do this.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    if not hasattr(torch, dtype) or not isinstance(getattr(torch, dtype), torch.dtype):
+        raise ModelError(f"model.dtype: expected float32 or bfloat16, got '{dtype}'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"model.device: '{device}' was asked for, torch sees no GPU; use model.device=cpu")
+    chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    auto = AutoModelForCausalLM
+    if kind == "classification":
+        auto = AutoModelForSequenceClassification
+        names = dict(enumerate(labels))
+        chosen |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    quiet = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        model, info = auto.from_pretrained(str(path), **chosen)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        why = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model.path: expected a folder with a transformers model, or a hub name, got '{path}': {why}"
+        ) from error
+    finally:
+        transformers.utils.logging.set_verbosity(quiet)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    heads = _heads(model, kind, info["missing_keys"], str(path))
+    _make_up(model, info["missing_keys"], seed)
+    model.requires_grad_(False).eval().to(device)
+    return Base(model, tokenizer, kind, heads, str(path))
+
+
+def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[str, ...]:
+    """The modules to train whole: every parametrised sibling of the encoder, and every made-up module."""
+    if kind == "instruction":
+        if missing:
+            raise ModelError(f"'{path}' is no complete causal language model: it lacks {sorted(missing)[:3]}")
+        return ()
+    prefix = model.base_model_prefix
+    heads = [n for n, m in model.named_children() if n != prefix and any(True for _ in m.parameters())]
+    for name in sorted(missing):
+        if name.startswith(prefix + "."):
+            heads.append(".".join(name.split(".")[:2]))
+    return tuple(sorted(set(heads)))
+
+
+def _make_up(model: Any, missing: Sequence[str], seed: int) -> None:
+    """Give parameters that the checkpoint lacks their values: zero biases, small normal weights."""
+    spread = getattr(model.config, "initializer_range", 0.02)
+    parameters = dict(model.named_parameters())
+    rng = generator(seed, "head")
+    for name in sorted(missing):
+        value = parameters[name]
+        if value.ndim > 1:
+            value.data = torch.from_numpy(rng.normal(0, spread, value.shape)).to(value)
+        else:
+            value.data = torch.full_like(value, 1.0 if "norm" in name.lower() and "weight" in name else 0.0)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

@@ -1,0 +1,126 @@
+"""Adapters as PEFT writes and reads them: `adapter_config.json` and `adapter_model.safetensors`."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.errors import ModelError
+from fedlora.models.base import Base
+from fedlora.models.lora import layer_shape
+
+_PREFIX = "base_model.model."
+
+
+def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
+    """Write an adapter that `peft.PeftModel.from_pretrained(model, folder)` loads, with our logits.
+
+    The model there is the plain transformers model of the same checkpoint and number of labels. Heads are
+    always saved, trained or not, since a plain model would make up its own.
+
+    Args:
+        adapter: of any ranks and scales, mixed over modules.
+        base: the model it belongs to.
+        folder: made if missing.
+    """
+    from peft import LoraConfig, TaskType
+
+    if not adapter.pairs:
+        raise ModelError("an adapter without LoRA pairs (head only) has no PEFT form; its head is in summary")
+    rank = Counter(pair.rank for pair in adapter.pairs.values()).most_common(1)[0][0]
+    scale = next(pair.scale for pair in adapter.pairs.values())
+    transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in adapter.pairs)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS if base.kind == "classification" else TaskType.CAUSAL_LM,
+        base_model_name_or_path=base.path,
+        r=rank,
+        lora_alpha=scale * rank,
+        target_modules=list(adapter.pairs),
+        modules_to_save=list(base.heads) or None,
+        rank_pattern={n: p.rank for n, p in adapter.pairs.items() if p.rank != rank},
+        # PEFT divides a module's alpha by its own rank, so every module that differs in either needs its own.
+        alpha_pattern={
+            n: p.scale * p.rank for n, p in adapter.pairs.items() if (p.rank, p.scale) != (rank, scale)
+        },
+        fan_in_fan_out=transposed,
+        inference_mode=True,
+    )
+    tensors: dict[str, Tensor] = {}
+    for name, pair in adapter.pairs.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
+    for name, value in (adapter.extra or base.head_state()).items():
+        tensors[_PREFIX + name] = value.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def load_adapter(folder: Path, base: Base) -> Adapter:
+    """Read an adapter that PEFT wrote, per-module ranks and alphas included.
+
+    Raises:
+        ModelError: the folder holds no LoRA adapter, or one that is more than B·A and whole heads (DoRA,
+            trained biases, adapted embeddings).
+    """
+    from peft import LoraConfig
+    from peft.utils import load_peft_weights
+
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"lora.adapter: expected a folder that PEFT wrote, no adapter_config.json in '{folder}'"
+        )
+    config = LoraConfig.from_pretrained(str(folder))
+    if config.use_dora or config.bias != "none" or config.lora_bias:
+        raise ModelError(
+            f"'{folder}' uses DoRA or trained biases; only plain LoRA (ΔW = s·B·A) can be loaded"
+        )
+    pairs: dict[str, dict[str, Tensor]] = {}
+    extra: dict[str, Tensor] = {}
+    for key, value in load_peft_weights(str(folder), device="cpu").items():
+        name = key.removeprefix(_PREFIX)
+        if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
+            pairs.setdefault(match[1], {})[match[2]] = value
+        elif name.startswith(tuple(f"{head}." for head in base.heads)):
+            extra[name] = value
+        else:
+            raise ModelError(
+                f"'{folder}' holds '{key}', which belongs neither to LoRA nor to a head of the model"
+            )
+    made = {}
+    for name, factors in pairs.items():
+        layer_shape(base.model.get_submodule(name), name)
+        rank = factors["A"].shape[0]
+        alpha = _pattern(config.alpha_pattern, name, config.lora_alpha)
+        made[name] = Pair(factors["A"], factors["B"], alpha / (rank**0.5 if config.use_rslora else rank))
+    return Adapter(made, extra)
+
+
+def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first pattern that fits the end of a module's path, by PEFT's rule."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+def merge(base: Base, adapter: Adapter) -> None:
+    """Add every ΔW to its layer's weight and put the heads in: the base becomes a plain fine-tuned model.
+
+    Only for export; it changes the base for good. `Conv1D` stores its weight transposed.
+    """
+    from fedlora.algebra import dense
+
+    parameters = dict(base.model.named_parameters())
+    for name, pair in adapter.pairs.items():
+        layer = base.model.get_submodule(name)
+        delta = dense(pair).to(layer.weight.device)
+        if type(layer).__name__ == "Conv1D":
+            delta = delta.T
+        layer.weight.data = (layer.weight.data.double() + delta.double()).to(layer.weight.dtype)
+    for name, value in adapter.extra.items():
+        parameters[name].data = value.to(parameters[name])

@@ -1,0 +1,79 @@
+"""Tell runs apart: which settings differ, and a short distinct label for each run."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from fedlora.report.read import Run
+
+ABSENT = "–"
+_NOT_SETTINGS = {"out", "resume", "strategy"}  # where it was written; the strategy is in every label
+
+
+def clean(text: object) -> str:
+    """`text` on one line and printable, so that it is safe in a terminal, in HTML and in SVG."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))
+
+
+def words(key: str) -> str:
+    """A metric's key as words: token_accuracy is token accuracy."""
+    return clean(key.replace("_", " "))
+
+
+def plain(value: object) -> str:
+    """A setting's value as a person would write it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{clean(key)}: {plain(item)}" for key, item in value.items())
+    return clean(value)
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The dotted settings that are not the same in all runs, with each run's value."""
+    flat = [_flatten(run.config) for run in runs]
+    rows = {key: [settings.get(key, ABSENT) for settings in flat] for key in sorted(set().union(*flat))}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1 and key not in _NOT_SETTINGS}
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """One label a run: the strategy, and what tells it from other runs of the same strategy."""
+    names = [clean(run.strategy) for run in runs]
+    for name in [name for name, count in Counter(names).items() if count > 1]:
+        members = [at for at, other in enumerate(names) if other == name]
+        for at, suffix in zip(members, _suffixes([runs[at] for at in members]), strict=True):
+            names[at] = name + suffix
+    return names
+
+
+def _suffixes(runs: Sequence[Run]) -> list[str]:
+    settings = differences(runs)
+    if 0 < len(settings) <= 3:
+        short = [key.rsplit(".", 1)[-1] for key in settings]
+        told = [
+            "".join(f", {key} {value}" for key, value in zip(short, row, strict=True))
+            for row in zip(*settings.values(), strict=True)
+        ]
+        if len(set(told)) == len(told):
+            return told
+    folders = [run.path.name for run in runs]
+    distinct = len(set(folders)) == len(folders)
+    return [f" ({clean(run.path.name if distinct else run.path)})" for run in runs]
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys to printed values; `strategy._target_` becomes `strategy`, its value the class name."""
+    flat = {}
+    for key, value in config.items():
+        name = f"{prefix}{clean(key)}"
+        if isinstance(value, dict) and value and all(isinstance(inner, str) for inner in value):
+            flat.update(_flatten(value, f"{name}."))
+        elif key == "_target_" and prefix:
+            flat[prefix[:-1]] = plain(value).rsplit(".", 1)[-1]
+        else:
+            flat[name] = plain(value)
+    return flat

@@ -1,0 +1,139 @@
+"""Read the folder that a run leaves: config.yaml, metrics.jsonl, clients.jsonl and summary.json."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from fedlora.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run, as it stands on disk.
+
+    Args:
+        path: the run's folder, absolute.
+        summary: final metrics, totals, hash and versions.
+        metrics: one object a round, rounds from 1.
+        clients: one object a client a round.
+        config: the resolved configuration.
+    """
+
+    path: Path
+    summary: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    clients: list[dict[str, Any]]
+    config: dict[str, Any]
+
+    @property
+    def strategy(self) -> str:
+        """The strategy's class name, such as FlexLoRA; its name in YAML if the config does not say."""
+        settings = self.config.get("strategy")
+        target = settings.get("_target_") if isinstance(settings, dict) else None
+        return str(target or self.summary.get("strategy", "unnamed")).rsplit(".", 1)[-1]
+
+    @property
+    def metric(self) -> str:
+        """The headline metric's key, `accuracy` or `perplexity`."""
+        return str(self.summary.get("metric", "loss"))
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether a higher headline metric is better; it is for accuracies alone."""
+        return self.metric.endswith("accuracy")
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(round, value) wherever `key` was measured; round 0 is the state before training."""
+        rows = [{**(self.summary.get("initial") or {}), "round": 0}, *self.metrics]
+        return [(row["round"], value) for row in rows if (value := number(row.get(key))) is not None]
+
+
+def number(value: object) -> float | None:
+    """`value` as a float, or None when it is absent, not a number, NaN or infinite."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def read_run(path: str | Path) -> Run:
+    """Read the folder of one finished run.
+
+    A torn last line of a .jsonl file, which a killed process may leave, is skipped.
+
+    Raises:
+        CheckpointError: not a folder, not finished, or a file that is missing or broken.
+    """
+    folder = Path(path).resolve()
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: expected the folder of a run, found {_kind(folder)}; check the path")
+    if not (folder / "summary.json").is_file():
+        raise CheckpointError(
+            f"{path}: no summary.json, so the run is unfinished; continue it with `fedlora run resume={path}`"
+        )
+    return Run(
+        path=folder,
+        summary=_object(folder / "summary.json"),
+        metrics=_lines(folder / "metrics.jsonl"),
+        clients=_lines(folder / "clients.jsonl"),
+        config=_config(folder / "config.yaml"),
+    )
+
+
+def _kind(path: Path) -> str:
+    return "a file" if path.exists() else "nothing there"
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: a run's folder must hold this file, but it cannot be read ({error.strerror}); "
+            f"copy the whole folder again or run again"
+        ) from error
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return _parse(_bytes(path), str(path))
+
+
+def _parse(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:  # also what a wrong encoding raises
+        raise CheckpointError(
+            f"{where}: expected one JSON object, found broken text ({error}); restore the file or run again"
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where}: expected one JSON object, found {type(value).__name__}; restore the file or run again"
+        )
+    return value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    numbered = [(at, line) for at, line in enumerate(_bytes(path).split(b"\n"), start=1) if line.strip()]
+    rows = []
+    for at, line in numbered:
+        try:
+            rows.append(_parse(line, f"{path}:{at}"))
+        except CheckpointError:
+            if at != numbered[-1][0]:
+                raise
+    return rows
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.safe_load(_bytes(path))
+    except yaml.YAMLError as error:
+        at = getattr(error, "problem_mark", None)
+        where = f"{path}:{at.line + 1}" if at else str(path)
+        raise CheckpointError(f"{where}: not YAML; restore the file or run again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: expected settings as keys and values, found {type(value).__name__}; restore the file"
+        )
+    return value

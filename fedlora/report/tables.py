@@ -1,0 +1,180 @@
+"""The report's tables, as plain cells: the HTML page and the terminal show the same ones."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from fedlora.report.compare import ABSENT, clean, differences, labels, plain, words
+from fedlora.report.read import Run, number
+
+_SETTINGS = ("model", "data", "clients", "ranks", "rounds", "seed")
+_NUMBER = re.compile(r"–|[\d.,e+-]+( \(\d+\))?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells with a header; without one, each row is a name and its value.
+
+    `console.print(table)` shows it in a terminal.
+
+    Args:
+        title: what the rows are.
+        header: one name a column, or nothing.
+        rows: the cells, already formatted.
+        note: a remark under the table, or nothing.
+        marked: the rows to highlight.
+    """
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    marked: frozenset[int] = frozenset()
+
+    def left(self, column: int) -> bool:
+        """Whether a column holds words, which start at the left, rather than numbers."""
+        return not all(_NUMBER.fullmatch(row[column]) for row in self.rows)
+
+    def __rich__(self) -> RichTable:
+        """For the terminal; cells are never read as rich's markup."""
+        shown = RichTable(
+            title=Text(self.title, style="bold"),
+            title_justify="left",
+            caption=Text(self.note) if self.note else None,
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_header=bool(self.header),
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        for at, name in enumerate(self.header or ["", ""]):
+            left = not self.header or self.left(at)
+            shown.add_column(Text(name), justify="left" if left else "right")
+        for at, row in enumerate(self.rows):
+            shown.add_row(*map(Text, row), style="red" if at in self.marked else None)
+        return shown
+
+
+def score(value: object, metric: str) -> str:
+    """A metric's value: three decimals for shares and losses, two for perplexity."""
+    found = number(value)
+    return ABSENT if found is None else f"{found:,.{2 if metric == 'perplexity' else 3}f}"
+
+
+def amounts(values: Sequence[object]) -> list[str]:
+    """A column of measured quantities with equal decimals: three significant digits of the largest."""
+    found = [number(value) for value in values]
+    sizes = [math.floor(math.log10(abs(value))) for value in found if value]
+    decimals = min(6, max(0, 2 - max(sizes), -min(sizes))) if sizes else 0
+    return [ABSENT if value is None else f"{value:,.{decimals}f}" for value in found]
+
+
+def megabytes(values: Sequence[object]) -> list[str]:
+    """A column of bytes as MB (10⁶ bytes)."""
+    return amounts([None if (found := number(value)) is None else found / 1e6 for value in values])
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """One row a run, what all share in the note; a single run as a list of facts."""
+    columns: dict[str, list[str]] = {"run": labels(runs)}
+    for key in _SETTINGS:
+        columns[key] = [_setting(run.summary.get(key)) for run in runs]
+    for metric in sorted({"token_accuracy", *(run.metric for run in runs)}):
+        columns[words(metric)] = [score(run.summary.get(metric), metric) for run in runs]
+    columns["best (round)"] = [_best(run) for run in runs]
+    columns["loss"] = [score(run.summary.get("loss"), "loss") for run in runs]
+    columns["ε"] = amounts([_last(run, "epsilon") for run in runs])
+    columns["dropped"] = [str(sum(row.get("dropped") or 0 for row in run.metrics)) for run in runs]
+    columns["MB down"] = megabytes([run.summary.get("bytes_down") for run in runs])
+    columns["MB up"] = megabytes([run.summary.get("bytes_up") for run in runs])
+    columns["seconds"] = amounts([run.summary.get("wall_seconds") for run in runs])
+    columns["MB RAM"] = amounts([run.summary.get("peak_memory_mb") for run in runs])
+    columns["adapter"] = [_hash(run)[:8] for run in runs]
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
+    if len(runs) == 1:
+        return Table("The run", [], [[name, cells[0]] for name, cells in shown.items()])
+    same = [key for key in (*_SETTINGS, "dropped") if len(set(columns[key])) == 1]
+    note = "; ".join(f"{key} {shown.pop(key)[0]}" for key in same if key in shown)
+    return Table("The runs", [*shown], _turned(shown), f"In all runs: {note}." if note else "")
+
+
+def differences_table(runs: Sequence[Run]) -> Table:
+    """The settings that are not the same in all runs; no columns but the label when there are none."""
+    columns = {"run": labels(runs), **differences(runs)}
+    return Table("What differs", [*columns], _turned(columns))
+
+
+def clients_table(run: Run) -> Table:
+    """The clients of the last round, dropped ones marked."""
+    last = max((row["round"] for row in run.clients), default=0)
+    rows = sorted((row for row in run.clients if row["round"] == last), key=lambda row: row["client"])
+    columns = {
+        "client": [clean(row.get("name") or row["client"]) for row in rows],
+        "rank": [_setting(row.get("rank")) for row in rows],
+        "examples": [_setting(row.get("examples")) for row in rows],
+        "steps": [_setting(row.get("steps")) for row in rows],
+        "training loss": [score(row.get("loss"), "loss") for row in rows],
+        "alone on test rows": [score(row.get("test_accuracy"), "accuracy") for row in rows],
+        "local accuracy": [score(row.get("local_accuracy"), "accuracy") for row in rows],
+        "MB down": megabytes([row.get("bytes_down") for row in rows]),
+        "MB up": megabytes([row.get("bytes_up") for row in rows]),
+        "status": [_status(row) for row in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
+    marked = frozenset(at for at, row in enumerate(rows) if row.get("status") == "dropped")
+    return Table(f"Clients in round {last}", [*shown], _turned(shown), marked=marked)
+
+
+def provenance_table(runs: Sequence[Run]) -> Table:
+    """What is needed to check a run: its folder, its adapter's hash, and the versions that made it."""
+    columns = {
+        "run": labels(runs),
+        "folder": [clean(run.path.name) for run in runs],
+        "SHA-256": [_hash(run) for run in runs],
+    }
+    versions = [plain(run.summary.get("versions") or {}).replace(": ", " ") for run in runs]
+    if len(set(versions)) > 1:
+        columns["versions"] = versions
+    note = f"Made with {versions[0]}." if len(set(versions)) == 1 and versions[0] else ""
+    return Table("Adapters and versions", [*columns], _turned(columns), note)
+
+
+def _turned(columns: dict[str, list[str]]) -> list[list[str]]:
+    return [list(row) for row in zip(*columns.values(), strict=True)]
+
+
+def _status(row: dict[str, Any]) -> str:
+    return clean(": ".join(str(row[key]) for key in ("status", "reason") if row.get(key)))
+
+
+def _setting(value: object) -> str:
+    """A setting; a long list of ranks as its range."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, list) and len(value) > 8:
+        return f"{min(value)}–{max(value)}"
+    return plain(value)
+
+
+def _best(run: Run) -> str:
+    """The headline metric's best value and the first round that reached it."""
+    measured = run.series(run.metric)
+    if not measured:
+        return ABSENT
+    at, value = (max if run.more_is_better else min)(measured, key=lambda point: point[1])
+    return f"{score(value, run.metric)} ({at})"
+
+
+def _last(run: Run, key: str) -> float | None:
+    values = run.series(key)
+    return values[-1][1] if values else None
+
+
+def _hash(run: Run) -> str:
+    return clean(run.summary.get("adapter_sha256") or ABSENT)

@@ -1,0 +1,151 @@
+"""The K-client trainer: several clients learn in one pass over one frozen base, each as if it were alone.
+
+A step takes the next batch of every client that still has one. Their rows are pooled, sorted by length and
+cut into micro-batches, which removes most padding and changes no client's step: a row's loss is divided by
+its own client's batch, and a gradient reaches its own client's factors only. Each client has its own
+optimizer, schedule and gradient clipping, and stops after its own last batch.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapter import Adapter
+from fedlora.data import Example, collate
+from fedlora.models import Bank, Base
+from fedlora.protocol import BOTH
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's work: where it starts, what it trains, and its batches in order."""
+
+    adapter: Adapter
+    batches: Sequence[Sequence[Example]]
+    train: frozenset[str] = BOTH
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One client's result: its adapter, the mean loss over its steps, and the number of steps."""
+
+    adapter: Adapter
+    loss: float
+    steps: int
+
+
+Micro = list[tuple[int, Example]]
+Parameters = dict[str, list[nn.Parameter]]
+MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
+Schedule = Callable[[int, int], float]
+
+
+def fit(
+    base: Base,
+    jobs: Sequence[Job],
+    make_optimizer: MakeOptimizer,
+    schedule: Schedule | None = None,
+    clip: float | None = None,
+    tokens: int = 512,
+) -> list[Fitted]:
+    """Train every job's adapter; the result of each is what it would be alone, up to rounding.
+
+    Args:
+        base: the frozen model.
+        jobs: one a client; all train the same factors.
+        make_optimizer: from a client's parameters, grouped as "A", "B" and "head", to its optimizer.
+        schedule: (step, steps) -> factor of the learning rate, step counting from 0; None keeps it constant.
+        clip: the largest norm of a client's gradient over all it trains; None does not clip.
+        tokens: padded tokens a micro-batch holds at most; a longer row makes one of its own.
+
+    A client that diverges ends in non-finite tensors of its own; the others do not notice.
+    """
+    steps = [len(job.batches) for job in jobs]
+    losses = [0.0] * len(jobs)
+    with Bank(base, [job.adapter for job in jobs], jobs[0].train) as bank:
+        optimizers = [make_optimizer(bank.factors(slot)) for slot in range(len(jobs))]
+        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        for step in range(max(steps)):
+            live = {slot: job.batches[step] for slot, job in enumerate(jobs) if step < steps[slot]}
+            share = {slot: 1 / len(batch) for slot, batch in live.items()}
+            rows = [(slot, row) for slot, batch in live.items() for row in batch]
+            for micro in micro_batches(rows, tokens):
+                each, _ = _forward(base, bank, micro, len(jobs))
+                counts = [share[slot] for slot, _ in micro]
+                weighted = each * torch.tensor(counts, dtype=each.dtype, device=each.device)
+                weighted.sum().backward()  # type: ignore[no-untyped-call]
+                for (slot, _), loss in zip(micro, weighted.detach().tolist(), strict=True):
+                    losses[slot] += loss
+            for slot in live:
+                _step(optimizers[slot], clip, rates[slot], schedule, step, steps[slot])
+        return [
+            Fitted(bank.adapter(slot), losses[slot] / max(1, steps[slot]), steps[slot])
+            for slot in range(len(jobs))
+        ]
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    clip: float | None,
+    rates: Sequence[float],
+    schedule: Schedule | None,
+    step: int,
+    steps: int,
+) -> None:
+    """One client's step: clip, set the rate of this step, move, forget the gradient."""
+    if clip is not None:
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    factor = 1.0 if schedule is None else schedule(step, steps)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _forward(base: Base, bank: Bank, micro: Micro, slots: int) -> tuple[Tensor, Tensor]:
+    """Losses and shares of right answers of a micro-batch's rows."""
+    held = Counter(slot for slot, _ in micro)
+    bank.route([held[slot] for slot in range(slots)])
+    return base.losses(collate([row for _, row in micro], base.tokenizer.pad_token_id))
+
+
+def micro_batches(rows: Micro, tokens: int) -> Iterator[Micro]:
+    """Cut (slot, row) pairs into lists of like length and at most `tokens` padded tokens, slot by slot."""
+    found: Micro = []
+    for item in sorted(rows, key=lambda item: -len(item[1].input_ids)):
+        # The first row of a list is its longest.
+        if found and (len(found) + 1) * len(found[0][1].input_ids) > tokens:
+            yield sorted(found, key=lambda item: item[0])
+            found = []
+        found.append(item)
+    if found:
+        yield sorted(found, key=lambda item: item[0])
+
+
+@torch.no_grad()
+def evaluate(
+    base: Base, adapters: Sequence[Adapter], rows: Sequence[Sequence[Example]], tokens: int = 2048
+) -> list[tuple[float, float]]:
+    """The mean loss and the mean share of right answers of each adapter on its own rows.
+
+    Args:
+        base: the frozen model.
+        adapters: one a slot.
+        rows: the rows of each; (nan, nan) where there are none.
+        tokens: padded tokens a micro-batch holds at most.
+    """
+    totals = [[0.0, 0.0] for _ in adapters]
+    with Bank(base, adapters, frozenset()) as bank:
+        for micro in micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens):
+            loss, right = _forward(base, bank, micro, len(adapters))
+            for (slot, _), one, hit in zip(micro, loss.tolist(), right.tolist(), strict=True):
+                totals[slot][0] += one
+                totals[slot][1] += hit
+    return [
+        (loss / len(own), right / len(own)) if own else (math.nan, math.nan)
+        for (loss, right), own in zip(totals, rows, strict=True)
+    ]

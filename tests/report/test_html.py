@@ -1,0 +1,135 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from fedlora.errors import ConfigError
+from fedlora.report import read_run, write_report
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in {"meta", "img"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.text += data
+
+
+def page(tmp_path, *folders):
+    return Page(
+        write_report([read_run(folder) for folder in folders], tmp_path / "report.html").read_text("utf-8")
+    )
+
+
+def test_one_run_is_told_in_one_sentence(make_run, tmp_path):
+    shown = page(tmp_path, make_run())
+    assert (
+        "FlexLoRA reached 0.900 accuracy on trec after 2 rounds (0.200 before training), 4.00 MB sent."
+        in shown.text
+    )
+    assert "ab12" * 16 in shown.text
+    assert "torch 2.9.1" in shown.text
+
+
+def test_the_page_is_whole_and_fetches_nothing(make_run, tmp_path):
+    shown = page(tmp_path, make_run())
+    assert shown.open == []
+    pictures = [attributes for tag, attributes in shown.tags if tag == "img"]
+    assert len(pictures) == 4
+    for picture in pictures:
+        assert picture["src"].startswith("data:image/svg+xml;base64,")
+        assert "in round 2" in picture["alt"]
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in shown.tags}
+    assert "url(" not in (tmp_path / "report.html").read_text()
+
+
+def test_the_best_of_several_runs_is_named(make_run, tmp_path):
+    worse = make_run("b", target="fedlora.strategies.FedIT", accuracy=0.8)
+    shown = page(tmp_path, worse, make_run("a"))
+    assert "Best of 2: FlexLoRA reached 0.900 accuracy" in shown.text
+
+
+def test_level_runs_are_called_level(make_run, tmp_path):
+    shown = page(tmp_path, make_run("a"), make_run("b", target="fedlora.strategies.FedIT"))
+    assert "4.00 MB sent (level with FedIT)." in shown.text
+
+
+def test_the_best_perplexity_is_the_lowest(make_run, tmp_path):
+    told = {"metric": "perplexity", "initial": {"perplexity": 81.5}}
+    rounds = [{"round": 1, "perplexity": 12.0}]
+    low = make_run("a", metrics=rounds, perplexity=12.0, rounds=1, **told)
+    high = make_run("b", target="fedlora.strategies.FedIT", metrics=rounds, perplexity=30.0, **told)
+    shown = page(tmp_path, high, low)
+    assert "Best of 2: FlexLoRA reached perplexity 12.00 on trec after 1 round (81.50 before" in shown.text
+
+
+@pytest.mark.parametrize(
+    "other", [{"data": "sst2"}, {"model": "tiny"}, {"metric": "perplexity"}, {"accuracy": None}]
+)
+def test_runs_that_cannot_be_compared_have_no_best(make_run, tmp_path, other):
+    shown = page(tmp_path, make_run("a"), make_run("b", **other))
+    assert "none is called the best" in shown.text
+
+
+def test_a_run_without_evaluations_says_so(make_run, tmp_path):
+    folder = make_run(accuracy=None, loss=None, initial=None, metrics=[{"round": 1}], clients=[])
+    shown = page(tmp_path, folder)
+    assert "FlexLoRA finished 2 rounds on trec without a measured accuracy, 4.00 MB sent." in shown.text
+    assert "img" not in [tag for tag, _ in shown.tags]
+
+
+def test_dropped_clients_stand_out(make_run, tmp_path):
+    rows = [{"round": 2, "client": 0, "name": "a", "status": "dropped", "reason": "late"}]
+    shown = page(tmp_path, make_run(clients=rows))
+    assert "dropped: late" in shown.text
+    assert ("tr", {"class": "marked"}) in shown.tags
+
+
+def test_names_cannot_become_markup(make_run, tmp_path):
+    evil = '"><script>alert(1)</script>$x'
+    rows = [{"round": 2, "client": 0, "name": evil, "status": "dropped", "reason": evil}]
+    settings = {"a": evil, evil: 1}
+    folders = [
+        make_run(
+            f"{at}-<script>", f"x.{evil}", config=settings | {"b": at}, clients=rows, data=evil, model=evil
+        )
+        for at in range(2)
+    ]
+    shown = page(tmp_path, *folders)
+    assert "script" not in {tag for tag, _ in shown.tags}
+    assert shown.open == []
+    assert evil in shown.text
+
+
+def test_names_in_any_script_are_kept(make_run, tmp_path):
+    shown = page(tmp_path, make_run("a", data="臨床メモ"), make_run("b-ü", data="臨床メモ"))
+    assert "2 runs on 臨床メモ" in shown.text
+    assert "b-ü" in shown.text
+
+
+def test_the_page_replaces_the_old_one_at_once(make_run, tmp_path):
+    target = tmp_path / "new" / "report.html"
+    run = read_run(make_run())
+    assert write_report([run], target) == target
+    target.write_text("old")
+    write_report([run], target)
+    assert [file.name for file in target.parent.iterdir()] == ["report.html"]
+    assert re.match("<!DOCTYPE html>", target.read_text())
+
+
+def test_no_runs_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="expected one run folder or more, got none"):
+        write_report([], tmp_path / "report.html")
