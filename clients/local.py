@@ -30,8 +30,8 @@ class LocalTraining(Client):
         lr: learning rate of A and B.
         head_lr: learning rate of the head; None takes `lr`.
         batch_size: rows a step.
-        epochs: passes over the client's rows; give this or `steps`.
-        steps: steps a round, going round the rows as often as needed.
+        epochs: passes over the client's rows a round.
+        steps: so many steps a round instead, going round the rows as often as needed.
         optimizer: from parameter groups to an optimizer, such as a partial of `torch.optim.AdamW`.
         clip: largest gradient norm over all that a client trains; None does not clip.
         schedule: "constant", "linear" or "cosine" decay to zero over the client's own steps of a round.
@@ -42,7 +42,7 @@ class LocalTraining(Client):
     lr: float
     head_lr: float | None = None
     batch_size: int = 16
-    epochs: int | None = 1
+    epochs: int = 1
     steps: int | None = None
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
     clip: float | None = 1.0
@@ -51,15 +51,10 @@ class LocalTraining(Client):
     micro_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise ConfigError(
-                f"client: give epochs or steps, got epochs={self.epochs} and steps={self.steps}; "
-                "for steps say client.epochs=null client.steps=N"
-            )
         for name in ("lr", "head_lr", "clip", "batch_size", "epochs", "steps", "micro_tokens"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"client.{name}: expected a number above 0, got {value}")
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise ConfigError(f"client.{name}: expected a number above 0, got {value!r}")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ConfigError(f"client.schedule: expected constant, linear or cosine, got '{self.schedule}'")
         if not 0 <= self.warmup <= 1:
@@ -82,7 +77,7 @@ class LocalTraining(Client):
         rng = generator(assignment.seed, "batches", assignment.client, assignment.round)
         rows, found = assignment.rows, list[list[Example]]()
         per_epoch = math.ceil(len(rows) / self.batch_size)
-        wanted = self.steps if self.steps is not None else per_epoch * (self.epochs or 1)
+        wanted = self.steps if self.steps is not None else per_epoch * self.epochs
         while len(found) < wanted:
             order = rng.permutation(len(rows))
             found += [

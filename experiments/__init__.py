@@ -1,1 +1,1 @@
-"""..."""
+"""What we run: the `fedlora` command, its configuration, benchmarks and recorded results."""

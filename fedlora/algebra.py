@@ -112,7 +112,7 @@ def pad(pair: Pair, rank: int) -> Pair:
 
 def truncate(pair: Pair, rank: int) -> Pair:
     """The first `rank` rows of A and columns of B; the whole pair if it has no more."""
-    return Pair(pair.A[:rank].clone(), pair.B[:, :rank].clone(), pair.scale)
+    return Pair(pair.A[:rank].clone(), pair.B[:, :rank].clone().contiguous(), pair.scale)
 
 
 def norm(pair: Pair) -> float:
@@ -179,7 +179,7 @@ def _compress(pair: Pair, rank: int | None, scale: float, dtype: torch.dtype) ->
     U, Vh = U[:, :keep] * (sigma[:keep] / scale), Vh[:keep]
     B = U if left is None else left @ U
     A = Vh if right is None else Vh @ right.T
-    return Pair(A.to(dtype), B.to(dtype), scale)
+    return Pair(A.to(dtype).contiguous(), B.to(dtype).contiguous(), scale)
 
 
 def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:

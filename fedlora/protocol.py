@@ -81,7 +81,8 @@ class State:
     def pack(self) -> tuple[dict[str, Tensor], str]:
         """The state as named tensors and one line of JSON, ready for a safetensors file."""
         scales = {name: pair.scale for name, pair in self.adapter.pairs.items()}
-        return dict(self.adapter.tensors()), json.dumps({"round": self.round, "scales": scales})
+        tensors = {name: tensor.contiguous() for name, tensor in self.adapter.tensors()}
+        return tensors, json.dumps({"round": self.round, "scales": scales})
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], header: str) -> "State":

@@ -1,1 +1,9 @@
-"""..."""
+"""Running a strategy over clients: Flower's messages, the rounds, the run's folder, the display."""
+
+from fedlora.engine.federation import Federation, Rules
+from fedlora.engine.folder import RunFolder
+from fedlora.engine.grid import InProcessGrid
+from fedlora.engine.progress import Progress, megabytes
+from fedlora.engine.site import Site
+
+__all__ = ["Federation", "InProcessGrid", "Progress", "Rules", "RunFolder", "Site", "megabytes"]

@@ -8,7 +8,7 @@ Replies are made when they are asked for, so that one group's are in memory at a
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -20,6 +20,8 @@ CLIENT_FAILED = 2  # flwr's error code for a ClientApp that raised
 TOKENS = 2048  # a step of a group: beyond this, more clients make it no faster
 MEMORY = 512 * 2**20  # bytes of a group's adapters with their gradients and optimizer states
 FIRST_NODE = 1000
+
+Record = ArrayRecord | ConfigRecord | MetricRecord
 
 
 class InProcessGrid(Grid):
@@ -137,12 +139,16 @@ class InProcessGrid(Grid):
 
     def _delivered(self, message: Message) -> Message:
         """The message as the other side would read it: fresh records over the same immutable bytes."""
-        content = RecordDict()
-        for name, record in message.content.items():
-            content[name] = ArrayRecord(dict(record)) if isinstance(record, ArrayRecord) else type(record)(record)
+        content = RecordDict({name: _renewed(record) for name, record in message.content.items()})
         metadata = message.metadata
         copy = Message(
             content, metadata.dst_node_id, metadata.message_type, ttl=metadata.ttl, group_id=metadata.group_id
         )
         copy.metadata.__dict__["_message_id"] = metadata.message_id
         return copy
+
+
+def _renewed(record: Record) -> Record:
+    if isinstance(record, ArrayRecord):
+        return ArrayRecord(dict(record))
+    return MetricRecord(dict(record)) if isinstance(record, MetricRecord) else ConfigRecord(dict(record))

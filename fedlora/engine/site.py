@@ -36,14 +36,10 @@ class Site:
     held_out: bool = False
 
     def profile(self, message: Message, context: Context) -> Message:
-        """What the server may know: the client's id and rank, and how many rows it trains on."""
+        """What the server may know: the client's id and rank."""
         client = int(context.node_config["client"])
-        known = {
-            "client": client,
-            "rank": int(context.node_config["rank"]),
-            "num-examples": len(self._split(client)[0]),
-        }
-        return Message(RecordDict({"profile": ConfigRecord(known)}), reply_to=message)  # type: ignore[dict-item]
+        known = ConfigRecord({"client": client, "rank": int(context.node_config["rank"])})
+        return Message(RecordDict({"profile": known}), reply_to=message)
 
     def train(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
         """Train the clients of a group in one pass; each gets the reply that it would get alone."""

@@ -1,7 +1,7 @@
 """Tasks and updates as Flower records, and back; what comes from a client is checked here.
 
-A record holds the tensors under their names (`module.A`, `module.B`, the extras) and, beside them, one scale a
-module in the order of the modules' names. Factors that a strategy does not share are never sent.
+A record holds the tensors under their names (`module.A`, `module.B`, the extras) and, beside them, one scale
+a module in the order of the modules' names. Factors that a strategy does not share are never sent.
 """
 
 import math
@@ -22,15 +22,11 @@ LARGEST = 1e6  # a trained tensor's norm beyond this is a diverged or hostile cl
 
 def write_task(task: Task, round: int, seed: int) -> RecordDict:
     """What the server sends: the adapter, what to train and share, the round and the seed."""
-    config: dict[str, int | str | list[float]] = {
-        "round": round,
-        "seed": seed,
-        "train": "".join(sorted(task.train)),
-        "share": "".join(sorted(task.share)),
-        "scales": [pair.scale for pair in task.adapter.pairs.values()],
-    }
-    arrays = _arrays(task.adapter, "AB")
-    return RecordDict({"arrays": arrays, "config": ConfigRecord(config)})  # type: ignore[dict-item]
+    config = ConfigRecord()
+    config["round"], config["seed"] = round, seed
+    config["train"], config["share"] = "".join(sorted(task.train)), "".join(sorted(task.share))
+    config["scales"] = [pair.scale for pair in task.adapter.pairs.values()]
+    return RecordDict({"arrays": _arrays(task.adapter, "AB"), "config": config})
 
 
 def read_task(content: RecordDict) -> tuple[Task, int, int]:

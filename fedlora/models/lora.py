@@ -1,14 +1,17 @@
 """Which layers of a model LoRA adapts, and the adapter it starts from."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.errors import ModelError
+from fedlora.errors import ConfigError, ModelError
 from fedlora.models.base import Base
+from fedlora.protocol import Peer
 from fedlora.seeds import generator
 
 
@@ -48,31 +51,72 @@ def targets(base: Base, wanted: Sequence[str] | str) -> dict[str, tuple[int, int
     return dict(sorted(found.items()))
 
 
+@dataclass(frozen=True)
+class LoRA:
+    """How ranks and scales follow from the settings, in PEFT's terms, for every client alike.
+
+    Args:
+        scale: s in ΔW = s·B·A at every rank (alpha grows with the rank). Then a step moves ΔW alike whatever
+            the rank; with one alpha for all, a client of rank 200 learns 25 times slower than one of rank 8.
+        alpha: if given, s = alpha / rank instead, or alpha / √rank.
+        use_rslora: the √ (Kalajdzievski, 2023, arXiv:2312.03732).
+        rank_pattern: module, or the end of its path -> rank, for every client.
+        alpha_pattern: module, or the end of its path -> alpha.
+    """
+
+    scale: float = 2.0
+    alpha: float | None = None
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.alpha is None and (self.use_rslora or self.alpha_pattern):
+            raise ConfigError("lora: use_rslora and alpha_pattern need lora.alpha; without it s = lora.scale")
+        for name, value in (("scale", self.scale), ("alpha", self.alpha)):
+            if value is not None and not value > 0:
+                raise ConfigError(f"lora.{name}: expected a number above 0, got {value}")
+
+    def peer(self, client: int, rank: int, modules: Iterable[str]) -> Peer:
+        """What the server knows of a client of this rank."""
+        ranks = {m: int(by_pattern(self.rank_pattern, m, rank)) for m in modules}
+        scales = {m: self._scale(m, r) for m, r in ranks.items()}
+        return Peer(client, rank, {m: r for m, r in ranks.items() if r != rank}, scales)
+
+    def _scale(self, module: str, rank: int) -> float:
+        if self.alpha is None:
+            return self.scale
+        alpha = by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
+
+def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    """The value of the first pattern that fits the end of a module's path, by PEFT's rule."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
 def fresh_adapter(
-    base: Base,
-    modules: Mapping[str, tuple[int, int]],
-    ranks: Mapping[str, int],
-    scales: Mapping[str, float],
-    train_head: bool,
-    seed: int = 0,
+    base: Base, modules: Mapping[str, tuple[int, int]], peer: Peer, train_head: bool, seed: int = 0
 ) -> Adapter:
     """LoRA's initial adapter: A uniform in ±1/√d_in (PEFT's Kaiming with a = √5), B zero; the head as loaded.
 
     Args:
         base: the model.
         modules: module -> (d_out, d_in), from `targets`.
-        ranks: module -> rank.
-        scales: module -> scale.
+        peer: whose ranks and scales to take; a run starts with those of its largest client.
         train_head: whether the heads are part of the adapter.
         seed: of A.
     """
     rng = generator(seed, "adapter")
     pairs = {}
     for name, (d_out, d_in) in sorted(modules.items()):
-        bound = d_in**-0.5
-        A = torch.from_numpy(rng.uniform(-bound, bound, (ranks[name], d_in))).float()
-        pairs[name] = Pair(A, torch.zeros(d_out, ranks[name]), scales[name])
-    extra = {k: v.cpu() for k, v in base.head_state().items()} if train_head else {}
+        rank, bound = peer.ranks.get(name, peer.rank), d_in**-0.5
+        A = torch.from_numpy(rng.uniform(-bound, bound, (rank, d_in))).float()
+        pairs[name] = Pair(A, torch.zeros(d_out, rank), peer.scales[name])
+    extra = {name: value.cpu() for name, value in base.head_state().items()} if train_head else {}
     return Adapter(pairs, extra)
 
 

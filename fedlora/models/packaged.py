@@ -67,7 +67,9 @@ def _cached(name: str, make: Callable[[Path], None]) -> str:
 def _convert(source: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     weights = next(source.rglob("*.gguf"))
     print(f"converting {weights.name} once (about half a minute) ...", flush=True)
     read = AutoModelForCausalLM.from_pretrained(
@@ -86,7 +88,9 @@ def _make_tiny(folder: Path) -> None:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", *letters])}
     letter = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,7 +10,7 @@ from torch import Tensor
 from fedlora.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
-from fedlora.models.lora import layer_shape
+from fedlora.models.lora import by_pattern, layer_shape
 
 _PREFIX = "base_model.model."
 
@@ -30,7 +29,7 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     from peft import LoraConfig, TaskType
 
     if not adapter.pairs:
-        raise ModelError("an adapter without LoRA pairs (head only) has no PEFT form; its head is in summary")
+        raise ModelError("this run trained the head alone: it has no LoRA pair, so there is no PEFT adapter")
     rank = Counter(pair.rank for pair in adapter.pairs.values()).most_common(1)[0][0]
     scale = next(pair.scale for pair in adapter.pairs.values())
     transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in adapter.pairs)
@@ -95,17 +94,9 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     for name, factors in pairs.items():
         layer_shape(base.model.get_submodule(name), name)
         rank = factors["A"].shape[0]
-        alpha = _pattern(config.alpha_pattern, name, config.lora_alpha)
+        alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         made[name] = Pair(factors["A"], factors["B"], alpha / (rank**0.5 if config.use_rslora else rank))
     return Adapter(made, extra)
-
-
-def _pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that fits the end of a module's path, by PEFT's rule."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            return value
-    return default
 
 
 def merge(base: Base, adapter: Adapter) -> None:

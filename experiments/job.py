@@ -1,0 +1,179 @@
+"""One run from a configuration to its folder: rounds, adapter, summary, report."""
+
+import datetime
+import hashlib
+import logging
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+import fedlora
+from fedlora.engine import Federation, InProcessGrid, Progress, RunFolder, megabytes
+from fedlora.errors import CheckpointError, ConfigError
+from fedlora.models import save_adapter
+from fedlora.protocol import State
+
+from .build import Job, build
+
+
+def run_job(config: DictConfig, console: Console) -> Path:
+    """Run a new federation, or what is left of an old one, and write its folder.
+
+    Args:
+        config: composed, every reference resolved.
+        console: where to show progress.
+
+    Returns:
+        The run's folder.
+    """
+    began = time.perf_counter()
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # the run has its own display
+    resumed = config.resume is not None
+    path = Path(config.resume) if resumed else _out(config)
+    if not resumed and (path / "config.yaml").exists():
+        RunFolder.create(path, "")  # says what is there, before anything is loaded
+    job = build(config)
+    if resumed:
+        folder = RunFolder(path)
+        done, state = folder.load_state()
+    else:
+        folder = RunFolder.create(path, OmegaConf.to_yaml(config))
+        done, state = 0, job.start
+        folder.save_state(0, state)
+    initial = job.evaluate([job.start.adapter])[0] if config.evaluate.every else {}
+    startup = time.perf_counter() - began
+    console.print(_opening(job, config, path, done), soft_wrap=True, highlight=False)
+    with Progress(config.rounds, done, job.metric, console) as progress:
+        federation = Federation(
+            job.strategy, state, job.peer, job.rules, job.evaluate, folder, progress, done
+        )
+        fuse = None if config.engine.fuse == "auto" else _fuse(config.engine.fuse)
+        federation.run(InProcessGrid(job.site, job.nodes(), fuse, progress.advance))
+    _finish(job, config, folder, federation.state, initial, startup)
+    return path
+
+
+def continued(path: Path, overrides: list[str]) -> DictConfig:
+    """The configuration to resume a run with: its own, with more rounds if `rounds=N` says so.
+
+    Raises:
+        CheckpointError: the folder holds no run, or one that is finished.
+        ConfigError: an override that would make it another run.
+    """
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(f"resume: expected a run's folder, '{path}' has no config.yaml")
+    config = OmegaConf.load(path / "config.yaml")
+    assert isinstance(config, DictConfig)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "resume":
+            continue
+        if key != "rounds" or not value.isdigit():
+            raise ConfigError(f"resume: only rounds=N can change when a run is continued, got '{override}'")
+        config.rounds = int(value)
+    folder = RunFolder(path)
+    last = folder.rounds()[-1:]
+    if folder.finished and last and last[0]["round"] >= config.rounds:
+        raise CheckpointError(
+            f"resume: '{path}' has finished its {config.rounds} rounds; say rounds=N to add some"
+        )
+    config.resume = str(path)
+    return config
+
+
+def _out(config: DictConfig) -> Path:
+    if config.out is not None:
+        return Path(config.out)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    return Path("runs") / f"{_name(config)}-{stamp}"
+
+
+def _name(config: DictConfig) -> str:
+    return str(config.strategy["_target_"]).rsplit(".", 1)[-1].lower()
+
+
+def _fuse(value: Any) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"engine.fuse: expected auto or a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
+    """What is about to happen, in two lines."""
+    ranks = ", ".join(map(str, sorted(set(job.ranks))))
+    sizes = [len(part.rows) for part in job.parts]
+    goes = f"rounds {done + 1} to {config.rounds}" if done else f"{config.rounds} rounds"
+    who = f"{len(job.parts)} clients of {min(sizes)} to {max(sizes)} rows"
+    what = f"{type(job.strategy).__name__}: {config.model.name} on {config.data.name}"
+    return f"{what}, {who}, rank {ranks}, {goes}\n-> {path}"
+
+
+def _finish(
+    job: Job,
+    config: DictConfig,
+    folder: RunFolder,
+    state: State,
+    initial: dict[str, float],
+    startup: float,
+) -> None:
+    """Write the adapter, the summary and the report."""
+    digest = None
+    if state.adapter.pairs:
+        made = folder.write("adapter", lambda to: save_adapter(state.adapter, job.base, to))
+        digest = hashlib.sha256((made / "adapter_model.safetensors").read_bytes()).hexdigest()
+    rounds = folder.rounds()
+    evaluated = [line for line in rounds if "loss" in line]
+    last = evaluated[-1] if evaluated else {}
+    names = ("accuracy", "loss", "perplexity", "token_accuracy", "local_accuracy", "aggregation_error")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    summary = {
+        "strategy": _name(config),
+        "model": config.model.name,
+        "data": config.data.name,
+        "metric": job.metric,
+        **{name: last[name] for name in names if name in last},
+        "initial": initial,
+        "majority": job.majority(),
+        "rounds": config.rounds,
+        "clients": len(job.parts),
+        "ranks": sorted(set(job.ranks)),
+        "seed": config.seed,
+        "bytes_down": sum(line["bytes_down"] for line in rounds),
+        "bytes_up": sum(line["bytes_up"] for line in rounds),
+        "dropped": sum(line["dropped"] for line in rounds),
+        "startup_seconds": startup,
+        "wall_seconds": startup + sum(line["seconds"] for line in rounds),
+        "peak_memory_mb": round(peak),
+        "adapter_sha256": digest,
+        "versions": {
+            "fedlora": fedlora.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    }
+    folder.write_json("summary.json", summary)
+    from fedlora.report import read_run, write_report
+
+    write_report([read_run(folder.path)], folder.path / "report.html")
+
+
+def closing(path: Path) -> str:
+    """The result of a finished run and where it lies, for the terminal."""
+    from fedlora.report import read_run
+
+    run = read_run(path)
+    best = run.summary.get(run.metric)
+    said = f"{run.metric} {best:.3f}, " if best is not None else ""
+    sent = f"{megabytes(run.summary['bytes_down'])} down, {megabytes(run.summary['bytes_up'])} up"
+    lines = [f"{said}{sent}, {run.summary['wall_seconds']:.0f} s"]
+    for what, name in (("adapter", "adapter"), ("metrics", "metrics.jsonl"), ("report", "report.html")):
+        if (path / name).exists():
+            lines.append(f"{what:8} {path / name}")
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""The `fedlora` command: run, report, export, verify, demo.
+
+A wrong key, value, file or column ends in one line on standard error and exit code 2; anything unexpected
+leaves its traceback in a file, one line that names it, and exit code 1.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+# Set before torch and transformers are imported: no telemetry, no parallel tokenizers to warn about, and
+# threads that wait asleep, so that two jobs on one machine slow each other by two and not by a hundred.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from rich.console import Console
+
+from fedlora.errors import FedLoraError
+
+USAGE = """fedlora: federated LoRA, in one process by default
+
+  fedlora demo                          a first result on a packaged model and real text, under 4 minutes
+  fedlora run [GROUP=CHOICE] [KEY=VALUE] ...   one federation; -m sweeps over comma-separated values
+  fedlora run resume=DIR [rounds=N]     continue a run
+  fedlora report DIR... [--to FILE]     one HTML page about a run, or several
+  fedlora export RUN --to DIR [--merge] the adapter in PEFT's files, or a merged model
+  fedlora verify RUN                    load a run's adapter with plain PEFT and compare
+
+fedlora VERB --help says more about each.
+"""
+
+
+# Notices of one library about another are no business of the user's.
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `fedlora` command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbs = {"run": _run, "report": _report, "export": _export, "verify": _verify, "demo": _demo}
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return
+    if words[0] == "--version":
+        import fedlora
+
+        print(fedlora.__version__)
+        return
+    if words[0] not in verbs:
+        _fail(f"unknown verb '{words[0]}'; there are {', '.join(verbs)} (fedlora --help)", 2)
+    try:
+        verbs[words[0]](words[1:])
+    except FedLoraError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted; a run goes on from its last round with fedlora run resume=DIR", 130)
+    except Exception as error:
+        log = Path("fedlora-error.log").absolute()
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        _fail(f"unexpected {type(error).__name__}: {error}; the traceback is in {log}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"fedlora: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _run(words: list[str]) -> None:
+    """Compose the configuration and run it; Hydra itself takes over for its own flags, such as -m."""
+    from . import settings
+
+    if words in (["-h"], ["--help"]):
+        print(_run_help(), end="")
+        return
+    if any(word.startswith("-") for word in words):
+        settings.register()
+        _hydra(words)
+        return
+    from .job import closing, continued, run_job
+
+    resume = next((word.partition("=")[2] for word in words if word.startswith("resume=")), None)
+    config = continued(Path(resume), words) if resume else settings.compose(words)
+    path = run_job(config, Console())
+    print(closing(path))
+
+
+def _hydra(words: list[str]) -> None:
+    """Run under Hydra's own main, for sweeps and its flags."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig, OmegaConf
+
+    def task(config: DictConfig) -> None:
+        from .job import closing, run_job
+
+        OmegaConf.resolve(config)
+        if config.out is None:
+            config.out = HydraConfig.get().runtime.output_dir
+        try:
+            path = run_job(config, Console())
+        except FedLoraError as error:
+            _fail(str(error), 2)
+        print(closing(path))
+
+    sys.argv = ["fedlora run", *words]
+    hydra.main("conf", "config", version_base="1.3")(task)()
+
+
+def _run_help() -> str:
+    import hydra
+    from omegaconf import OmegaConf
+
+    from . import settings
+
+    settings.register()
+    with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
+        choices = settings.groups()
+        config = OmegaConf.to_yaml(hydra.compose("config"))
+    listed = "\n".join(f"  {group}={'|'.join(found)}" for group, found in choices.items())
+    return (
+        "fedlora run [GROUP=CHOICE] [KEY=VALUE] ...\n\nGroups:\n"
+        + listed
+        + "\n\nKeys and their defaults (with the default groups):\n\n"
+        + config
+        + "\n-m sweeps over comma-separated values: fedlora run -m strategy=fedit,flexlora seed=0,1\n"
+    )
+
+
+def _report(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fedlora report", description="One HTML page about a run or several."
+    )
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where to write; default: report.html in DIR")
+    given = parser.parse_args(words)
+    from fedlora.report import read_run, runs_table, write_report
+
+    runs = [read_run(path) for path in given.runs]
+    written = write_report(runs, given.to or Path(given.runs[0]) / "report.html")
+    Console().print(runs_table(runs))
+    print(written)
+
+
+def _export(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="fedlora export", description="A run's adapter, or a merged model.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--merge", action="store_true", help="the whole model with ΔW added to its weights")
+    given = parser.parse_args(words)
+    from .saved import export
+
+    print(export(given.run, given.to, given.merge))
+
+
+def _verify(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fedlora verify",
+        description="Check a run's hash, and that plain PEFT gives its logits and accuracy.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
+    given = parser.parse_args(words)
+    from .saved import verify
+
+    print(verify(given.run))
+
+
+def _demo(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fedlora demo",
+        description="TREC questions over 8 clients: frozen encoder, best single client, FedIT, FlexLoRA.",
+    )
+    parser.add_argument("--out", type=Path, default=None, metavar="DIR", help="default: runs/demo-<time>")
+    given = parser.parse_args(words)
+    from .demo import demo
+
+    demo(given.out, Console())
+
+
+if __name__ == "__main__":
+    main()

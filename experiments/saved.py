@@ -1,0 +1,90 @@
+"""What can be done with a run's folder afterwards: export its adapter or a merged model, and verify it."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.data import Dataset, collate, encode
+from fedlora.engine import RunFolder
+from fedlora.errors import CheckpointError, ConfigError, ModelError
+from fedlora.models import Bank, Base, merge, save_adapter
+from fedlora.trainer import evaluate
+
+from .build import load_base, make
+
+
+def export(run: Path, to: Path, merged: bool) -> str:
+    """Write a run's adapter in PEFT's form, or the base with it merged, into a new folder.
+
+    Raises:
+        CheckpointError: the run has no state.
+        ConfigError: the folder is there already.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
+    config, dataset = _read(run)
+    _, state = RunFolder(run).load_state()
+    base = load_base(config, dataset.kind, dataset.labels)
+    if not merged:
+        save_adapter(state.adapter, base, to)
+        return f"adapter of {len(state.adapter.pairs)} modules -> {to} (peft.PeftModel.from_pretrained)"
+    merge(base, state.adapter)
+    to.mkdir(parents=True, exist_ok=True)
+    base.model.save_pretrained(str(to))
+    base.tokenizer.save_pretrained(str(to))
+    return f"merged model -> {to} (transformers' from_pretrained)"
+
+
+def verify(run: Path) -> str:
+    """Check that a run's adapter is what its summary says, through PEFT alone.
+
+    Raises:
+        CheckpointError: a hash, a logit or the accuracy differs.
+    """
+    from peft import PeftModel
+
+    from fedlora.report import read_run
+
+    summary = read_run(run).summary
+    file = run / "adapter" / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(
+            f"'{run}' has no adapter/adapter_model.safetensors; a head-only run cannot be verified"
+        )
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != summary["adapter_sha256"]:
+        raise CheckpointError(
+            f"'{file}' has SHA-256 {found[:16]}, its summary says {str(summary['adapter_sha256'])[:16]}"
+        )
+    config, dataset = _read(run)
+    _, state = RunFolder(run).load_state()
+    base = load_base(config, dataset.kind, dataset.labels)
+    rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, config.data.max_length)
+    batch = collate(rows[:16], base.tokenizer.pad_token_id)
+    with torch.no_grad(), Bank(base, [state.adapter], frozenset()):
+        ours = base.logits(batch)
+    plain = load_base(config, dataset.kind, dataset.labels)
+    loaded = PeftModel.from_pretrained(plain.model, str(run / "adapter")).eval()
+    wrapped = Base(loaded, plain.tokenizer, plain.kind, (), plain.path)
+    with torch.no_grad():
+        gap = float((wrapped.logits(batch) - ours).abs().max())
+    if not gap < 1e-4:
+        raise CheckpointError(f"PEFT's logits differ from the run's by {gap:.2e}, expected less than 1e-4")
+    loss, right = evaluate(wrapped, [type(state.adapter)({})], [rows])[0]
+    said = summary.get("accuracy", summary.get("token_accuracy"))
+    if said is not None and abs(right - said) > 0.005:
+        raise CheckpointError(f"PEFT reaches {right:.4f} on the test rows, the summary says {said:.4f}")
+    return (
+        f"ok: SHA-256 {found[:16]}..., logits of plain PEFT within {gap:.1e}, "
+        f"loss {loss:.4f} and share of right answers {right:.4f} on {len(rows)} test rows"
+    )
+
+
+def _read(run: Path) -> tuple[DictConfig, Dataset]:
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"expected a run's folder, '{run}' has no config.yaml")
+    config = OmegaConf.load(run / "config.yaml")
+    assert isinstance(config, DictConfig)
+    return config, make(config.data.source, "data")

@@ -1,0 +1,133 @@
+"""The configuration of a run: its types, and how overrides become one, with errors in one line."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from fedlora.errors import ConfigError
+
+
+@dataclass
+class Evaluate:
+    """When and on what to evaluate."""
+
+    every: int = 1
+    clients: bool = False
+    updates: bool = False
+
+
+@dataclass
+class Lora:
+    """The adapter's form."""
+
+    targets: Any = None
+    scale: float = 2.0
+    alpha: float | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    head: str = "train"
+    adapter: str | None = None
+
+
+@dataclass
+class Schema:
+    """A whole run; the groups are checked by the classes that they name."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    client: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    clients: int | None = 8
+    clients_per_round: int | None = None
+    rounds: int = 5
+    ranks: Any = 8
+    weights: str = "examples"
+    min_updates: int = 1
+    seed: int = 0
+    lora: Lora = field(default_factory=Lora)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    out: str | None = None
+    resume: str | None = None
+
+
+def register() -> None:
+    """Make the schema known to Hydra."""
+    ConfigStore.instance().store(name="schema", node=Schema)
+
+
+def compose(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that these overrides give, every reference in it resolved.
+
+    Raises:
+        ConfigError: an unknown key, group choice or value, in one line.
+    """
+    register()
+    try:
+        with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
+            _know(overrides)
+            config = hydra.compose("config", list(overrides))
+            OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+    return config
+
+
+def groups() -> dict[str, list[str]]:
+    """The configuration groups and their choices."""
+    loader = GlobalHydra.instance().config_loader()
+    found = {group: loader.get_group_options(group) for group in loader.list_groups("")}
+    return {group: choices for group, choices in found.items() if choices and group != "hydra"}
+
+
+def _know(overrides: Sequence[str]) -> None:
+    """Refuse keys that do not exist, naming the nearest one that does."""
+    choices = groups()
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    chosen = [
+        o.input_line for o in parsed if o.input_line and o.key_or_group in choices and o.value() is not None
+    ]
+    known = OmegaConf.to_container(hydra.compose("config", chosen), resolve=False)
+    for override in parsed:
+        key = override.key_or_group
+        if key in choices or override.is_force_add() or override.is_add() or key.startswith("hydra"):
+            continue
+        node: Any = known
+        for depth, part in enumerate(key.split(".")):
+            if not isinstance(node, dict):
+                break  # below a value: Hydra says what is wrong
+            if part not in node and not (depth and not node):
+                inside = ".".join(key.split(".")[:depth])
+                names = [*node, *(choices if not depth else [])]
+                near = difflib.get_close_matches(part, [str(name) for name in names], 1)
+                hint = f"did you mean '{near[0]}'? " if near else ""
+                where = f"under '{inside}'" if inside else "at the top"
+                raise ConfigError(
+                    f"unknown key '{part}' in '{override.input_line}'; {hint}"
+                    f"{where} there are {', '.join(sorted({str(name) for name in names}))}"
+                )
+            node = node.get(part)
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's message, and that of its cause where it says more, without line breaks."""
+    if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
+        key = str(error).splitlines()[0].rpartition(" ")[2]
+        return f"{key}: needs a value, got none; say {key}=..."
+    cause = error.__cause__
+    text = str(error) if cause is None or str(cause) in str(error) else f"{error}: {cause}"
+    return " ".join(text.partition("Config search path")[0].split())

@@ -1,0 +1,153 @@
+"""The folder of a run: what is written when, so that a kill at any instant loses at most one round."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedlora.errors import CheckpointError, ConfigError
+from fedlora.protocol import State
+
+KEPT = 2  # checkpoints; the one before the last serves when the last is damaged
+
+
+class RunFolder:
+    """Files of design.md §6 under one folder; nothing is pickled.
+
+    Whole files are written under a temporary name, synced and renamed. A round's lines go to the logs first
+    and its checkpoint last, so that lines without a checkpoint belong to a round that is done again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: str) -> "RunFolder":
+        """Start a new run.
+
+        Args:
+            path: a folder that holds no run yet.
+            config: the resolved configuration as YAML.
+
+        Raises:
+            ConfigError: there is a run in it, or it cannot be written.
+        """
+        folder = cls(path)
+        if (path / "config.yaml").exists():
+            raise ConfigError(
+                f"out: '{path}' holds a run already; name another folder, or continue it with resume={path}"
+            )
+        try:
+            (path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: cannot make the folder '{path}': {error.strerror}") from error
+        for log in ("metrics.jsonl", "clients.jsonl"):
+            (path / log).touch()
+        folder.write("config.yaml", lambda file: file.write_text(config, encoding="utf-8"))
+        return folder
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return (self.path / "summary.json").is_file()
+
+    def write(self, name: str, make: Callable[[Path], Any]) -> Path:
+        """Make a file or folder under a temporary name, then give it its own."""
+        final, made = self.path / name, self.path / f"{name}.tmp"
+        _remove(made)
+        make(made)
+        for file in [made] if made.is_file() else made.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if made.is_dir():
+            _remove(final)
+        os.replace(made, final)
+        return final
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write one JSON object, readable by people."""
+        text = json.dumps(value, indent=2) + "\n"
+        self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def finish_round(
+        self, round: int, state: State, metrics: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Record a round: its lines in both logs, then the state after it."""
+        _append(self.path / "clients.jsonl", clients)
+        _append(self.path / "metrics.jsonl", [metrics])
+        self.save_state(round, state)
+
+    def save_state(self, round: int, state: State) -> None:
+        """Write the state after a round as one safetensors file with its own digest."""
+        tensors, header = state.pack()
+        kept = {"round": str(round), "state": header, "digest": state.adapter.digest()}
+        self.write(f"checkpoint/round-{round:06d}.safetensors", lambda file: save_file(tensors, file, kept))
+        for old in self._checkpoints()[:-KEPT]:
+            old.unlink()
+
+    def load_state(self) -> tuple[int, State]:
+        """The last whole state and its round; logs are cut back to that round.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        for path in reversed(self._checkpoints()):
+            try:
+                round, state = _read_state(path)
+            except (CheckpointError, SafetensorError, KeyError, ValueError, OSError) as error:
+                warnings.warn(f"{path.name} is damaged ({error}); using the one before it", stacklevel=2)
+                continue
+            for log in ("metrics.jsonl", "clients.jsonl"):
+                self.write(log, partial(_cut, self.path / log, round))
+            return round, state
+        raise CheckpointError(f"'{self.path}' has no whole checkpoint to continue from; start the run again")
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoint").glob("round-*.safetensors"))
+
+
+def _read_state(path: Path) -> tuple[int, State]:
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    state = State.unpack(tensors, header["state"])
+    if state.adapter.digest() != header["digest"]:
+        raise CheckpointError("its digest does not match")
+    return int(header["round"]), state
+
+
+def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut(source: Path, round: int, target: Path) -> None:
+    """Copy the whole lines up to a round; a torn last line belongs to the round that was cut off."""
+    kept = []
+    for line in source.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["round"] > round:
+            break
+        kept.append(line)
+    target.write_text("".join(kept), encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
