@@ -1,7 +1,8 @@
 """From a composed configuration to the objects of a run."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def build(config: DictConfig) -> Job:
             f"strategy {type(strategy).__name__} combines clients of one rank only, ranks are "
             f"{sorted(set(ranks))}; use strategy=flexlora, or one rank"
         )
-    base = load_base(config, dataset.kind, dataset.labels)
+    base = load_base(config, dataset, _shared)
     modules = targets(base, _plain(config.lora.targets)) if config.lora.targets else {}
     train_head = config.lora.head == "train"
     if config.lora.adapter is not None:
@@ -145,10 +146,15 @@ def build(config: DictConfig) -> Job:
     return Job(dataset, base, parts, ranks, test, site, strategy, strategy.init(adapter), lora, rules)
 
 
-def load_base(config: DictConfig, kind: Any, labels: Sequence[str]) -> Base:
+# A base is never written to, so the runs of one process share it.
+_shared = functools.lru_cache(maxsize=1)(load)
+
+
+def load_base(config: DictConfig, dataset: Dataset, loader: Callable[..., Base] = load) -> Base:
     """The base model that the configuration names."""
     path = config.model.path or make(config.model.source, "model")
-    return load(path, kind, labels, config.model.dtype, config.model.device, config.seed)
+    where = (config.model.dtype, config.model.device, config.seed)
+    return loader(path, dataset.kind, dataset.labels, *where)
 
 
 def make(config: DictConfig, group: str) -> Any:

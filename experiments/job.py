@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import logging
 import platform
 import resource
 import sys
@@ -34,7 +33,6 @@ def run_job(config: DictConfig, console: Console) -> Path:
         The run's folder.
     """
     began = time.perf_counter()
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # the run has its own display
     resumed = config.resume is not None
     path = Path(config.resume) if resumed else _out(config)
     if not resumed and (path / "config.yaml").exists():

@@ -26,7 +26,7 @@ def export(run: Path, to: Path, merged: bool) -> str:
         raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
     config, dataset = _read(run)
     _, state = RunFolder(run).load_state()
-    base = load_base(config, dataset.kind, dataset.labels)
+    base = load_base(config, dataset)
     if not merged:
         save_adapter(state.adapter, base, to)
         return f"adapter of {len(state.adapter.pairs)} modules -> {to} (peft.PeftModel.from_pretrained)"
@@ -60,12 +60,12 @@ def verify(run: Path) -> str:
         )
     config, dataset = _read(run)
     _, state = RunFolder(run).load_state()
-    base = load_base(config, dataset.kind, dataset.labels)
+    base = load_base(config, dataset)
     rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, config.data.max_length)
     batch = collate(rows[:16], base.tokenizer.pad_token_id)
     with torch.no_grad(), Bank(base, [state.adapter], frozenset()):
         ours = base.logits(batch)
-    plain = load_base(config, dataset.kind, dataset.labels)
+    plain = load_base(config, dataset)
     loaded = PeftModel.from_pretrained(plain.model, str(run / "adapter")).eval()
     wrapped = Base(loaded, plain.tokenizer, plain.kind, (), plain.path)
     with torch.no_grad():

@@ -4,6 +4,7 @@ It samples, sends, checks what comes back, lets the strategy combine it, evaluat
 Which engine carries the messages is the Grid's business.
 """
 
+import logging
 import math
 import statistics
 import time
@@ -94,6 +95,7 @@ class Federation(FlowerStrategy):
 
     def run(self, grid: Grid) -> None:
         """Run the rounds that are left."""
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # the run has its own display
         self._meet(grid)
         self.start(grid, ArrayRecord(), num_rounds=self._rules.rounds - self._done)
 
