@@ -23,16 +23,24 @@ def normalised(weights: Sequence[float]) -> list[float]:
     Raises:
         IncompatibleUpdates: a weight is negative or not finite, or all are zero.
     """
-    total = math.fsum(weights)
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or total <= 0:
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
         raise IncompatibleUpdates(f"expected finite weights >= 0, one of them above 0, got {list(weights)}")
+    total = math.fsum(weights)
     return [w / total for w in weights]
 
 
 def mean_tensors(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ_k w_k T_k, summed in the given order; the weights are taken as they are."""
+    """Σ_k w_k T_k, summed in the given order; the weights are taken as they are.
+
+    Raises:
+        IncompatibleUpdates: the tensors are of different shapes, which torch would broadcast.
+    """
     total = torch.zeros_like(tensors[0], dtype=torch.float64)
     for weight, tensor in zip(weights, tensors, strict=True):
+        if tensor.shape != total.shape:
+            raise IncompatibleUpdates(
+                f"expected tensors of one shape, got {tuple(total.shape)} and {tuple(tensor.shape)}"
+            )
         total.add_(tensor.to(torch.float64), alpha=weight)
     return total.to(tensors[0].dtype)
 
@@ -42,29 +50,23 @@ def mean_extras(extras: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
     return {name: mean_tensors([extra[name] for extra in extras], weights) for name in extras[0]}
 
 
-def mean_factors(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
-    """A and B averaged each by itself: (Σ w_k A_k, Σ w_k B_k), with the scale of the first pair.
+def mean_factors(pairs: Sequence[Pair], weights: Sequence[float], scale: float | None = None) -> Pair:
+    """A and B averaged each by itself, (Σ w_k A_k, Σ w_k B_k), for a product with `scale`, else the first's.
 
-    A pair of another scale s_k first has √(s_k / s) absorbed into both factors, so that its own product is
-    what it was. The product of the means is not the mean of the products.
+    A pair of another scale s_k has √(s_k / s) absorbed into both factors, so that its own product is what it
+    was. The product of the means is not the mean of the products.
     """
-    scale = pairs[0].scale
-    balanced = [_absorb(pair, scale) for pair in pairs]
+    scale = pairs[0].scale if scale is None else scale
+    if scale == 0:
+        raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
+    ratios = [pair.scale / scale for pair in pairs]
+    roots = [w * math.sqrt(abs(ratio)) for w, ratio in zip(weights, ratios, strict=True)]
+    signed = [math.copysign(root, ratio) for root, ratio in zip(roots, ratios, strict=True)]
     return Pair(
-        mean_tensors([pair.A for pair in balanced], weights),
-        mean_tensors([pair.B for pair in balanced], weights),
+        mean_tensors([pair.A for pair in pairs], roots),
+        mean_tensors([pair.B for pair in pairs], signed),
         scale,
     )
-
-
-def _absorb(pair: Pair, scale: float) -> Pair:
-    """The same ΔW with another scale, the ratio shared evenly by both factors."""
-    if pair.scale == scale:
-        return pair
-    if pair.scale * scale <= 0:
-        return rescale(pair, scale)
-    root = math.sqrt(pair.scale / scale)
-    return Pair(pair.A * root, pair.B * root, scale)
 
 
 def rescale(pair: Pair, scale: float) -> Pair:
@@ -73,7 +75,7 @@ def rescale(pair: Pair, scale: float) -> Pair:
         return pair
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
-    return Pair(pair.A, pair.B * (pair.scale / scale), scale)
+    return Pair(pair.A, (pair.B.double() * (pair.scale / scale)).to(pair.B.dtype), scale)
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
@@ -123,8 +125,8 @@ def norm(pair: Pair) -> float:
     return float(torch.linalg.matrix_norm(_core(pair)[2]))
 
 
-def relative_error(pairs: Sequence[Pair], weights: Sequence[float], result: Pair) -> tuple[float, float]:
-    """How far `result` is from Σ_k w_k s_k B_k A_k: (‖difference‖_F, ‖the sum‖_F), computed in float64."""
+def error_and_norm(pairs: Sequence[Pair], weights: Sequence[float], result: Pair) -> tuple[float, float]:
+    """(‖Σ_k w_k s_k B_k A_k − result‖_F, ‖Σ_k w_k s_k B_k A_k‖_F), computed in float64."""
     wide = _wide(pairs, weights)
     return norm(_wide([wide, result], [1.0, -1.0])), norm(wide)
 
@@ -132,7 +134,7 @@ def relative_error(pairs: Sequence[Pair], weights: Sequence[float], result: Pair
 def singular_values(pair: Pair) -> Tensor:
     """The singular values of ΔW, largest first, float64, at most min(rank, d_out, d_in) of them."""
     sigma: Tensor = torch.linalg.svdvals(_core(pair)[2])
-    return sigma
+    return sigma[: pair.rank]
 
 
 def effective_rank(pair: Pair) -> float:
@@ -170,12 +172,15 @@ def weighted_sum(pairs: Sequence[Pair], weights: Sequence[float], scale: float |
 
 
 def _compress(pair: Pair, rank: int | None, scale: float, dtype: torch.dtype) -> Pair:
+    """`compress` of a float64 pair, into the given scale and dtype."""
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
     left, right, core = _core(pair)
     U, sigma, Vh = _svd(core)
-    seen = sigma > torch.finfo(dtype).eps * sigma[0]
-    keep = min(max(1, int(seen.sum())), pair.rank if rank is None else rank)
+    # What is dropped stays below the rounding all together, not only one by one.
+    tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
+    rounding = max(torch.finfo(dtype).eps, max(core.shape) * torch.finfo(torch.float64).eps)
+    keep = min(max(1, int((tail > rounding * tail[0]).sum())), pair.rank if rank is None else rank)
     U, Vh = U[:, :keep] * (sigma[:keep] / scale), Vh[:keep]
     B = U if left is None else left @ U
     A = Vh if right is None else Vh @ right.T
@@ -200,6 +205,8 @@ def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
 
 def _core(pair: Pair) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(Q_b, Q_a, core) in float64 with scale·B·A = Q_b · core · Q_aᵀ; (None, None, dense) where cheaper."""
+    # Operations by Golub & Van Loan, §5.2 and §8.6: two QRs with their Qs and the SVD of an r × r core,
+    # against the product and the SVD of the whole matrix.
     d_out, d_in = pair.shape
     r, small = pair.rank, min(pair.shape)
     B, A = pair.B.double() * pair.scale, pair.A.double()
@@ -215,7 +222,7 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD (U, S, Vᵀ), with a second try where LAPACK's divide and conquer does not converge."""
     try:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    except RuntimeError:  # torch.linalg.LinAlgError
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         # A shift far below float32's rounding separates the clustered singular values that stop it.
         shift = torch.linspace(-1, 1, matrix.numel(), dtype=matrix.dtype, device=matrix.device)
         shift = shift.reshape(matrix.shape) * 1e-12 * matrix.norm()

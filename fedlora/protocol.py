@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.algebra import dense
-from fedlora.errors import CheckpointError
+from fedlora.errors import CheckpointError, IncompatibleUpdates
 
 BOTH = frozenset({"A", "B"})
 
@@ -82,7 +82,8 @@ class State:
         """The state as named tensors and one line of JSON, ready for a safetensors file."""
         scales = {name: pair.scale for name, pair in self.adapter.pairs.items()}
         tensors = {name: tensor.contiguous() for name, tensor in self.adapter.tensors()}
-        return tensors, json.dumps({"round": self.round, "scales": scales})
+        extra = list(self.adapter.extra)
+        return tensors, json.dumps({"round": self.round, "scales": scales, "extra": extra})
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], header: str) -> "State":
@@ -98,6 +99,6 @@ class State:
                 name: Pair(rest.pop(f"{name}.A"), rest.pop(f"{name}.B"), scale)
                 for name, scale in read["scales"].items()
             }
-            return cls(Adapter(pairs, rest), read["round"])
-        except (KeyError, ValueError) as error:
+            return cls(Adapter(pairs, {name: rest.pop(name) for name in read["extra"]}), read["round"])
+        except (AttributeError, KeyError, TypeError, ValueError, IncompatibleUpdates) as error:
             raise CheckpointError(f"this is not a packed fedlora state: {error!r}") from error

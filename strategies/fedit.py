@@ -33,6 +33,9 @@ class FedIT(Strategy):
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself."""
-        adapters, w = self.admit(state, updates)
-        pairs = {m: mean_factors([adapter.pairs[m] for adapter in adapters], w) for m in state.adapter.pairs}
-        return State(Adapter(pairs, mean_extras([a.extra for a in adapters], w)), state.round + 1)
+        sent, w = self.admit(state, updates)
+        pairs = {
+            m: mean_factors([u.adapter.pairs[m] for u in sent], w, old.scale)
+            for m, old in state.adapter.pairs.items()
+        }
+        return State(Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w)), state.round + 1)

@@ -38,17 +38,19 @@ class FFALoRA(Strategy):
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average B, padded to the rank of A_0; A_0 stays as it is, bit for bit."""
-        adapters, w = self.admit(state, updates)
+        sent, w = self.admit(state, updates)
         pairs = {}
         for m, frozen in state.adapter.pairs.items():
             B = []
-            for adapter in adapters:
-                pair = adapter.pairs[m]
-                if not torch.equal(pair.A, frozen.A[: pair.rank]):
+            for position, update in enumerate(sent):
+                pair = update.adapter.pairs[m]
+                if not torch.equal(pair.A, frozen.A[: pair.rank].to(pair.A.dtype)):
+                    who = update.peer.id if update.peer else f"#{position}"
                     raise IncompatibleUpdates(
-                        f"strategy FFALoRA: an update of '{m}' has another A than the first {pair.rank} rows "
-                        "of the shared frozen A_0; every client must keep the A it was sent"
+                        f"strategy FFALoRA: client {who} sent another A for '{m}' than the first "
+                        f"{pair.rank} rows of the shared frozen A_0; every client must keep the A it was sent"
                     )
                 B.append(pad(rescale(pair, frozen.scale), frozen.rank).B)
-            pairs[m] = Pair(frozen.A, mean_tensors(B, w), frozen.scale)
-        return State(Adapter(pairs, mean_extras([a.extra for a in adapters], w)), state.round + 1)
+            mean = mean_tensors(B, w)
+            pairs[m] = Pair(frozen.A.to(mean.dtype), mean, frozen.scale)
+        return State(Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w)), state.round + 1)

@@ -47,9 +47,9 @@ class FlexLoRA(Strategy):
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """D* in factors, by the SVD of its core."""
-        adapters, w = self.admit(state, updates)
+        sent, w = self.admit(state, updates)
         pairs = {
-            m: weighted_sum([adapter.pairs[m] for adapter in adapters], w, old.scale)
+            m: weighted_sum([u.adapter.pairs[m] for u in sent], w, old.scale)
             for m, old in state.adapter.pairs.items()
         }
-        return State(Adapter(pairs, mean_extras([a.extra for a in adapters], w)), state.round + 1)
+        return State(Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w)), state.round + 1)

@@ -82,6 +82,7 @@ BASE = Adapter({"m": Pair(SQUARE, SQUARE, 2.0)}, {"w": torch.zeros(2, 3)})
         pytest.param(Adapter(BASE.pairs, {"w": torch.zeros(3, 2)}), id="extra reshaped"),
         pytest.param(Adapter(BASE.pairs, {"w": torch.zeros(6)}), id="extra flattened"),
         pytest.param(Adapter(BASE.pairs, {"w": torch.zeros(2, 3).half()}), id="dtype of an extra"),
+        pytest.param(Adapter(BASE.pairs, {"w": torch.zeros(2, 3).int()}), id="dtype of the same bytes"),
         pytest.param(Adapter({"m": Pair(SQUARE.double(), SQUARE.double(), 2.0)}, BASE.extra), id="dtype"),
         pytest.param(Adapter(BASE.pairs), id="extra missing"),
         pytest.param(Adapter({}, BASE.extra), id="pair missing"),

@@ -76,7 +76,7 @@ def test_a_header_of_another_kind_is_a_checkpoint_error(state, header):
 
 def test_factors_that_no_longer_fit_are_a_checkpoint_error(state):
     tensors, header = state.pack()
-    tensors["a.B"] = tensors["b.B"].T.contiguous()
+    tensors["a.B"] = tensors["a.B"][:, :1].contiguous()
     with pytest.raises(CheckpointError):
         State.unpack(tensors, header)
 

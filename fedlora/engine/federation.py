@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora.adapter import Adapter
-from fedlora.algebra import effective_rank, norm, normalised, relative_error
+from fedlora.algebra import effective_rank, error_and_norm, norm, normalised
 from fedlora.engine.folder import RunFolder
 from fedlora.engine.progress import Progress
 from fedlora.engine.wire import read_update, size, write_task
@@ -246,7 +246,7 @@ def _certificate(state: State, updates: Sequence[Update]) -> dict[str, float]:
     weights = normalised([update.weight for update in updates])
     errors, sizes, deltas, ranks = [], [], [], []
     for name, pair in state.adapter.pairs.items():
-        error, length = relative_error([u.adapter.pairs[name] for u in updates], weights, pair)
+        error, length = error_and_norm([u.adapter.pairs[name] for u in updates], weights, pair)
         errors.append(error)
         sizes.append(length)
         deltas.append(norm(pair))

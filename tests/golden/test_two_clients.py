@@ -34,7 +34,7 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import compress, relative_error, singular_values, stack
+from fedlora.algebra import compress, error_and_norm, singular_values, stack
 from fedlora.protocol import Peer, State, Update
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
@@ -136,7 +136,7 @@ def test_the_extra_and_the_round(strategy):
 
 def test_the_error_of_fedit_that_a_run_reports():
     pairs = [ONE.adapter.pairs["m"], TWO.adapter.pairs["m"]]
-    error, size = relative_error(pairs, [0.25, 0.75], run(FedIT(), ONE, TWO).adapter.pairs["m"])
+    error, size = error_and_norm(pairs, [0.25, 0.75], run(FedIT(), ONE, TWO).adapter.pairs["m"])
     assert error == pytest.approx(np.linalg.norm(np.subtract(IDEAL, FEDIT)), rel=1e-13)
     assert size == pytest.approx(95**0.5, rel=1e-13)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import relative_error
+from fedlora.algebra import error_and_norm
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, State, Update
 from fedlora.strategies import FedIT
@@ -56,7 +56,7 @@ def test_the_error_is_the_weighted_cross_covariance_of_the_factors(
     error = np64.sum(pairs, w) - np64.delta(new)
     assert np64.close(error, scale * cross)
     assert np64.close(error, scale * half)
-    assert relative_error(pairs, w, new)[0] == pytest.approx(np.linalg.norm(error), abs=1e-10)
+    assert error_and_norm(pairs, w, new)[0] == pytest.approx(np.linalg.norm(error), abs=1e-10)
 
 
 def test_the_error_has_rank_at_most_clients_less_one_times_r(make, np64, rng):

@@ -25,9 +25,9 @@ def aggregate(pairs, weights, scale=2.0):
     return FlexLoRA().aggregate(start, updates, np.random.default_rng(0))
 
 
-def given_to(state, rank, scale=None):
+def given_to(state, rank, scale=None, id=1):
     """The pair that a client of this rank and scale downloads."""
-    peer = Peer(1, rank, {}, {} if scale is None else {"m": scale})
+    peer = Peer(id, rank, {}, {} if scale is None else {"m": scale})
     return FlexLoRA().task(state, peer).adapter.pairs["m"]
 
 
@@ -94,7 +94,7 @@ def test_clients_are_nested(make, rng):
     assert torch.equal(small.A, large.A[:2])
     assert torch.allclose(8.0 * small.B, 0.5 * large.B[:, :2], rtol=1e-14, atol=0)
     # Fresh directions too: all clients of a round see the same ones.
-    assert torch.equal(given_to(state, 8).A, large.A[:8])
+    assert torch.equal(given_to(state, 8, id=2).A, large.A[:8])
     assert torch.equal(large.A, given_to(state, 9, 3.0).A)
 
 
