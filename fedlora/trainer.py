@@ -18,6 +18,7 @@ from fedlora.adapter import Adapter
 from fedlora.data import Example, collate
 from fedlora.models import Bank, Base
 from fedlora.protocol import BOTH
+from fedlora.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,29 @@ def fit(
     """
     steps = [len(job.batches) for job in jobs]
     losses = [0.0] * len(jobs)
-    with Bank(base, [job.adapter for job in jobs], jobs[0].train) as bank:
-        optimizers = [make_optimizer(bank.factors(slot)) for slot in range(len(jobs))]
+    with Bank(base, [job.adapter for job in jobs], jobs[0].train) as bank, Workers(base) as workers:
+        factors = [bank.factors(slot) for slot in range(len(jobs))]
+        optimizers = [make_optimizer(own) for own in factors]
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+        leaves = [[p for found in own.values() for p in found] for own in factors]
+
+        def backward(micro: Micro) -> tuple[list[Tensor | None], list[tuple[int, float]]]:
+            each, _ = _forward(base, bank, micro, len(jobs))
+            counts = [share[slot] for slot, _ in micro]
+            weighted = each * torch.tensor(counts, dtype=each.dtype, device=each.device)
+            trained = [p for slot in sorted({slot for slot, _ in micro}) for p in leaves[slot]]
+            grads = torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
+            return list(grads), [(slot, x) for (slot, _), x in zip(micro, weighted.tolist(), strict=True)]
+
         for step in range(max(steps)):
             live = {slot: job.batches[step] for slot, job in enumerate(jobs) if step < steps[slot]}
             share = {slot: 1 / len(batch) for slot, batch in live.items()}
             rows = [(slot, row) for slot, batch in live.items() for row in batch]
-            for micro in micro_batches(rows, tokens):
-                each, _ = _forward(base, bank, micro, len(jobs))
-                counts = [share[slot] for slot, _ in micro]
-                weighted = each * torch.tensor(counts, dtype=each.dtype, device=each.device)
-                weighted.sum().backward()  # type: ignore[no-untyped-call]
-                for (slot, _), loss in zip(micro, weighted.detach().tolist(), strict=True):
+            micros = list(micro_batches(rows, tokens))
+            for micro, (grads, lost) in zip(micros, workers.map(backward, micros), strict=True):
+                trained = [p for slot in sorted({slot for slot, _ in micro}) for p in leaves[slot]]
+                _accumulate(trained, grads)
+                for slot, loss in lost:
                     losses[slot] += loss
             for slot in live:
                 _step(optimizers[slot], clip, rates[slot], schedule, step, steps[slot])
@@ -86,6 +97,13 @@ def fit(
             Fitted(bank.adapter(slot), losses[slot] / max(1, steps[slot]), steps[slot])
             for slot in range(len(jobs))
         ]
+
+
+def _accumulate(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+    """Add gradients, in the order of micro-batches whichever was done first."""
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
 
 def _step(
@@ -126,9 +144,8 @@ def micro_batches(rows: Micro, tokens: int) -> Iterator[Micro]:
         yield sorted(found, key=lambda item: item[0])
 
 
-@torch.no_grad()
 def evaluate(
-    base: Base, adapters: Sequence[Adapter], rows: Sequence[Sequence[Example]], tokens: int = 2048
+    base: Base, adapters: Sequence[Adapter], rows: Sequence[Sequence[Example]], tokens: int = 1024
 ) -> list[tuple[float, float]]:
     """The mean loss and the mean share of right answers of each adapter on its own rows.
 
@@ -139,10 +156,16 @@ def evaluate(
         tokens: padded tokens a micro-batch holds at most.
     """
     totals = [[0.0, 0.0] for _ in adapters]
-    with Bank(base, adapters, frozenset()) as bank:
-        for micro in micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens):
+    micros = list(micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens))
+    with Bank(base, adapters, frozenset()) as bank, Workers(base) as workers:
+
+        @torch.no_grad()
+        def measure(micro: Micro) -> tuple[list[float], list[float]]:
             loss, right = _forward(base, bank, micro, len(adapters))
-            for (slot, _), one, hit in zip(micro, loss.tolist(), right.tolist(), strict=True):
+            return loss.tolist(), right.tolist()
+
+        for micro, found in zip(micros, workers.map(measure, micros), strict=True):
+            for (slot, _), one, hit in zip(micro, *found, strict=True):
                 totals[slot][0] += one
                 totals[slot][1] += hit
     return [

@@ -7,6 +7,8 @@ padded. The base is never written to: low-rank terms are added by forward hooks,
 """
 
 import copy
+import itertools
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -37,7 +39,7 @@ class Bank:
     def __init__(self, base: Base, adapters: Sequence[Adapter], train: frozenset[str] = BOTH) -> None:
         device = base.device
         self._model = base.model
-        self._counts: list[int] = []
+        self._batch = threading.local()  # batches may be on their way in several threads
         self._scales = {name: [a.pairs[name].scale for a in adapters] for name in adapters[0].pairs}
         self._pairs = [
             {
@@ -80,8 +82,9 @@ class Bank:
         self._handles, self._replaced = [], []
 
     def route(self, counts: Sequence[int]) -> None:
-        """Say how many rows of the next batch each slot has; the batch holds them slot by slot."""
-        self._counts = list(counts)
+        """Say how many rows each slot has in this thread's next batch, which holds them slot by slot."""
+        stops = list(itertools.accumulate(counts))
+        self._batch.segments = list(zip([0, *stops], stops, strict=False))
 
     def factors(self, slot: int) -> dict[str, list[nn.Parameter]]:
         """The trainable parameters of one slot, grouped as "A", "B" and "head"; no empty group."""
@@ -133,13 +136,13 @@ class Bank:
         """The rows (start, stop) of each slot."""
         if len(self._pairs) == 1:
             return [(0, x.shape[0])]
-        if x.shape[0] != sum(self._counts):
+        segments: list[tuple[int, int]] = self._batch.segments
+        if x.shape[0] != segments[-1][1]:
             raise ModelError(
-                f"'{name}' is fed {x.shape[0]} rows where the batch has {sum(self._counts)}, so that they "
+                f"'{name}' is fed {x.shape[0]} rows where the batch has {segments[-1][1]}, so that they "
                 "cannot be told apart by client; train this model with engine.fuse=1"
             )
-        stops = [sum(self._counts[: k + 1]) for k in range(len(self._counts))]
-        return list(zip([0, *stops], stops, strict=False))
+        return segments
 
 
 class _LowRank(torch.autograd.Function):

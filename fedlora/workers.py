@@ -1,0 +1,47 @@
+"""Micro-batches on all cores: one thread each, with single-threaded arithmetic inside.
+
+Small matrix products gain little from being split over cores, and lose a hundredfold when two jobs share them
+with threads that wait by spinning. Whole micro-batches side by side keep every core busy instead, and since
+each is computed by one thread and they are added up in order, the result does not depend on the cores.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+
+from fedlora.models import Base
+
+Work = TypeVar("Work")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """As many threads as torch would use on the CPU; none for a model on a GPU. For use in a `with` block."""
+
+    def __init__(self, base: Base) -> None:
+        self._threads = torch.get_num_threads()
+        self._pool: ThreadPoolExecutor | None = None
+        if base.device.type == "cpu" and self._threads > 1:
+            self._pool = ThreadPoolExecutor(self._threads, "fedlora", torch.set_num_threads, (1,))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, work: Callable[[Work], Result], items: Sequence[Work]) -> Iterable[Result]:
+        """The results in the order of the items; a single item has all cores to itself."""
+        if self._pool is None or len(items) == 1:
+            return [work(item) for item in items]
+        torch.set_num_threads(1)  # MKL's setting is one for all threads
+        try:
+            return list(self._pool.map(work, items))
+        finally:
+            torch.set_num_threads(self._threads)
