@@ -51,9 +51,13 @@ class LocalTraining(Client):
     micro_tokens: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("lr", "head_lr", "clip", "batch_size", "epochs", "steps", "micro_tokens"):
+        for name in ("batch_size", "epochs", "steps", "micro_tokens"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ConfigError(f"client.{name}: expected a whole number of at least 1, got {value!r}")
+        for name in ("lr", "head_lr", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ConfigError(f"client.{name}: expected a number above 0, got {value!r}")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ConfigError(f"client.schedule: expected constant, linear or cosine, got '{self.schedule}'")
@@ -78,7 +82,7 @@ class LocalTraining(Client):
         rows, found = assignment.rows, list[list[Example]]()
         per_epoch = math.ceil(len(rows) / self.batch_size)
         wanted = self.steps if self.steps is not None else per_epoch * self.epochs
-        while len(found) < wanted:
+        while rows and len(found) < wanted:
             order = rng.permutation(len(rows))
             found += [
                 [rows[i] for i in order[start : start + self.batch_size]]

@@ -62,8 +62,8 @@ def verify(run: Path) -> str:
     _, state = RunFolder(run).load_state()
     base = load_base(config, dataset)
     rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, config.data.max_length)
-    batch = collate(rows[:16], base.tokenizer.pad_token_id)
-    with torch.no_grad(), Bank(base, [state.adapter], frozenset()):
+    batch = collate(rows[:16], base.pad_id)
+    with torch.no_grad(), Bank(base, [state.adapter]):
         ours = base.logits(batch)
     plain = load_base(config, dataset)
     loaded = PeftModel.from_pretrained(plain.model, str(run / "adapter")).eval()

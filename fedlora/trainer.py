@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fedlora.adapter import Adapter
 from fedlora.data import Example, collate
+from fedlora.errors import ModelError
 from fedlora.models import Bank, Base
 from fedlora.protocol import BOTH
 from fedlora.workers import Workers
@@ -23,7 +24,7 @@ from fedlora.workers import Workers
 
 @dataclass(frozen=True)
 class Job:
-    """One client's work: where it starts, what it trains, and its batches in order."""
+    """One client's work: where it starts, which factors it trains (the head always), its batches in order."""
 
     adapter: Adapter
     batches: Sequence[Sequence[Example]]
@@ -57,7 +58,7 @@ def fit(
 
     Args:
         base: the frozen model.
-        jobs: one a client; all train the same factors.
+        jobs: one a client.
         make_optimizer: from a client's parameters, grouped as "A", "B" and "head", to its optimizer.
         schedule: (step, steps) -> factor of the learning rate, step counting from 0; None keeps it constant.
         clip: the largest norm of a client's gradient over all it trains; None does not clip.
@@ -67,7 +68,10 @@ def fit(
     """
     steps = [len(job.batches) for job in jobs]
     losses = [0.0] * len(jobs)
-    with Bank(base, [job.adapter for job in jobs], jobs[0].train) as bank, Workers(base) as workers:
+    with (
+        Bank(base, [job.adapter for job in jobs], [job.train for job in jobs]) as bank,
+        Workers(base) as workers,
+    ):
         factors = [bank.factors(slot) for slot in range(len(jobs))]
         optimizers = [make_optimizer(own) for own in factors]
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -91,6 +95,8 @@ def fit(
                 _accumulate(trained, grads)
                 for slot, loss in lost:
                     losses[slot] += loss
+            if step == 0:
+                _all_called([p for slot in live for p in leaves[slot]])
             for slot in live:
                 _step(optimizers[slot], clip, rates[slot], schedule, step, steps[slot])
         return [
@@ -104,6 +110,15 @@ def _accumulate(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | Non
     for parameter, grad in zip(parameters, grads, strict=True):
         if grad is not None:
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+
+def _all_called(parameters: Sequence[nn.Parameter]) -> None:
+    """Raise ModelError where a tensor to train gets no gradient: its layer's forward is never called."""
+    if silent := sum(parameter.grad is None for parameter in parameters):
+        raise ModelError(
+            f"{silent} of {len(parameters)} tensors to train got no gradient, since this model never calls "
+            "their layers; choose other lora.targets"
+        )
 
 
 def _step(
@@ -128,7 +143,7 @@ def _forward(base: Base, bank: Bank, micro: Micro, slots: int) -> tuple[Tensor, 
     """Losses and shares of right answers of a micro-batch's rows."""
     held = Counter(slot for slot, _ in micro)
     bank.route([held[slot] for slot in range(slots)])
-    return base.losses(collate([row for _, row in micro], base.tokenizer.pad_token_id))
+    return base.losses(collate([row for _, row in micro], base.pad_id))
 
 
 def micro_batches(rows: Micro, tokens: int) -> Iterator[Micro]:
@@ -157,7 +172,7 @@ def evaluate(
     """
     totals = [[0.0, 0.0] for _ in adapters]
     micros = list(micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens))
-    with Bank(base, adapters, frozenset()) as bank, Workers(base) as workers:
+    with Bank(base, adapters) as bank, Workers(base) as workers:
 
         @torch.no_grad()
         def measure(micro: Micro) -> tuple[list[float], list[float]]:

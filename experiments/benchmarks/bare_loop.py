@@ -65,7 +65,7 @@ def with_peft(job: Job, model: nn.Module) -> list[Adapter]:
             [{"params": lora, "lr": client.lr}, {"params": head, "lr": client.head_lr}], weight_decay=0.0
         )
         for rows in client.batches(work):
-            batch = collate(rows, job.base.tokenizer.pad_token_id)
+            batch = collate(rows, job.base.pad_id)
             logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             nn.functional.cross_entropy(logits, batch.target).backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(lora + head, client.clip)

@@ -21,7 +21,6 @@ from fedlora.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
 from fedlora.models.lora import layer_shape
-from fedlora.protocol import BOTH
 
 
 class Bank:
@@ -30,34 +29,37 @@ class Bank:
     Args:
         base: the frozen model; identical before, during and after.
         adapters: one a slot, of any ranks and scales.
-        train: the factors that receive gradients, {"A", "B"} or one of them; empty for inference.
+        train: the factors of each slot that receive gradients, and the heads with them; None for inference.
 
     Raises:
         ModelError: an adapter names a module that the model lacks, or of another shape.
     """
 
-    def __init__(self, base: Base, adapters: Sequence[Adapter], train: frozenset[str] = BOTH) -> None:
-        device = base.device
+    def __init__(
+        self, base: Base, adapters: Sequence[Adapter], train: Sequence[frozenset[str]] | None = None
+    ) -> None:
+        first = adapters[0]
+        for adapter in adapters:
+            if adapter.pairs.keys() != first.pairs.keys() or adapter.extra.keys() != first.extra.keys():
+                raise ModelError("the adapters of one pass must have the same modules and the same heads")
+        trained = [frozenset[str]()] * len(adapters) if train is None else train
         self._model = base.model
         self._batch = threading.local()  # batches may be on their way in several threads
         self._scales = {name: [a.pairs[name].scale for a in adapters] for name in adapters[0].pairs}
         self._pairs = [
             {
-                name: (
-                    _leaf(pair.A, device, "A" in train),
-                    _leaf(pair.B, device, "B" in train),
-                )
+                name: (_leaf(pair.A, base.device, "A" in own), _leaf(pair.B, base.device, "B" in own))
                 for name, pair in adapter.pairs.items()
             }
-            for adapter in adapters
+            for adapter, own in zip(adapters, trained, strict=True)
         ]
-        self._heads = [_copies(base, adapter, bool(train)) for adapter in adapters]
+        self._heads = [_copies(base, adapter, train is not None) for adapter in adapters]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> Self:
         modules = dict(self._model.named_modules())
-        for name, (A, B) in self._pairs[0].items():
+        for name, (A, B) in (item for slot in self._pairs for item in slot.items()):
             if name not in modules:
                 raise ModelError(f"the adapter has a pair for '{name}', a module that the model lacks")
             expected = layer_shape(modules[name], name)
@@ -66,7 +68,7 @@ class Bank:
                     f"the adapter's update of '{name}' is {(B.shape[0], A.shape[1])}, the layer {expected}"
                 )
         for name in self._pairs[0]:
-            self._handles.append(modules[name].register_forward_hook(self._hook(name)))
+            self._handles.append(modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
         for name in self._heads[0]:
             modules[name].forward = self._stand_in(name)
             self._replaced.append(modules[name])
@@ -114,9 +116,12 @@ class Bank:
         factors = [tensor for slot in self._pairs for tensor in slot[name]]
         scales = self._scales[name]
 
-        def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            segments = self._segments(args[0], name)
-            added: Tensor = _LowRank.apply(output, args[0], segments, scales, *factors)  # type: ignore[no-untyped-call]
+        def add(
+            module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+        ) -> Tensor:
+            x = args[0] if args else next(iter(named.values()))
+            segments = self._segments(x, name)
+            added: Tensor = _LowRank.apply(output, x, segments, scales, *factors)  # type: ignore[no-untyped-call]
             return added
 
         return add
@@ -170,17 +175,17 @@ class _LowRank(torch.autograd.Function):
             flat_y[rows] += (u @ factors[2 * k + 1].T).to(output.dtype)
             inner.append(u)
         ctx.mark_dirty(output)
-        ctx.save_for_backward(flat_x, *inner, *factors)
-        ctx.segments, ctx.scales, ctx.tokens, ctx.x = segments, scales, tokens, (x.shape, x.dtype)
+        ctx.save_for_backward(x, *inner, *factors)
+        ctx.segments, ctx.scales, ctx.tokens = segments, scales, tokens
         return output
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         K, grad = len(ctx.segments), grads[0]
-        flat_x, inner = ctx.saved_tensors[0], ctx.saved_tensors[1 : K + 1]
+        x, inner = ctx.saved_tensors[0], ctx.saved_tensors[1 : K + 1]
         factors, wanted = ctx.saved_tensors[K + 1 :], ctx.needs_input_grad[4:]
-        flat_grad = _flat(grad, flat_x.dtype)
+        flat_x, flat_grad = _flat(x, factors[0].dtype), _flat(grad, factors[0].dtype)
         grad_x = torch.empty_like(flat_x) if ctx.needs_input_grad[1] else None
         grad_factors: list[Tensor | None] = [None] * len(factors)
         for k, (start, stop) in enumerate(ctx.segments):
@@ -197,8 +202,8 @@ class _LowRank(torch.autograd.Function):
                 grad_factors[2 * k] = v.T @ flat_x[rows]
             if grad_x is not None:
                 torch.mm(v, factors[2 * k], out=grad_x[rows])
-        shape, dtype = ctx.x
-        return grad, None if grad_x is None else grad_x.view(shape).to(dtype), None, None, *grad_factors
+        grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
+        return grad, grad_x, None, None, *grad_factors
 
 
 def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedlora.data import Batch, Kind
@@ -39,11 +40,20 @@ class Base:
         device: torch.device = next(self.model.parameters()).device
         return device
 
+    @property
+    def pad_id(self) -> int:
+        """What to pad with: the model's own, by which a decoder's classifier finds a row's last token."""
+        pad: int = self.model.config.pad_token_id
+        return pad
+
     def logits(self, batch: Batch) -> Tensor:
         """The model's output, (rows, labels) or (rows, tokens, vocabulary), in float32 at least."""
+        return _precise(self._raw(batch))
+
+    def _raw(self, batch: Batch) -> Tensor:
         ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
         output: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
-        return output if output.dtype == torch.float64 else output.float()
+        return output
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One loss a row, and one share of right answers a row, both (rows,).
@@ -51,24 +61,25 @@ class Base:
         Classification: cross-entropy of the label. Instruction: mean cross-entropy over the row's own
         response tokens, so that a row counts once whatever its length and its batch; the share is of tokens.
         """
-        logits, target = self.logits(batch), batch.target.to(self.device)
+        logits, target = self._raw(batch), batch.target.to(self.device)
         if self.kind == "classification":
+            logits = _precise(logits)
             right = (logits.argmax(-1) == target).to(logits.dtype)
             return F.cross_entropy(logits, target, reduction="none"), right
         logits, target = logits[:, :-1], target[:, 1:]
         told = target != -100
         rows, places = told.nonzero(as_tuple=True)
-        chosen, wanted = logits[rows, places], target[rows, places]
+        chosen, wanted = _precise(logits[rows, places]), target[rows, places]
         each = F.cross_entropy(chosen, wanted, reduction="none")
         share = 1 / told.sum(1).clamp_min(1).to(each.dtype)[rows]
-        empty = logits.new_zeros(len(target))
+        empty = chosen.new_zeros(len(target))
         right = (chosen.argmax(-1) == wanted).to(each.dtype)
         return empty.index_add(0, rows, each * share), empty.index_add(0, rows, right * share)
 
     def head_state(self) -> dict[str, Tensor]:
         """A copy of the heads' parameters as loaded, in float32 at least."""
         return {
-            f"{head}.{name}": p.detach().clone().to(_at_least_float32(p.dtype))
+            f"{head}.{name}": _precise(p.detach().clone())
             for head in self.heads
             for name, p in self.model.get_submodule(head).named_parameters()
         }
@@ -100,11 +111,16 @@ def load(
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    if not hasattr(torch, dtype) or not isinstance(getattr(torch, dtype), torch.dtype):
-        raise ModelError(f"model.dtype: expected float32 or bfloat16, got '{dtype}'")
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise ModelError(f"model.dtype: expected float32, bfloat16 or float64, got '{dtype}'")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"model.device: '{device}' was asked for, torch sees no GPU; use model.device=cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"model.device: expected cpu, cuda or cuda:1, got '{device}'") from error
     chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    chosen["ignore_mismatched_sizes"] = True  # a head for other labels is made anew, below
     auto = AutoModelForCausalLM
     if kind == "classification":
         auto = AutoModelForSequenceClassification
@@ -116,19 +132,24 @@ def load(
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         model, info = auto.from_pretrained(str(path), **chosen)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
         raise ModelError(
             f"model.path: expected a folder with a transformers model, or a hub name, got '{path}': {why}"
         ) from error
     finally:
         transformers.utils.logging.set_verbosity(quiet)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one without files
+        raise ModelError(f"model.path: '{path}' has no tokenizer files; save its tokenizer there too")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"model.path: the tokenizer of '{path}' has neither a pad nor an end token; set one")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    heads = _heads(model, kind, info["missing_keys"], str(path))
-    _make_up(model, info["missing_keys"], seed)
+    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    heads = _heads(model, kind, missing, str(path))
+    _make_up(model, missing, seed)
     model.requires_grad_(False).eval().to(device)
     return Base(model, tokenizer, kind, heads, str(path))
 
@@ -141,9 +162,13 @@ def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[s
         return ()
     prefix = model.base_model_prefix
     heads = [n for n, m in model.named_children() if n != prefix and any(True for _ in m.parameters())]
-    for name in sorted(missing):
-        if name.startswith(prefix + "."):
-            heads.append(".".join(name.split(".")[:2]))
+    for name in sorted({".".join(key.split(".")[:2]) for key in missing if key.startswith(prefix + ".")}):
+        lacks = [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()]
+        if not set(lacks) <= set(missing):
+            raise ModelError(
+                f"model.path: the checkpoint '{path}' lacks a part of {name}, or has other shapes"
+            )
+        heads.append(name)
     return tuple(sorted(set(heads)))
 
 
@@ -157,8 +182,11 @@ def _make_up(model: Any, missing: Sequence[str], seed: int) -> None:
         if value.ndim > 1:
             value.data = torch.from_numpy(rng.normal(0, spread, value.shape)).to(value)
         else:
-            value.data = torch.full_like(value, 1.0 if "norm" in name.lower() and "weight" in name else 0.0)
+            value.data = torch.full_like(
+                value, 1.0 if name.endswith("weight") else 0.0
+            )  # of a norm, or a bias
 
 
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
+def _precise(tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -76,9 +76,25 @@ class LoRA:
         for name, value in (("scale", self.scale), ("alpha", self.alpha)):
             if value is not None and not value > 0:
                 raise ConfigError(f"lora.{name}: expected a number above 0, got {value}")
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern, value in patterns.items():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(
+                        f"lora.{name}: '{pattern}' is no regular expression: {error}"
+                    ) from error
+                if not value > 0 or (name == "rank_pattern" and value != int(value)):
+                    raise ConfigError(
+                        f"lora.{name}: expected numbers above 0, whole ones for ranks; got {value}"
+                    )
 
     def peer(self, client: int, rank: int, modules: Iterable[str]) -> Peer:
         """What the server knows of a client of this rank."""
+        modules = list(modules)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", m) for m in modules):
+                raise ConfigError(f"lora: the pattern '{pattern}' fits no target module")
         ranks = {m: int(by_pattern(self.rank_pattern, m, rank)) for m in modules}
         scales = {m: self._scale(m, r) for m, r in ranks.items()}
         return Peer(client, rank, {m: r for m, r in ranks.items() if r != rank}, scales)

@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,22 +68,37 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
         ModelError: the folder holds no LoRA adapter, or one that is more than B·A and whole heads (DoRA,
             trained biases, adapted embeddings).
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftConfig
     from peft.utils import load_peft_weights
 
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"lora.adapter: expected a folder that PEFT wrote, no adapter_config.json in '{folder}'"
         )
-    config = LoraConfig.from_pretrained(str(folder))
-    if config.use_dora or config.bias != "none" or config.lora_bias:
+    config = PeftConfig.from_pretrained(str(folder))
+    changed = [
+        name
+        for name in ("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora", "layer_replication")
+        if getattr(config, name, None)
+    ]
+    start = getattr(config, "init_lora_weights", True)
+    # These starts are taken out of the base's weights, which PEFT does again when it loads the adapter.
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        changed.append(f"init_lora_weights={start}")
+    if not isinstance(config, LoraConfig) or config.bias != "none" or changed:
         raise ModelError(
-            f"'{folder}' uses DoRA or trained biases; only plain LoRA (ΔW = s·B·A) can be loaded"
+            f"lora.adapter: '{folder}' is no plain LoRA (ΔW = s·B·A): "
+            f"{config.peft_type.value}, bias={getattr(config, 'bias', None)}, {', '.join(changed)}"
         )
     pairs: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
-    for key, value in load_peft_weights(str(folder), device="cpu").items():
+    try:
+        weights = load_peft_weights(str(folder), device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"lora.adapter: cannot read '{folder}': {str(error).splitlines()[0]}") from error
+    for key, value in weights.items():
         name = key.removeprefix(_PREFIX)
+        value = value if value.dtype == torch.float64 else value.float()
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             pairs.setdefault(match[1], {})[match[2]] = value
         elif name.startswith(tuple(f"{head}." for head in base.heads)):
@@ -90,13 +107,19 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
             raise ModelError(
                 f"'{folder}' holds '{key}', which belongs neither to LoRA nor to a head of the model"
             )
-    made = {}
+    made, modules = {}, dict(base.model.named_modules())
     for name, factors in pairs.items():
-        layer_shape(base.model.get_submodule(name), name)
+        if name not in modules or factors.keys() != {"A", "B"}:
+            raise ModelError(
+                f"lora.adapter: '{folder}' has lora_{' and lora_'.join(sorted(factors))} of '{name}'; "
+                f"expected both of a module of '{base.path}'"
+            )
+        layer_shape(modules[name], name)
         rank = factors["A"].shape[0]
         alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         made[name] = Pair(factors["A"], factors["B"], alpha / (rank**0.5 if config.use_rslora else rank))
-    return Adapter(made, extra)
+    # PEFT saves the heads that it knows of; what else was made up here starts as it is.
+    return Adapter(made, (base.head_state() | extra) if extra else {})
 
 
 def merge(base: Base, adapter: Adapter) -> None:

@@ -1,0 +1,49 @@
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedlora import Adapter, Pair, Update
+from fedlora.experiments.run import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_example_algorithm_runs_as_it_is_printed():
+    code = next(block for block in blocks("python") if "MedianFedIT" in block)
+    module = {"__name__": "example"}
+    exec(code, module)
+    strategy = module["MedianFedIT"]()
+    one = Adapter({"m": Pair(torch.ones(2, 3), torch.ones(4, 2))}, {"head": torch.ones(2)})
+    three = Adapter({"m": Pair(torch.full((2, 3), 3.0), torch.ones(4, 2))}, {"head": torch.ones(2)})
+    nine = Adapter({"m": Pair(torch.full((2, 3), 9.0), torch.ones(4, 2))}, {"head": torch.ones(2)})
+    after = strategy.aggregate(
+        strategy.init(one), [Update(one), Update(three), Update(nine)], np.random.default_rng(0)
+    )
+    assert torch.equal(after.adapter.pairs["m"].A, torch.full((2, 3), 3.0))
+
+
+def test_the_table_has_every_strategy():
+    from fedlora import strategies
+
+    named = {name.lower() for name in strategies.__all__}
+    assert named == set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+
+
+def test_its_commands_are_make_targets_and_verbs(capsys):
+    targets = set(re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    main(["--help"])
+    verbs = set(re.findall(r"^  fedlora (\w+)", capsys.readouterr().out, flags=re.MULTILINE))
+    for block in blocks("bash"):
+        for line in block.splitlines():
+            words = line.split()
+            if words[:1] == ["make"]:
+                assert words[1] in targets
+            if words[:1] == ["fedlora"]:
+                assert words[1] in verbs

@@ -1,0 +1,134 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.data import Example, collate
+from fedlora.models import Bank, Base, load, targets
+from fedlora.models.packaged import tiny
+from fedlora.trainer import Job, evaluate, fit, micro_batches
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        loaded = load(tiny(), "classification", ("x", "y", "z"))
+    loaded.model.double()
+    return loaded
+
+
+def adapter(base: Base, rank: int, seed: int) -> Adapter:
+    made = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=made, dtype=torch.float64)
+
+    pairs = {n: Pair(random(rank, i), random(o, rank), 0.5) for n, (o, i) in targets(base, "query").items()}
+    return Adapter(pairs, {n: p + random(*p.shape) for n, p in base.head_state().items()})
+
+
+def rows(number: int, seed: int = 0) -> list[Example]:
+    made = torch.Generator().manual_seed(seed)
+    return [
+        Example(torch.randint(2, 200, (1 + (7 * i + seed) % 11,), generator=made).tolist(), (i + seed) % 3)
+        for i in range(number)
+    ]
+
+
+lengths = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 40)), max_size=40)
+
+
+@given(lengths=lengths, tokens=st.integers(1, 200))
+def test_micro_batches_hold_every_row_once_slot_by_slot_within_the_budget(
+    lengths: list[tuple[int, int]], tokens: int
+) -> None:
+    pool = [(slot, Example([number] * length, 0)) for number, (slot, length) in enumerate(lengths)]
+    found = list(micro_batches(pool, tokens))
+    assert sorted(item for micro in found for item in micro) == sorted(pool)
+    longest = math.inf
+    for micro in found:
+        slots = [slot for slot, _ in micro]
+        assert slots == sorted(slots)
+        size = [len(row.input_ids) for _, row in micro]
+        assert len(micro) == 1 or len(micro) * max(size) <= tokens
+        assert max(size) <= longest  # like lengths are together
+        longest = min(size)
+    for micro in found[:-1]:  # none has room for the next one's first
+        assert (len(micro) + 1) * max(len(row.input_ids) for _, row in micro) > tokens
+
+
+def test_evaluation_is_a_loop_over_adapters_and_their_rows(base: Base) -> None:
+    adapters = [adapter(base, rank, rank) for rank in (1, 3, 2, 5)]
+    own = [rows(7, 1), rows(1, 2), [], rows(13, 3)]
+    for tokens in (1, 25, 10**6):
+        found = evaluate(base, adapters, own, tokens)
+        for one, mine, (loss, right) in zip(adapters, own, found, strict=True):
+            if not mine:
+                assert math.isnan(loss)
+                assert math.isnan(right)
+                continue
+            told, hits = [], []
+            for row in mine:
+                with torch.no_grad(), Bank(base, [one]):
+                    logits = base.logits(collate([row], 0))[0]
+                told.append(-logits.log_softmax(-1)[row.target].item())
+                hits.append(logits.argmax().item() == row.target)
+            assert loss == pytest.approx(sum(told) / len(told), rel=1e-9)
+            assert right == pytest.approx(sum(hits) / len(hits))
+
+
+def test_evaluation_needs_no_head_of_the_adapter_and_no_rows_at_all(base: Base) -> None:
+    bare = Adapter(adapter(base, 2, 1).pairs)
+    full = Adapter(bare.pairs, base.head_state())
+    [one], [other] = evaluate(base, [bare], [rows(9)]), evaluate(base, [full], [rows(9)])
+    assert one == pytest.approx(other)
+    head = Adapter({}, adapter(base, 1, 4).extra)
+    two = evaluate(base, [head, head], [rows(5), rows(6)])
+    assert two[0] == pytest.approx(evaluate(base, [head], [rows(5)])[0])
+    assert all(math.isnan(x) for pair in evaluate(base, [bare, bare], [[], []]) for x in pair)
+
+
+def sgd(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for found in groups.values() for p in found], lr=0.1)
+
+
+def test_a_head_alone_can_be_trained(base: Base) -> None:
+    heads = [Adapter({}, adapter(base, 1, seed).extra) for seed in (1, 2)]
+    jobs = [Job(head, [rows(4, seed)]) for seed, head in enumerate(heads)]
+    for job, one in zip(jobs, fit(base, jobs, sgd), strict=True):
+        [alone] = fit(base, [job], sgd)
+        for name, value in one.adapter.extra.items():
+            torch.testing.assert_close(value, alone.adapter.extra[name], rtol=1e-9, atol=1e-12)
+            assert not torch.equal(value, job.adapter.extra[name])
+
+
+def test_the_loss_is_the_mean_over_steps_of_each_batch_s_mean(base: Base) -> None:
+    start, batches = adapter(base, 2, 1), [rows(5, 1), rows(2, 2)]
+    still = torch.optim.SGD
+    [one] = fit(
+        base, [Job(start, batches)], lambda g: still([p for found in g.values() for p in found], lr=0.0)
+    )
+    parts = [evaluate(base, [start], [batch])[0][0] for batch in batches]
+    assert one.loss == pytest.approx(sum(parts) / 2, rel=1e-9)
+    assert one.adapter.digest() == start.digest()
+
+
+def test_a_schedule_and_a_clip_are_those_of_the_step(base: Base) -> None:
+    told: list[tuple[int, int]] = []
+    jobs = [Job(adapter(base, 1, k), [rows(3, s) for s in range(n)]) for k, n in enumerate((3, 1))]
+
+    def schedule(step: int, steps: int) -> float:
+        told.append((step, steps))
+        return 1.0 if step == 0 else 0.0
+
+    fitted = fit(base, jobs, sgd, schedule)
+    assert sorted(told) == [(0, 1), (0, 3), (1, 3), (2, 3)]
+    for job, one in zip(jobs, fitted, strict=True):
+        [first] = fit(base, [Job(job.adapter, job.batches[:1])], sgd)
+        for name, value in one.adapter.tensors():
+            torch.testing.assert_close(value, dict(first.adapter.tensors())[name], rtol=1e-9, atol=1e-12)
