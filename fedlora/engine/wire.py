@@ -25,14 +25,14 @@ def write_task(task: Task, round: int, seed: int) -> RecordDict:
     config = ConfigRecord()
     config["round"], config["seed"] = round, seed
     config["train"], config["share"] = "".join(sorted(task.train)), "".join(sorted(task.share))
-    config.update(_scales(task.adapter))
+    config["scales"] = [pair.scale for pair in task.adapter.pairs.values()]
     return RecordDict({"arrays": _arrays(task.adapter, "AB"), "config": config})
 
 
 def read_task(content: RecordDict) -> tuple[Task, int, int]:
     """The task, the round and the seed that `write_task` wrote."""
     config = content.config_records["config"]
-    adapter = _adapter(content.array_records["arrays"], config.get("scales", []))  # type: ignore[arg-type]
+    adapter = _adapter(content.array_records["arrays"], config["scales"])  # type: ignore[arg-type]
     task = Task(adapter, frozenset(str(config["train"])), frozenset(str(config["share"])))
     return task, int(config["round"]), int(config["seed"])  # type: ignore[arg-type]
 
@@ -41,8 +41,9 @@ def write_update(outcome: Outcome, task: Task, round: int, examples: int) -> Rec
     """What a client sends: the shared factors, the extras, its number of rows and its metrics."""
     metrics = {name: float(value) for name, value in outcome.metrics.items()}
     numbers = MetricRecord({"num-examples": examples, "round": round, **metrics})
+    scales = [pair.scale for pair in outcome.adapter.pairs.values()]
     arrays = _arrays(outcome.adapter, task.share)
-    records = {"arrays": arrays, "metrics": numbers, "config": _scales(outcome.adapter)}
+    records = {"arrays": arrays, "metrics": numbers, "config": ConfigRecord({"scales": scales})}
     return RecordDict(records)  # type: ignore[arg-type]
 
 
@@ -59,7 +60,7 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
     try:
         arrays = reply.content.array_records["arrays"]
         numbers = dict(reply.content.metric_records["metrics"])
-        scales = reply.content.config_records["config"]
+        scales = reply.content.config_records["config"]["scales"]
     except KeyError as error:
         raise IncompatibleUpdates(f"the reply lacks the record {error}") from error
     if numbers.get("round") != round:
@@ -71,7 +72,7 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
     if expected.keys() != arrays.keys():
         missing, unknown = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
         raise IncompatibleUpdates(f"wrong tensors: missing {missing[:3]}, unknown {unknown[:3]}")
-    if dict(scales) != dict(_scales(task.adapter)):
+    if scales != [pair.scale for pair in task.adapter.pairs.values()]:
         raise IncompatibleUpdates("the scales differ from those that were sent")
     found = {name: _checked(name, arrays[name], want) for name, want in expected.items()}
     pairs = {
@@ -115,11 +116,6 @@ def _named(adapter: Adapter, factors: Iterable[str]) -> Iterable[tuple[str, Tens
         for factor in sorted(factors):
             yield f"{name}.{factor}", pair.A if factor == "A" else pair.B
     yield from adapter.extra.items()
-
-
-def _scales(adapter: Adapter) -> ConfigRecord:
-    scales = [pair.scale for pair in adapter.pairs.values()]
-    return ConfigRecord({"scales": scales} if scales else {})  # Flower cannot count an empty list's bytes
 
 
 def _arrays(adapter: Adapter, factors: Iterable[str]) -> ArrayRecord:
