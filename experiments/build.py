@@ -17,7 +17,7 @@ from fedlora.client import Client
 from fedlora.data import Dataset, Example, Part, encode, partition
 from fedlora.engine import Rules, Site
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.models import Base, LoRA, fresh_adapter, load, load_adapter, targets
+from fedlora.models import Base, LoRA, fresh_adapter, load, load_adapter, merge, targets
 from fedlora.protocol import Peer, State
 from fedlora.seeds import generator
 from fedlora.strategy import Strategy
@@ -108,6 +108,7 @@ def build(config: DictConfig) -> Job:
         config.evaluate.every,
         config.evaluate.updates,
     )
+    fuse_of(config.engine.fuse)
     if config.lora.head not in ("train", "freeze"):
         raise ConfigError(f"lora.head: expected train or freeze, got '{config.lora.head}'")
     dataset: Dataset = make(config.data.source, "data")
@@ -124,26 +125,37 @@ def build(config: DictConfig) -> Job:
         kind=dataset.kind,
     )
     ranks = deal_ranks(config.ranks, len(parts), config.seed)
+    if rules.min_updates > len(parts):
+        raise ConfigError(f"min_updates: expected at most {len(parts)}, the clients; got {rules.min_updates}")
     if len(set(ranks)) > 1 and not strategy.mixed_ranks:
         raise ConfigError(
             f"strategy {type(strategy).__name__} combines clients of one rank only, ranks are "
             f"{sorted(set(ranks))}; use strategy=flexlora, or one rank"
         )
-    base = load_base(config, dataset, _shared)
-    modules = targets(base, _plain(config.lora.targets)) if config.lora.targets else {}
     train_head = config.lora.head == "train"
+    given_head = config.lora.adapter is not None and not train_head
+    base = load_base(config, dataset, load if given_head else _shared)
+    modules = targets(base, _plain(config.lora.targets)) if config.lora.targets else {}
     if config.lora.adapter is not None:
         adapter = load_adapter(Path(config.lora.adapter), base)
+        if adapter.extra and not train_head:  # the base keeps that head, nobody trains or sends it
+            merge(base, Adapter({}, adapter.extra))
+            adapter = Adapter(adapter.pairs)
     else:
         largest = lora.peer(0, max(ranks), modules)
         adapter = fresh_adapter(base, modules, largest, train_head, config.seed)
     if not adapter.pairs and not adapter.extra:
         raise ConfigError("lora.targets is empty and no head is trained: there is nothing to train")
+    if not adapter.extra and train_head:
+        adapter = Adapter(adapter.pairs, base.head_state())
+    start = strategy.init(adapter)
+    for rank in sorted(set(ranks)):
+        strategy.task(start, lora.peer(0, rank, adapter.pairs))  # refuses a rank that cannot be served
     rows = encode(dataset.kind, dataset.train, dataset.labels, base.tokenizer, d.max_length)
     test = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, d.max_length)
     own = [[rows[i] for i in part.rows] for part in parts]
     site = Site(base, client, own.__getitem__, config.evaluate.clients)
-    return Job(dataset, base, parts, ranks, test, site, strategy, strategy.init(adapter), lora, rules)
+    return Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules)
 
 
 # A base is never written to, so the runs of one process share it.
@@ -152,6 +164,8 @@ _shared = functools.lru_cache(maxsize=1)(load)
 
 def load_base(config: DictConfig, dataset: Dataset, loader: Callable[..., Base] = load) -> Base:
     """The base model that the configuration names."""
+    if OmegaConf.is_missing(config.model, "path"):
+        raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
     path = config.model.path or make(config.model.source, "model")
     where = (config.model.dtype, config.model.device, config.seed)
     return loader(path, dataset.kind, dataset.labels, *where)
@@ -184,9 +198,12 @@ def deal_ranks(ranks: Any, clients: int, seed: int) -> list[int]:
     """
     plain = _plain(ranks)
     if isinstance(plain, Mapping):
-        shares = {_rank(rank): float(share) for rank, share in plain.items()}
+        try:
+            shares = {_rank(rank): float(share) for rank, share in plain.items()}
+        except (TypeError, ValueError):
+            shares = {}
         total = sum(shares.values())
-        if not shares or total <= 0 or min(shares.values()) < 0:
+        if not 0 < total < math.inf or min(shares.values()) < 0:
             raise ConfigError(f"ranks: expected shares above 0, such as {{8: 0.5, 2: 0.5}}, got {plain}")
         ends = [round(sum(list(shares.values())[: i + 1]) / total * clients) for i in range(len(shares))]
         sizes = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
@@ -201,7 +218,7 @@ def deal_ranks(ranks: Any, clients: int, seed: int) -> list[int]:
 def _rank(value: Any) -> int:
     try:
         rank = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         rank = 0
     if rank < 1 or rank != float(value):
         raise ConfigError(f"ranks: expected whole numbers of at least 1, got {value!r}")
@@ -210,3 +227,12 @@ def _rank(value: Any) -> int:
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def fuse_of(value: Any) -> int | None:
+    """`engine.fuse` as a number of clients; None for auto."""
+    if value == "auto":
+        return None
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"engine.fuse: expected auto or a whole number of at least 1, got {value!r}")
+    return value

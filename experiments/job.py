@@ -6,20 +6,19 @@ import platform
 import resource
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import fedlora
 from fedlora.engine import Federation, InProcessGrid, Progress, RunFolder, megabytes
-from fedlora.errors import CheckpointError, ConfigError
+from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 from fedlora.models import save_adapter
 from fedlora.protocol import State
 
-from .build import Job, build
+from .build import Job, build, fuse_of
 
 
 def run_job(config: DictConfig, console: Console) -> Path:
@@ -40,20 +39,28 @@ def run_job(config: DictConfig, console: Console) -> Path:
     job = build(config)
     if resumed:
         folder = RunFolder(path)
+        if not folder.started:  # killed before its first checkpoint
+            folder.save_state(0, job.start)
         done, state = folder.load_state()
+        (path / "summary.json").unlink(missing_ok=True)
+        folder.write_config(_yaml(config))
     else:
-        folder = RunFolder.create(path, OmegaConf.to_yaml(config))
+        folder = RunFolder.create(path, _yaml(config))
         done, state = 0, job.start
         folder.save_state(0, state)
     initial = job.evaluate([job.start.adapter])[0] if config.evaluate.every else {}
     startup = time.perf_counter() - began
-    console.print(_opening(job, config, path, done), soft_wrap=True, highlight=False)
+    console.print(_opening(job, config, path, done), soft_wrap=True, highlight=False, markup=False)
     with Progress(config.rounds, done, job.metric, console) as progress:
         federation = Federation(
             job.strategy, state, job.peer, job.rules, job.evaluate, folder, progress, done
         )
-        fuse = None if config.engine.fuse == "auto" else _fuse(config.engine.fuse)
+        fuse = fuse_of(config.engine.fuse)
         federation.run(InProcessGrid(job.site, job.nodes(), fuse, progress.advance))
+    if not any(line["clients"] for line in folder.rounds()):
+        raise FedLoraError(
+            f"no client sent a good update in any round; the reasons are in {path}/clients.jsonl"
+        )
     _finish(job, config, folder, federation.state, initial, startup)
     return path
 
@@ -78,12 +85,19 @@ def continued(path: Path, overrides: list[str]) -> DictConfig:
         config.rounds = int(value)
     folder = RunFolder(path)
     last = folder.rounds()[-1:]
+    if last and last[0]["round"] > config.rounds:
+        raise ConfigError(f"resume: rounds={config.rounds}, but {last[0]['round']} are done")
     if folder.finished and last and last[0]["round"] >= config.rounds:
         raise CheckpointError(
             f"resume: '{path}' has finished its {config.rounds} rounds; say rounds=N to add some"
         )
     config.resume = str(path)
     return config
+
+
+def _yaml(config: DictConfig) -> str:
+    """The configuration as it is kept: a run that was continued is the same run."""
+    return OmegaConf.to_yaml(OmegaConf.merge(config, {"resume": None}))
 
 
 def _out(config: DictConfig) -> Path:
@@ -95,12 +109,6 @@ def _out(config: DictConfig) -> Path:
 
 def _name(config: DictConfig) -> str:
     return str(config.strategy["_target_"]).rsplit(".", 1)[-1].lower()
-
-
-def _fuse(value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"engine.fuse: expected auto or a whole number of at least 1, got {value!r}")
-    return value
 
 
 def _opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
@@ -153,7 +161,7 @@ def _finish(
         "versions": {
             "fedlora": fedlora.__version__,
             "python": platform.python_version(),
-            "torch": torch.__version__,
+            **{name: version(name) for name in ("torch", "transformers", "peft", "flwr")},
         },
     }
     folder.write_json("summary.json", summary)

@@ -7,10 +7,12 @@ leaves its traceback in a file, one line that names it, and exit code 1.
 import argparse
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Set before torch and transformers are imported: no telemetry, no parallel tokenizers to warn about, and
 # threads that wait asleep, so that two jobs on one machine slow each other by two and not by a hundred.
@@ -39,9 +41,15 @@ fedlora VERB --help says more about each.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
+def _notice(message: Warning | str, *where: Any, **more: Any) -> str:
+    """A warning as a line for the user, without the line of source that raised it."""
+    return f"fedlora: {message}\n"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `fedlora` command."""
     words = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = _notice
     verbs = {"run": _run, "report": _report, "export": _export, "verify": _verify, "demo": _demo}
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -61,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail("interrupted; a run goes on from its last round with fedlora run resume=DIR", 130)
     except Exception as error:
         log = Path("fedlora-error.log").absolute()
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        try:
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+        except OSError:
+            log = Path(tempfile.mkdtemp(prefix="fedlora-")) / log.name
+            log.write_text(traceback.format_exc(), encoding="utf-8")
         _fail(f"unexpected {type(error).__name__}: {error}; the traceback is in {log}", 1)
 
 
@@ -95,6 +107,8 @@ def _hydra(words: list[str]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig, OmegaConf
 
+    from . import settings
+
     def task(config: DictConfig) -> None:
         from .job import closing, run_job
 
@@ -106,6 +120,8 @@ def _hydra(words: list[str]) -> None:
         except FedLoraError as error:
             _fail(str(error), 2)
         print(closing(path))
+
+    settings.check_keys([word for word in words if not word.startswith("-")])
 
     sys.argv = ["fedlora run", *words]
     hydra.main("conf", "config", version_base="1.3")(task)()

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedlora.data import Dataset, collate, encode
 from fedlora.engine import RunFolder
 from fedlora.errors import CheckpointError, ConfigError, ModelError
-from fedlora.models import Bank, Base, merge, save_adapter
+from fedlora.models import Bank, by_peft, merge, save_adapter
 from fedlora.trainer import evaluate
 
 from .build import load_base, make
@@ -22,10 +22,10 @@ def export(run: Path, to: Path, merged: bool) -> str:
         CheckpointError: the run has no state.
         ConfigError: the folder is there already.
     """
-    if to.exists() and any(to.iterdir()):
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
     config, dataset = _read(run)
-    _, state = RunFolder(run).load_state()
+    _, state = RunFolder(run).read_state()
     base = load_base(config, dataset)
     if not merged:
         save_adapter(state.adapter, base, to)
@@ -43,8 +43,6 @@ def verify(run: Path) -> str:
     Raises:
         CheckpointError: a hash, a logit or the accuracy differs.
     """
-    from peft import PeftModel
-
     from fedlora.report import read_run
 
     summary = read_run(run).summary
@@ -59,20 +57,18 @@ def verify(run: Path) -> str:
             f"'{file}' has SHA-256 {found[:16]}, its summary says {str(summary['adapter_sha256'])[:16]}"
         )
     config, dataset = _read(run)
-    _, state = RunFolder(run).load_state()
+    _, state = RunFolder(run).read_state()
     base = load_base(config, dataset)
     rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, config.data.max_length)
     batch = collate(rows[:16], base.pad_id)
     with torch.no_grad(), Bank(base, [state.adapter]):
         ours = base.logits(batch)
-    plain = load_base(config, dataset)
-    loaded = PeftModel.from_pretrained(plain.model, str(run / "adapter")).eval()
-    wrapped = Base(loaded, plain.tokenizer, plain.kind, (), plain.path)
+    plain = by_peft(load_base(config, dataset), run / "adapter")
     with torch.no_grad():
-        gap = float((wrapped.logits(batch) - ours).abs().max())
+        gap = float((plain.logits(batch) - ours).abs().max())
     if not gap < 1e-4:
         raise CheckpointError(f"PEFT's logits differ from the run's by {gap:.2e}, expected less than 1e-4")
-    loss, right = evaluate(wrapped, [type(state.adapter)({})], [rows])[0]
+    loss, right = evaluate(plain, [type(state.adapter)({})], [rows])[0]
     said = summary.get("accuracy", summary.get("token_accuracy"))
     if said is not None and abs(right - said) > 0.005:
         raise CheckpointError(f"PEFT reaches {right:.4f} on the test rows, the summary says {said:.4f}")

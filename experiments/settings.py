@@ -19,6 +19,8 @@ from omegaconf.errors import (
 
 from fedlora.errors import ConfigError
 
+PATHS = ("out", "resume", "data.train", "data.test", "data.path", "model.path", "lora.adapter")
+
 
 @dataclass
 class Evaluate:
@@ -77,6 +79,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         ConfigError: an unknown key, group choice or value, in one line.
     """
     register()
+    overrides = [_quoted(word) for word in overrides]
     try:
         with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
             _know(overrides)
@@ -85,6 +88,24 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
     return config
+
+
+def check_keys(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a key that does not exist; a sweep's values are Hydra's business."""
+    try:
+        with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
+            _know(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from error
+
+
+def _quoted(word: str) -> str:
+    """A path in the quotes that Hydra's grammar wants; its user knows the shell's only."""
+    key, given, value = word.partition("=")
+    plain = value not in ("", "null", "???") and value[0] not in "'\"" and "${" not in value
+    if not given or key not in PATHS or not plain:
+        return word
+    return key + "='" + value.replace("'", "\\'") + "'"
 
 
 def groups() -> dict[str, list[str]]:
@@ -98,9 +119,8 @@ def _know(overrides: Sequence[str]) -> None:
     """Refuse keys that do not exist, naming the nearest one that does."""
     choices = groups()
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    chosen = [
-        o.input_line for o in parsed if o.input_line and o.key_or_group in choices and o.value() is not None
-    ]
+    simple = [o for o in parsed if not o.is_sweep_override() and o.key_or_group in choices]
+    chosen = [o.input_line for o in simple if o.input_line and o.value() is not None]
     known = OmegaConf.to_container(hydra.compose("config", chosen), resolve=False)
     for override in parsed:
         key = override.key_or_group

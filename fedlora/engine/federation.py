@@ -53,10 +53,11 @@ class Rules:
     evaluate_updates: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("rounds", 1), ("seed", 0), ("clients_per_round", 1), ("min_updates", 1)):
+        least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate_every": 0}
+        for name, low in least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name}: expected a whole number of at least {least}, got {value}")
+            if value is not None and value < low:
+                raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
         if self.weights not in ("examples", "uniform"):
             raise ConfigError(f"weights: expected examples or uniform, got '{self.weights}'")
 

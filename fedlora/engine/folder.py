@@ -1,5 +1,6 @@
 """The folder of a run: what is written when, so that a kill at any instant loses at most one round."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -50,8 +51,17 @@ class RunFolder:
             raise ConfigError(f"out: cannot make the folder '{path}': {error.strerror}") from error
         for log in ("metrics.jsonl", "clients.jsonl"):
             (path / log).touch()
-        folder.write("config.yaml", lambda file: file.write_text(config, encoding="utf-8"))
+        folder.write_config(config)
         return folder
+
+    def write_config(self, config: str) -> None:
+        """Write the resolved configuration."""
+        self.write("config.yaml", lambda file: file.write_text(config, encoding="utf-8"))
+
+    @property
+    def started(self) -> bool:
+        """Whether there is any checkpoint."""
+        return bool(self._checkpoints())
 
     @property
     def finished(self) -> bool:
@@ -88,13 +98,20 @@ class RunFolder:
     def save_state(self, round: int, state: State) -> None:
         """Write the state after a round as one safetensors file with its own digest."""
         tensors, header = state.pack()
-        kept = {"round": str(round), "state": header, "digest": state.adapter.digest()}
+        kept = {"round": str(round), "state": header, "digest": _seal(round, header, state)}
         self.write(f"checkpoint/round-{round:06d}.safetensors", lambda file: save_file(tensors, file, kept))
         for old in self._checkpoints()[:-KEPT]:
             old.unlink()
 
     def load_state(self) -> tuple[int, State]:
-        """The last whole state and its round; logs are cut back to that round.
+        """The last whole state and its round; logs are cut back to that round."""
+        round, state = self.read_state()
+        for log in ("metrics.jsonl", "clients.jsonl"):
+            self.write(log, partial(_cut, self.path / log, round))
+        return round, state
+
+    def read_state(self) -> tuple[int, State]:
+        """The last whole state and its round; changes nothing.
 
         Raises:
             CheckpointError: there is none.
@@ -102,21 +119,24 @@ class RunFolder:
         for path in reversed(self._checkpoints()):
             try:
                 round, state = _read_state(path)
-            except (CheckpointError, SafetensorError, KeyError, ValueError, OSError) as error:
+            except (CheckpointError, SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
                 warnings.warn(f"{path.name} is damaged ({error}); using the one before it", stacklevel=2)
                 continue
-            for log in ("metrics.jsonl", "clients.jsonl"):
-                self.write(log, partial(_cut, self.path / log, round))
             return round, state
         raise CheckpointError(f"'{self.path}' has no whole checkpoint to continue from; start the run again")
 
     def rounds(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
         text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoint").glob("round-*.safetensors"))
+
+
+def _seal(round: int, header: str, state: State) -> str:
+    """SHA-256 of all that a checkpoint says."""
+    return hashlib.sha256(f"{round};{header};{state.adapter.digest()}".encode()).hexdigest()
 
 
 def _read_state(path: Path) -> tuple[int, State]:
@@ -124,7 +144,7 @@ def _read_state(path: Path) -> tuple[int, State]:
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     state = State.unpack(tensors, header["state"])
-    if state.adapter.digest() != header["digest"]:
+    if _seal(int(header["round"]), header["state"], state) != header["digest"]:
         raise CheckpointError("its digest does not match")
     return int(header["round"]), state
 

@@ -5,6 +5,7 @@ and memory allows; groups follow config and data, so that a run's result does no
 Replies are made when they are asked for, so that one group's are in memory at a time.
 """
 
+import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -15,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.engine.site import Site
 from fedlora.engine.wire import size
+from fedlora.errors import FedLoraError
 
 CLIENT_FAILED = 2  # flwr's error code for a ClientApp that raised
 TOKENS = 2048  # a step of a group: beyond this, more clients make it no faster
@@ -104,7 +106,8 @@ class InProcessGrid(Grid):
             full = self._fuse is not None and len(group) >= self._fuse
             if self._fuse is None:
                 full = bool(group) and (tokens + one[0] > TOKENS or memory + one[1] > MEMORY)
-            if group and (full or message.metadata.message_type != "train"):
+            kinds = {message.metadata.message_type, *(m.metadata.message_type for m in group[-1:])}
+            if group and (full or kinds != {"train"}):
                 yield group
                 group, tokens, memory = [], 0, 0
             group.append(message)
@@ -131,6 +134,8 @@ class InProcessGrid(Grid):
             # One client's failure must not take its group's work with it, so each is tried alone.
             if len(group) > 1:
                 return [reply for message in group for reply in self._answers([message])]
+            if not isinstance(error, FedLoraError):
+                logging.getLogger("fedlora").exception("a client raised what nobody expected")
             reason = f"{type(error).__name__}: {error}"
             replies = [Message(Error(CLIENT_FAILED, reason), reply_to=requests[0])]
         for reply in replies:

@@ -87,5 +87,7 @@ class Site:
         scores = evaluate(self.base, [a.task.adapter for a in assignments], kept)
         return [
             Outcome(outcome.adapter, outcome.metrics | {"local_loss": loss, "local_accuracy": right})
-            for outcome, (loss, right) in zip(outcomes, scores, strict=True)
+            if own
+            else outcome
+            for outcome, (loss, right), own in zip(outcomes, scores, kept, strict=True)
         ]

@@ -3,12 +3,13 @@
 from fedlora.models.bank import Bank
 from fedlora.models.base import Base, load
 from fedlora.models.lora import LoRA, fresh_adapter, targets
-from fedlora.models.peft_files import load_adapter, merge, save_adapter
+from fedlora.models.peft_files import by_peft, load_adapter, merge, save_adapter
 
 __all__ = [
     "Bank",
     "Base",
     "LoRA",
+    "by_peft",
     "fresh_adapter",
     "load",
     "load_adapter",

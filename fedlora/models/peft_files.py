@@ -122,6 +122,14 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     return Adapter(made, (base.head_state() | extra) if extra else {})
 
 
+def by_peft(base: Base, folder: Path) -> Base:
+    """The base with an adapter put in by PEFT itself, as a user of the adapter does; takes the base over."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base.model, str(folder)).eval()
+    return Base(model, base.tokenizer, base.kind, (), base.path)
+
+
 def merge(base: Base, adapter: Adapter) -> None:
     """Add every ΔW to its layer's weight and put the heads in: the base becomes a plain fine-tuned model.
 

@@ -1,0 +1,187 @@
+"""A federation without a model: clients add seeded noise to what they are sent."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from rich.console import Console
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.client import Assignment, Client, Outcome
+from fedlora.engine import Federation, InProcessGrid, Progress, Rules, RunFolder, Site
+from fedlora.protocol import Peer
+from fedlora.seeds import generator
+from fedlora.strategy import Strategy
+
+LAYERS = {"a.q": (6, 8), "b.v": (8, 8)}
+
+
+@dataclass(frozen=True)
+class Noise(Client):
+    """Adds noise of (seed, client, round) to whatever is trained; raises for the clients in `failing`."""
+
+    failing: frozenset[int] = frozenset()
+    still: bool = False
+    tokens: int = 100
+    groups: list[list[int]] = field(default_factory=list)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def train(self, base: Any, assignments: Sequence[Assignment]) -> list[Outcome]:
+        self.groups.append([a.client for a in assignments])
+        for a in assignments:
+            if a.client in self.failing:
+                raise RuntimeError(f"no luck for {a.client}")
+        return [Outcome(self._moved(a), {"loss": 1.0 + a.client, **self.metrics}) for a in assignments]
+
+    def step_tokens(self, rows: Sequence[Any]) -> int:
+        return self.tokens
+
+    def _moved(self, a: Assignment) -> Adapter:
+        rng = generator(a.seed, "batches", a.client, a.round)
+
+        def move(t: torch.Tensor, on: bool = True) -> torch.Tensor:
+            noise = torch.from_numpy(rng.standard_normal(tuple(t.shape))).to(t.dtype)
+            return t + noise if on and not self.still else t.clone()
+
+        pairs = {
+            name: Pair(move(p.A, "A" in a.task.train), move(p.B, "B" in a.task.train), p.scale)
+            for name, p in a.task.adapter.pairs.items()
+        }
+        return Adapter(pairs, {name: move(t) for name, t in a.task.adapter.extra.items()})
+
+
+class Tampered(InProcessGrid):
+    """A grid whose training replies go through `change`, a function from all of a round's to what arrives."""
+
+    change: Callable[[list[Message]], list[Message]]
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        replies = list(super().send_and_receive(messages, timeout=timeout))
+        training = [r for r in replies if r.metadata.message_type == "train"]
+        return iter(self.change(replies) if training else replies)
+
+
+@dataclass
+class Ran:
+    """What a federation left behind."""
+
+    federation: Federation
+    folder: RunFolder
+    console: StringIO
+    client: Noise
+    grid: InProcessGrid
+
+    @property
+    def text(self) -> str:
+        return self.console.getvalue()
+
+    @property
+    def digest(self) -> str:
+        return self.federation.state.adapter.digest()
+
+
+@dataclass
+class Lab:
+    """Makes adapters, sites, grids and whole runs."""
+
+    folder: Path
+    seed: int = 7
+
+    def adapter(self, rank: int = 4, scale: float = 2.0, dtype: torch.dtype = torch.float32) -> Adapter:
+        rng = generator(self.seed, "start")
+        pairs = {
+            name: Pair(
+                torch.from_numpy(rng.standard_normal((rank, d_in))).to(dtype),
+                torch.zeros(d_out, rank, dtype=dtype),
+                scale,
+            )
+            for name, (d_out, d_in) in LAYERS.items()
+        }
+        extra = {"head.weight": torch.ones(2, 3, dtype=dtype), "head.bias": torch.ones(2, dtype=dtype)}
+        return Adapter(pairs, extra)
+
+    def site(self, client: Client, rows: Callable[[int], Sequence[Any]] | None = None) -> Site:
+        return Site(None, client, rows or (lambda c: [None] * (10 * (c + 1))))  # type: ignore[arg-type]
+
+    def grid(
+        self, client: Client, ranks: Sequence[int], fuse: int | None = None, **more: Any
+    ) -> InProcessGrid:
+        nodes = [{"client": c, "rank": r} for c, r in enumerate(ranks)]
+        return InProcessGrid(self.site(client, more.pop("rows", None)), nodes, fuse, **more)
+
+    def run(
+        self,
+        strategy: Strategy,
+        ranks: Sequence[int] = (4, 4, 4),
+        rounds: int = 2,
+        client: Noise | None = None,
+        fuse: int | None = None,
+        change: Callable[[list[Message]], list[Message]] | None = None,
+        scales: Mapping[int, float] | None = None,
+        console: Console | None = None,
+        evaluate: Any = None,
+        rows: Any = None,
+        **rules: Any,
+    ) -> Ran:
+        client = client or Noise()
+        grid = self.grid(client, ranks, fuse, rows=rows)
+        if change is not None:
+            grid.__class__ = Tampered
+            grid.change = change  # type: ignore[attr-defined]
+        said = StringIO()
+        self.folder.mkdir(exist_ok=True)
+        folder = RunFolder.create(self.folder / f"run-{len(list(self.folder.iterdir()))}", "seed: 1\n")
+        progress = Progress(rounds, 0, "accuracy", console or Console(file=said, width=200))
+
+        def peer(client: int, rank: int) -> Peer:
+            own = (scales or {}).get(client)
+            return Peer(client, rank, {}, {} if own is None else dict.fromkeys(LAYERS, own))
+
+        def score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
+            return [{"loss": 0.5, "accuracy": float(i)} for i, _ in enumerate(adapters)]
+
+        federation = Federation(
+            strategy,
+            strategy.init(self.adapter(max(ranks))),
+            peer,
+            Rules(rounds=rounds, seed=rules.pop("seed", 0), **rules),
+            evaluate or score,
+            folder,
+            progress,
+        )
+        with progress:
+            federation.run(grid)
+        return Ran(federation, folder, said, client, grid)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def identity() -> None:
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return Lab(tmp_path / "runs")
+
+
+@pytest.fixture(scope="session")
+def noise() -> type[Noise]:
+    return Noise
+
+
+@pytest.fixture(scope="session")
+def respond() -> Callable[[RecordDict], Message]:
+    """A reply with this content to some training message."""
+
+    def make(content: RecordDict) -> Message:
+        request = Message(RecordDict(), 1001, "train", group_id="1")
+        request.metadata.__dict__["_message_id"] = "m"
+        return Message(content, reply_to=request)
+
+    return make

@@ -1,0 +1,49 @@
+import math
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from fedlora import algebra
+from fedlora.adapter import Adapter, Pair
+from fedlora.errors import IncompatibleUpdates
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)
+# --- purity -------------------------------------------------------------------------------------------------
+
+CALLS = {
+    "mean_tensors": lambda p, q, rng: algebra.mean_tensors([p.A, q.A], [0.5, 0.5]),
+    "mean_extras": lambda p, q, rng: algebra.mean_extras([{"w": p.A}, {"w": q.A}], [0.5, 0.5]),
+    "mean_factors": lambda p, q, rng: algebra.mean_factors([p, q], [0.5, 0.5]),
+    "rescale": lambda p, q, rng: algebra.rescale(p, 7.0),
+    "stack": lambda p, q, rng: algebra.stack([p, q], [0.5, 0.5]),
+    "residual": lambda p, q, rng: algebra.residual([p], [0.5], q),
+    "error_and_norm": lambda p, q, rng: algebra.error_and_norm([p], [0.5], q),
+    "weighted_sum": lambda p, q, rng: algebra.weighted_sum([p, q], [0.5, 0.5], 5.0),
+    "dense": lambda p, q, rng: algebra.dense(p),
+    "pad": lambda p, q, rng: algebra.pad(p, 9),
+    "truncate": lambda p, q, rng: algebra.truncate(p, 1),
+    "norm": lambda p, q, rng: algebra.norm(p),
+    "singular_values": lambda p, q, rng: algebra.singular_values(p),
+    "effective_rank": lambda p, q, rng: algebra.effective_rank(p),
+    "compress": lambda p, q, rng: algebra.compress(p, 2, 5.0),
+    "refill": lambda p, q, rng: algebra.refill(p, 9, rng),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_nothing_is_mutated_by(make, rng, call, dtype):
+    both = Adapter({"p": make.pair(rng, 5, 6, 3, 2.0, dtype), "q": make.pair(rng, 5, 6, 3, 0.5, dtype)})
+    before = both.digest()
+    call(both.pairs["p"], both.pairs["q"], rng)
+    assert both.digest() == before
+
+
+def test_every_public_function_is_in_the_list_of_pure_ones():
+    own = {
+        n
+        for n, f in vars(algebra).items()
+        if callable(f) and getattr(f, "__module__", "") == algebra.__name__
+    }
+    assert {name for name in own if not name.startswith("_")} == {*CALLS, "normalised"}
