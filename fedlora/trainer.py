@@ -8,7 +8,7 @@ optimizer, schedule and gradient clipping, and stops after its own last batch.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +89,7 @@ def fit(
             live = {slot: job.batches[step] for slot, job in enumerate(jobs) if step < steps[slot]}
             share = {slot: 1 / len(batch) for slot, batch in live.items()}
             rows = [(slot, row) for slot, batch in live.items() for row in batch]
-            micros = list(micro_batches(rows, tokens))
+            micros = micro_batches(rows, tokens)
             for micro, (grads, lost) in zip(micros, workers.map(backward, micros), strict=True):
                 trained = [p for slot in sorted({slot for slot, _ in micro}) for p in leaves[slot]]
                 _accumulate(trained, grads)
@@ -146,17 +146,29 @@ def _forward(base: Base, bank: Bank, micro: Micro, slots: int) -> tuple[Tensor, 
     return base.losses(collate([row for _, row in micro], base.pad_id))
 
 
-def micro_batches(rows: Micro, tokens: int) -> Iterator[Micro]:
-    """Cut (slot, row) pairs into lists of like length and at most `tokens` padded tokens, slot by slot."""
-    found: Micro = []
-    for item in sorted(rows, key=lambda item: -len(item[1].input_ids)):
-        # The first row of a list is its longest.
-        if found and (len(found) + 1) * len(found[0][1].input_ids) > tokens:
-            yield sorted(found, key=lambda item: item[0])
-            found = []
-        found.append(item)
-    if found:
-        yield sorted(found, key=lambda item: item[0])
+def micro_batches(rows: Micro, tokens: int) -> list[Micro]:
+    """Cut (slot, row) pairs into lists of like length and at most `tokens` padded tokens, slot by slot.
+
+    As few lists as possible, and of sizes as even as possible, so that no core waits for another.
+    """
+    ordered = sorted(rows, key=lambda item: -len(item[1].input_ids))
+    lengths = [len(row.input_ids) for _, row in ordered]
+    fewest, low, high = len(_cuts(lengths, tokens)), 0, tokens
+    while high - low > 1:  # the smallest budget that needs no more lists
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_cuts(lengths, middle)) <= fewest else (middle, high)
+    cuts = _cuts(lengths, high)
+    spans = zip(cuts, [*cuts[1:], len(ordered)], strict=True)
+    return [sorted(ordered[start:stop], key=lambda item: item[0]) for start, stop in spans]
+
+
+def _cuts(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Where lists begin that take as many rows of falling length as their first, the longest, allows."""
+    cuts: list[int] = []
+    for i in range(len(lengths)):
+        if not cuts or (i - cuts[-1] + 1) * lengths[cuts[-1]] > tokens:
+            cuts.append(i)
+    return cuts
 
 
 def evaluate(
@@ -171,7 +183,7 @@ def evaluate(
         tokens: padded tokens a micro-batch holds at most.
     """
     totals = [[0.0, 0.0] for _ in adapters]
-    micros = list(micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens))
+    micros = micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens)
     with Bank(base, adapters) as bank, Workers(base) as workers:
 
         @torch.no_grad()

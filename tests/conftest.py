@@ -113,6 +113,10 @@ class Dense:
         assert a.shape == b.shape, f"shape {a.shape} against {b.shape}"
         return bool(np.linalg.norm(a - b) <= tol * max(1.0, np.linalg.norm(a), np.linalg.norm(b)))
 
+    def orthonormal_rows(self, A: torch.Tensor, tol: float = 1e-12) -> bool:
+        eye = torch.eye(len(A), dtype=torch.float64)
+        return bool((A.double() @ A.double().T - eye).abs().max() < tol)
+
 
 @pytest.fixture(scope="session")
 def make() -> Make:

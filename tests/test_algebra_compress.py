@@ -1,17 +1,19 @@
 import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from fedlora import algebra
-from fedlora.adapter import Adapter, Pair
-from fedlora.errors import IncompatibleUpdates
+from fedlora.adapter import Pair
 
 F64 = torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)
 dims, ranks, seeds = st.integers(1, 12), st.integers(1, 16), st.integers(0, 2**32 - 1)
 scales = st.floats(0.05, 20).flatmap(lambda s: st.sampled_from([s, -s]))
+
 # (d_out, d_in, rank): thin QRs where the rank is small, the dense matrix where it is not.
 SHAPES = {
     "thin wide": (30, 50, 4),
@@ -26,6 +28,9 @@ SHAPES = {
     "column": (8, 1, 3),
 }
 EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+# --- singular values ----------------------------------------------------------------------------------------
 
 
 @EVERY_SHAPE
@@ -76,7 +81,9 @@ def test_compress_splits_as_US_and_V_with_orthonormal_rows(make, np64, rng, shap
 
 
 @given(seed=seeds, d_out=dims, d_in=dims, rank=ranks, keep=ranks, old=scales, new=scales)
-def test_compress_is_optimal_for_any_shape_rank_and_scale(make, np64, seed, d_out, d_in, rank, keep, old, new):
+def test_compress_is_optimal_for_any_shape_rank_and_scale(
+    make, np64, seed, d_out, d_in, rank, keep, old, new
+):
     pair = make.pair(np.random.default_rng(seed), d_out, d_in, rank, old)
     best = algebra.compress(pair, keep, new)
     assert best.scale == new

@@ -1,11 +1,13 @@
 import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from fedlora import algebra
-from fedlora.adapter import Adapter, Pair
+from fedlora.adapter import Adapter
 from fedlora.errors import IncompatibleUpdates
 
 F64 = torch.float64

@@ -1,15 +1,11 @@
-import math
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from fedlora import algebra
-from fedlora.adapter import Adapter, Pair
-from fedlora.errors import IncompatibleUpdates
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)
-# --- purity -------------------------------------------------------------------------------------------------
+from fedlora import algebra
+from fedlora.adapter import Adapter
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+
 
 CALLS = {
     "mean_tensors": lambda p, q, rng: algebra.mean_tensors([p.A, q.A], [0.5, 0.5]),

@@ -1,19 +1,15 @@
-import math
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from fedlora import algebra
-from fedlora.adapter import Adapter, Pair
-from fedlora.errors import IncompatibleUpdates
+from fedlora.adapter import Pair
 
 F64 = torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)
 dims, ranks, seeds = st.integers(1, 12), st.integers(1, 16), st.integers(0, 2**32 - 1)
-
-
-# --- room to learn ------------------------------------------------------------------------------------------
 
 
 @given(seed=seeds, d_out=dims, d_in=st.integers(1, 9), rank=ranks, target=st.integers(1, 16))

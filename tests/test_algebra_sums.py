@@ -1,12 +1,13 @@
 import math
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from fedlora import algebra
-from fedlora.adapter import Adapter, Pair
-from fedlora.errors import IncompatibleUpdates
+from fedlora.adapter import Pair
 
 F64 = torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)
@@ -71,7 +72,9 @@ def test_residual_is_the_sum_less_the_approximation(make, np64, seed, d_out, d_i
     many=some,
     last=ranks,
 )
-def test_relative_error_is_the_norm_of_the_difference_and_of_the_sum(make, np64, seed, d_out, d_in, many, last):
+def test_relative_error_is_the_norm_of_the_difference_and_of_the_sum(
+    make, np64, seed, d_out, d_in, many, last
+):
     rng = np.random.default_rng(seed)
     pairs, w = [make.pair(rng, d_out, d_in, r, s) for r, s in many], list(rng.random(len(many)))
     result, total = make.pair(rng, d_out, d_in, last, 0.5), np64.sum(pairs, w)

@@ -1,22 +1,15 @@
 import dataclasses
-import itertools
-import math
-import re
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
-from fedlora import strategies
+
 from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import pad
-from fedlora.errors import FedLoraError, IncompatibleUpdates
-from fedlora.protocol import BOTH, Peer, State, Update
-from fedlora.strategy import cut
+from fedlora.errors import IncompatibleUpdates
+from fedlora.protocol import Peer, State
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-
-
-# --- what is kept -------------------------------------------------------------------------------------------
 
 
 def test_inputs_are_not_mutated(strategy, state, updates, peers, aggregate):
@@ -36,7 +29,9 @@ def test_a_client_that_trains_its_task_in_place_leaves_the_state_alone(strategy,
 
 
 @pytest.mark.parametrize("clients", [1, 3])
-def test_a_state_does_not_share_memory_with_the_updates_it_came_from(strategy, state, updates, clients, aggregate):
+def test_a_state_does_not_share_memory_with_the_updates_it_came_from(
+    strategy, state, updates, clients, aggregate
+):
     new = aggregate(strategy, state, updates[:clients])
     before = new.adapter.digest()
     for _, tensor in updates[0].adapter.tensors():
@@ -64,7 +59,9 @@ def test_names_shapes_dtypes_and_scales_are_kept(strategy, state, updates, dtype
 
 
 @DTYPES
-def test_low_precision_costs_its_own_rounding_and_no_more(strategy, np64, state, updates, dtype, aggregate, same_model):
+def test_low_precision_costs_its_own_rounding_and_no_more(
+    strategy, np64, state, updates, dtype, aggregate, same_model
+):
     def double(adapter: Adapter) -> Adapter:
         pairs = {m: Pair(p.A.double(), p.B.double(), p.scale) for m, p in adapter.pairs.items()}
         return Adapter(pairs, {name: tensor.double() for name, tensor in adapter.extra.items()})
@@ -77,7 +74,9 @@ def test_low_precision_costs_its_own_rounding_and_no_more(strategy, np64, state,
 
 
 @DTYPES
-def test_a_state_survives_a_checkpoint_and_the_run_goes_on_alike(strategy, make, state, updates, peers, weights, dtype, aggregate):
+def test_a_state_survives_a_checkpoint_and_the_run_goes_on_alike(
+    strategy, make, state, updates, peers, weights, dtype, aggregate
+):
     new = aggregate(strategy, state, updates)
     tensors, header = new.pack()
     back = State.unpack(load(save(tensors)), header)
@@ -113,7 +112,9 @@ def test_a_coarser_update_does_not_lower_the_precision_of_the_state(strategy, st
 
 
 @pytest.mark.parametrize("low", [1, 3])
-def test_a_round_of_one_smaller_rank_never_shrinks_the_state_in_silence(strategy, make, rng, state, low, aggregate, outcome, largest):
+def test_a_round_of_one_smaller_rank_never_shrinks_the_state_in_silence(
+    strategy, make, rng, state, low, aggregate, outcome, largest
+):
     # Clients 8 and 9 alone may be sampled; who was not must find in the next round what it had.
     few = [Peer(8, low), Peer(9, low)]
     new = outcome(lambda: aggregate(strategy, state, make.round(rng, strategy, state, few, [1.0, 1.0])))

@@ -1,18 +1,15 @@
 import dataclasses
 import itertools
-import math
 import re
+
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save
-from fedlora import strategies
-from fedlora.adapter import Adapter, Pair
+
 from fedlora.algebra import pad
 from fedlora.errors import FedLoraError, IncompatibleUpdates
-from fedlora.protocol import BOTH, Peer, State, Update
+from fedlora.protocol import BOTH, Peer, Update
 from fedlora.strategy import cut
-
 
 # --- what it declares ---------------------------------------------------------------------------------------
 
@@ -41,7 +38,9 @@ def test_a_task_has_the_ranks_and_scales_of_its_peer(strategy, state, peers, lay
             assert pair.shape == layers[m]
 
 
-def test_a_peer_of_a_larger_rank_than_the_run_knows_gets_it_or_is_refused_by_name(strategy, state, outcome, largest):
+def test_a_peer_of_a_larger_rank_than_the_run_knows_gets_it_or_is_refused_by_name(
+    strategy, state, outcome, largest
+):
     found = outcome(lambda: strategy.task(state, Peer(9, largest + 1)))
     if isinstance(found, IncompatibleUpdates):
         assert re.search(rf"client 9 .*rank {largest + 1} .*'square'", str(found))
@@ -66,7 +65,9 @@ def test_the_order_of_updates_changes_no_bit(strategy, state, updates, aggregate
         assert aggregate(strategy, state, order).adapter.digest() == want
 
 
-def test_the_unit_of_weights_changes_nothing(strategy, np64, state, updates, weights, aggregate, same_model, weighted):
+def test_the_unit_of_weights_changes_nothing(
+    strategy, np64, state, updates, weights, aggregate, same_model, weighted
+):
     base = aggregate(strategy, state, updates)
     doubled = aggregate(strategy, state, weighted(updates, [2 * w for w in weights]))
     assert doubled.adapter.digest() == base.adapter.digest()
@@ -77,7 +78,9 @@ def test_the_unit_of_weights_changes_nothing(strategy, np64, state, updates, wei
 
 
 @pytest.mark.parametrize("who", range(3))
-def test_one_client_with_all_the_weight_is_the_result(strategy, np64, state, updates, who, aggregate, weighted, layers):
+def test_one_client_with_all_the_weight_is_the_result(
+    strategy, np64, state, updates, who, aggregate, weighted, layers
+):
     weights = [float(i == who) for i in range(len(updates))]
     for sent in (weighted(updates, weights), [updates[who]]):
         new = aggregate(strategy, state, sent)
@@ -88,7 +91,9 @@ def test_one_client_with_all_the_weight_is_the_result(strategy, np64, state, upd
 
 
 @pytest.mark.parametrize("who", range(3))
-def test_a_client_of_weight_zero_has_no_influence(strategy, make, np64, rng, state, peers, weights, updates, who, aggregate, same_model, weighted):
+def test_a_client_of_weight_zero_has_no_influence(
+    strategy, make, np64, rng, state, peers, weights, updates, who, aggregate, same_model, weighted
+):
     weights = [w * (i != who) for i, w in enumerate(weights)]
     updates = weighted(updates, weights)
     loud = Update(make.trained(rng, strategy.task(state, peers[who]), step=100.0), 0.0, peers[who])
@@ -98,13 +103,17 @@ def test_a_client_of_weight_zero_has_no_influence(strategy, make, np64, rng, sta
         assert same_model(np64, aggregate(strategy, state, sent), without)
 
 
-def test_exact_means_the_weighted_mean_of_effective_updates(strategy, np64, state, updates, aggregate, layers):
+def test_exact_means_the_weighted_mean_of_effective_updates(
+    strategy, np64, state, updates, aggregate, layers
+):
     new = aggregate(strategy, state, updates)
     errors = [np.linalg.norm(new.delta(m).numpy() - np64.mean(updates, m)) for m in layers]
     assert all(error < 1e-10 for error in errors) == strategy.exact
 
 
-def test_linear_means_the_weighted_mean_of_what_was_sent(strategy, np64, state, peers, updates, weights, aggregate):
+def test_linear_means_the_weighted_mean_of_what_was_sent(
+    strategy, np64, state, peers, updates, weights, aggregate
+):
     new, share = aggregate(strategy, state, updates), strategy.task(state, peers[0]).share
     power = 1 / len(share)  # a scale is absorbed by what is sent: all of it on one factor, its root on two
     fits = []

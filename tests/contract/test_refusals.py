@@ -1,20 +1,12 @@
 import dataclasses
-import itertools
 import math
-import re
-import numpy as np
+
 import pytest
 import torch
-from safetensors.torch import load, save
-from fedlora import strategies
+
 from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import pad
-from fedlora.errors import FedLoraError, IncompatibleUpdates
-from fedlora.protocol import BOTH, Peer, State, Update
-from fedlora.strategy import cut
-
-
-# --- what is refused ----------------------------------------------------------------------------------------
+from fedlora.errors import IncompatibleUpdates
+from fedlora.protocol import State
 
 
 def test_no_updates_are_refused(strategy, state, aggregate):
@@ -90,7 +82,9 @@ def test_extras_of_another_shape_are_refused_by_client_and_name(strategy, state,
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("factor", ["A", "B"])
-def test_a_client_that_diverged_is_refused_by_name(strategy, state, updates, factor, value, aggregate, with_pair):
+def test_a_client_that_diverged_is_refused_by_name(
+    strategy, state, updates, factor, value, aggregate, with_pair
+):
     pair = updates[1].adapter.pairs["wide"]
     broken = {"A": pair.A.clone(), "B": pair.B.clone()}
     broken[factor][0, 0] = value

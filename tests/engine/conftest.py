@@ -1,11 +1,13 @@
 """A federation without a model: clients add seeded noise to what they are sent."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Message, RecordDict
@@ -15,7 +17,9 @@ from rich.console import Console
 from fedlora.adapter import Adapter, Pair
 from fedlora.client import Assignment, Client, Outcome
 from fedlora.engine import Federation, InProcessGrid, Progress, Rules, RunFolder, Site
-from fedlora.protocol import Peer
+from fedlora.engine.wire import read_update, write_update
+from fedlora.errors import IncompatibleUpdates
+from fedlora.protocol import Peer, Task
 from fedlora.seeds import generator
 from fedlora.strategy import Strategy
 
@@ -85,6 +89,19 @@ class Ran:
     def digest(self) -> str:
         return self.federation.state.adapter.digest()
 
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        def strict(constant: str) -> None:
+            raise AssertionError(f"{name} holds {constant}, which is no JSON")
+
+        text = (self.folder.path / name).read_text()
+        return [json.loads(line, parse_constant=strict) for line in text.splitlines()]
+
+    def sampled(self) -> list[list[int]]:
+        found: dict[int, list[int]] = {}
+        for line in self.lines("clients.jsonl"):
+            found.setdefault(line["round"], []).append(line["client"])
+        return list(found.values())
+
 
 @dataclass
 class Lab:
@@ -108,6 +125,10 @@ class Lab:
 
     def site(self, client: Client, rows: Callable[[int], Sequence[Any]] | None = None) -> Site:
         return Site(None, client, rows or (lambda c: [None] * (10 * (c + 1))))  # type: ignore[arg-type]
+
+    def keep(self, *clients: int) -> Callable[[list[Message]], list[Message]]:
+        """A change that lets the replies of these clients alone arrive."""
+        return lambda replies: [r for r in replies if r.metadata.src_node_id - 1000 in clients]
 
     def grid(
         self, client: Client, ranks: Sequence[int], fuse: int | None = None, **more: Any
@@ -160,6 +181,42 @@ class Lab:
         return Ran(federation, folder, said, client, grid)
 
 
+@dataclass
+class Wire:
+    """A task's adapter, honest replies to it, and how a reply is refused."""
+
+    respond: Callable[[RecordDict], Message]
+
+    def adapter(
+        self, rank: int = 4, scale: float = 1.7, dtype: torch.dtype = torch.float32, seed: int = 0
+    ) -> Adapter:
+        rng = np.random.default_rng(seed)
+
+        def tensor(*shape: int) -> torch.Tensor:
+            return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+
+        pairs = {
+            name: Pair(tensor(rank + i, d_in), tensor(d_out, rank + i), scale + i)
+            for i, (name, (d_out, d_in)) in enumerate({"a.q": (6, 8), "b.v": (8, 5)}.items())
+        }
+        return Adapter(pairs, {"head.weight": tensor(2, 3), "head.bias": tensor(2)})
+
+    def moved(self, task: Task) -> Adapter:
+        pairs = {
+            n: Pair(p.A + 1 if "A" in task.share else p.A, p.B - 1 if "B" in task.share else p.B, p.scale)
+            for n, p in task.adapter.pairs.items()
+        }
+        return Adapter(pairs, {n: t * 3 for n, t in task.adapter.extra.items()})
+
+    def honest(self, task: Task, round: int = 3, examples: int = 11) -> RecordDict:
+        return write_update(Outcome(self.moved(task), {"loss": 0.25}), task, round, examples)
+
+    def refused(self, content: RecordDict, task: Task | None = None) -> str:
+        with pytest.raises(IncompatibleUpdates) as caught:
+            read_update(self.respond(content), task or Task(self.adapter()), Peer(0, 4), 3)
+        return str(caught.value)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def identity() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
@@ -185,3 +242,8 @@ def respond() -> Callable[[RecordDict], Message]:
         return Message(content, reply_to=request)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def wire(respond: Callable[[RecordDict], Message]) -> Wire:
+    return Wire(respond)

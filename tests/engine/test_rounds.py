@@ -1,14 +1,11 @@
-import json
-import math
 from collections.abc import Sequence
-from io import StringIO
 from typing import Any
+
 import pytest
-from flwr.app import Message, MetricRecord, RecordDict
-from rich.console import Console
+from flwr.app import Message
+
 from fedlora.adapter import Adapter
 from fedlora.engine import Rules
-from fedlora.engine.wire import size
 from fedlora.errors import ConfigError
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 

@@ -1,19 +1,16 @@
 import io
-import math
 import pickle
 import zipfile
-from collections.abc import Callable
 from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-import fedlora.strategies
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Outcome
-from fedlora.engine.wire import LARGEST, read_task, read_update, size, write_task, write_update
+
+from fedlora.engine.wire import LARGEST, read_update
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task
 
@@ -134,7 +131,9 @@ def test_nothing_is_unpickled(wrapped: bool, wire: Any) -> None:
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 200), put=st.integers(0, 255), cut=st.integers(0, 300), more=st.binary(max_size=20))
 @example(at=0, put=ord("P"), cut=300, more=b"")
-def test_damaged_bytes_are_refused_or_read_as_sound_numbers(at: int, put: int, cut: int, more: bytes, respond: Any, wire: Any) -> None:
+def test_damaged_bytes_are_refused_or_read_as_sound_numbers(
+    at: int, put: int, cut: int, more: bytes, respond: Any, wire: Any
+) -> None:
     data = bytearray(npy(GOOD))
     data[at] = put
     reply = respond(with_array(wire, claimed(bytes(data[:cut]) + more)))

@@ -1,19 +1,13 @@
-import io
 import math
-import pickle
-import zipfile
-from collections.abc import Callable
 from typing import Any
+
 import numpy as np
 import pytest
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-import fedlora.strategies
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Outcome
-from fedlora.engine.wire import LARGEST, read_task, read_update, size, write_task, write_update
+
+from fedlora.engine.wire import read_update
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task
 
@@ -107,7 +101,9 @@ values = st.one_of(
     ),
     names=st.lists(st.sampled_from([NAME, "a.q.B", "b.v.A", "", "a.q", "ä", "head.bias"]), max_size=4),
 )
-def test_made_up_replies_never_raise_anything_else(numbers: Any, scales: Any, names: list[str], wire: Any) -> None:
+def test_made_up_replies_never_raise_anything_else(
+    numbers: Any, scales: Any, names: list[str], wire: Any
+) -> None:
     content = RecordDict(
         {
             "arrays": ArrayRecord({n: Array(np.ones((4, 8), np.float32)) for n in names}),

@@ -1,20 +1,14 @@
-import io
-import math
-import pickle
-import zipfile
 from collections.abc import Callable
 from typing import Any
-import numpy as np
+
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from flwr.app import Message, RecordDict
+
 import fedlora.strategies
 from fedlora.adapter import Adapter, Pair
 from fedlora.client import Outcome
-from fedlora.engine.wire import LARGEST, read_task, read_update, size, write_task, write_update
-from fedlora.errors import IncompatibleUpdates
+from fedlora.engine.wire import read_task, read_update, size, write_task, write_update
 from fedlora.protocol import Peer, Task
 
 STRATEGIES = [getattr(fedlora.strategies, name)() for name in fedlora.strategies.__all__]
@@ -24,7 +18,9 @@ NAME = "a.q.A"
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tasks_and_updates_survive_the_wire_bit_for_bit(strategy: Any, rank: int, dtype: torch.dtype, respond: Callable[[RecordDict], Message], wire: Any) -> None:
+def test_tasks_and_updates_survive_the_wire_bit_for_bit(
+    strategy: Any, rank: int, dtype: torch.dtype, respond: Callable[[RecordDict], Message], wire: Any
+) -> None:
     peer = Peer(5, rank, {"b.v": 2}, {"a.q": 0.3})
     task = strategy.task(strategy.init(wire.adapter(4, dtype=dtype)), peer)
     back, round, seed = read_task(write_task(task, 3, 2**31))

@@ -27,8 +27,8 @@ from transformers import (
 from transformers.utils import logging
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.data import Example
-from fedlora.models import Base, load, targets
+from fedlora.data import Batch, Example, collate
+from fedlora.models import Bank, Base, load, targets
 
 LABELS = ("a", "b", "c")
 VOCABULARY = 60
@@ -177,6 +177,31 @@ class Zoo:
                 asked = int(rng.integers(1, len(ids)))
                 found.append(Example(ids, [-100] * asked + ids[asked:]))
         return found
+
+    def batch(self, base: Base) -> Batch:
+        return collate(self.rows(base, 5, 3), base.tokenizer.pad_token_id)
+
+    def ours(self, base: Base, adapter: Adapter) -> torch.Tensor:
+        with torch.no_grad(), Bank(base, [adapter]):
+            return base.logits(self.batch(base))
+
+    def theirs(self, base: Base, model: Any) -> torch.Tensor:
+        rows = self.batch(base)
+        with torch.no_grad():
+            return model.eval()(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
+
+    def same(
+        self, base: Base, one: torch.Tensor, other: torch.Tensor, rows: Any, tolerance: float = 1e-5
+    ) -> bool:
+        """Equal at every real token, relative to the largest logit."""
+        gap = (one - other).abs() / one.abs().max()
+        if base.kind == "instruction":
+            gap = gap[rows.attention_mask.bool()]
+        return bool(gap.max() < tolerance)
+
+    def clean(self, base: Base) -> bool:
+        """No hook and no replaced forward is left."""
+        return not any(m._forward_hooks or "forward" in vars(m) for m in base.model.modules())
 
     def adapter(
         self,

@@ -1,16 +1,13 @@
-import dataclasses
 import hashlib
-from types import SimpleNamespace
 from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+
 from fedlora.adapter import Adapter, Pair
 from fedlora.data import collate
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base, fresh_adapter, merge, targets
-from fedlora.models.bank import _LowRank
-from fedlora.models.lora import LoRA
+from fedlora.models import Bank, Base
 from fedlora.protocol import BOTH
 from fedlora.trainer import Job, fit
 

@@ -1,18 +1,8 @@
-import dataclasses
-import hashlib
-from types import SimpleNamespace
-from typing import Any
 import pytest
 import torch
-from torch import Tensor, nn
-from fedlora.adapter import Adapter, Pair
-from fedlora.data import collate
-from fedlora.errors import ModelError
-from fedlora.models import Bank, Base, fresh_adapter, merge, targets
+from torch import Tensor
+
 from fedlora.models.bank import _LowRank
-from fedlora.models.lora import LoRA
-from fedlora.protocol import BOTH
-from fedlora.trainer import Job, fit
 
 SEGMENTS = {"one": [(0, 5)], "three": [(0, 2), (2, 3), (3, 5)], "one empty": [(0, 2), (2, 2), (2, 5)]}
 SHAPES = {"rows": (5, 4), "rows of tokens": (5, 3, 4)}
@@ -32,7 +22,9 @@ def factors(segments: list[tuple[int, int]], grads: str = "AB") -> list[Tensor]:
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("grads", ["AB", "A", "B", ""])
 @pytest.mark.parametrize("of_input", [True, False])
-def test_gradients_are_those_of_finite_differences(shape: str, segments: str, grads: str, of_input: bool) -> None:
+def test_gradients_are_those_of_finite_differences(
+    shape: str, segments: str, grads: str, of_input: bool
+) -> None:
     if not grads and not of_input:
         return
     parts = SEGMENTS[segments]

@@ -1,19 +1,15 @@
-import json
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
+
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from fedlora.adapter import Adapter, Pair
-from fedlora.data import collate
+
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base, LoRA, fresh_adapter, load_adapter, merge, save_adapter, targets
+from fedlora.models import Base, load_adapter, save_adapter
 from fedlora.trainer import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -61,7 +57,9 @@ def made_by_peft(zoo: Any, base: Base, folder: Path, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("rslora", [True, False])
 @pytest.mark.parametrize("name", PATTERNS)
-def test_an_adapter_made_by_peft_gives_peft_s_logits(zoo: Any, tmp_path: Path, name: str, rslora: bool) -> None:
+def test_an_adapter_made_by_peft_gives_peft_s_logits(
+    zoo: Any, tmp_path: Path, name: str, rslora: bool
+) -> None:
     base = zoo.base(name)
     model = made_by_peft(zoo, base, tmp_path, use_rslora=rslora, **PATTERNS[name])
     adapter = load_adapter(tmp_path, base)

@@ -1,20 +1,16 @@
 import json
-import shutil
-import warnings
 from pathlib import Path
 from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from peft import PeftModel
+
 from fedlora.adapter import Adapter, Pair
-from fedlora.data import collate
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base, LoRA, fresh_adapter, load_adapter, merge, save_adapter, targets
-from fedlora.trainer import evaluate
+from fedlora.models import LoRA, fresh_adapter, load_adapter, merge, save_adapter, targets
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -25,7 +21,9 @@ SOME = {"bert": "query", "roberta": "query", "distilbert": "q_lin"}
 
 @pytest.mark.parametrize("head", [True, False])
 @pytest.mark.parametrize("name", EVERY)
-def test_plain_peft_loads_what_we_save_with_our_logits(zoo: Any, tmp_path: Path, name: str, head: bool) -> None:
+def test_plain_peft_loads_what_we_save_with_our_logits(
+    zoo: Any, tmp_path: Path, name: str, head: bool
+) -> None:
     base = zoo.base(name)
     adapter = zoo.adapter(base, *MIXED, head=head)
     save_adapter(adapter, base, tmp_path)
@@ -55,7 +53,9 @@ def test_what_we_save_comes_back_with_the_same_digest(zoo: Any, tmp_path: Path, 
     ranks=st.lists(st.integers(1, 9), min_size=3, max_size=3),
     scales=st.lists(st.floats(0.01, 300), min_size=3, max_size=3),
 )
-def test_any_mix_of_ranks_and_scales_comes_back(zoo: Any, tmp_path: Path, ranks: list[int], scales: list[float]) -> None:
+def test_any_mix_of_ranks_and_scales_comes_back(
+    zoo: Any, tmp_path: Path, ranks: list[int], scales: list[float]
+) -> None:
     if not hasattr(zoo, "kept"):
         zoo.kept = zoo.base("bert")
     base = zoo.kept
