@@ -41,7 +41,7 @@ class LocalTraining(Client):
 
     lr: float
     head_lr: float | None = None
-    batch_size: int = 16
+    batch_size: int = 8
     epochs: int = 1
     steps: int | None = None
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
