@@ -6,6 +6,7 @@ its own client's batch, and a gradient reaches its own client's factors only. Ea
 optimizer, schedule and gradient clipping, and stops after its own last batch.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -157,8 +158,7 @@ def micro_batches(rows: Micro, tokens: int) -> list[Micro]:
     while high - low > 1:  # the smallest budget that needs no more lists
         middle = (low + high) // 2
         low, high = (low, middle) if len(_cuts(lengths, middle)) <= fewest else (middle, high)
-    cuts = _cuts(lengths, high)
-    spans = zip(cuts, [*cuts[1:], len(ordered)], strict=True)
+    spans = itertools.pairwise([*_cuts(lengths, high), len(ordered)])
     return [sorted(ordered[start:stop], key=lambda item: item[0]) for start, stop in spans]
 
 

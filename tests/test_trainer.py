@@ -58,8 +58,17 @@ def test_micro_batches_hold_every_row_once_slot_by_slot_within_the_budget(
         assert len(micro) == 1 or len(micro) * max(size) <= tokens
         assert max(size) <= longest  # like lengths are together
         longest = min(size)
-    for micro in found[:-1]:  # none has room for the next one's first
-        assert (len(micro) + 1) * max(len(row.input_ids) for _, row in micro) > tokens
+    greedy, room = 0, 0  # as few lists as filling each to the brim gives
+    for length in sorted((length for _, length in lengths), reverse=True):
+        if room < 1:
+            greedy, room = greedy + 1, max(1, tokens // length)
+        room -= 1
+    assert len(found) == greedy
+
+
+def test_micro_batches_are_of_even_size() -> None:
+    found = micro_batches([(0, Example([1] * 10, 0)) for _ in range(10)], 60)
+    assert [len(micro) for micro in found] == [5, 5]
 
 
 def test_evaluation_is_a_loop_over_adapters_and_their_rows(base: Base) -> None:

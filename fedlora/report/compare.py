@@ -27,7 +27,7 @@ def plain(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return ", ".join(map(plain, value))
+        return ", ".join(map(plain, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{clean(key)}: {plain(item)}" for key, item in value.items())
     return clean(value)
@@ -51,7 +51,8 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _suffixes(runs: Sequence[Run]) -> list[str]:
-    settings = differences(runs)
+    # When a run was evaluated tells nobody what it is.
+    settings = {key: row for key, row in differences(runs).items() if not key.startswith("evaluate.")}
     if 0 < len(settings) <= 3:
         short = [key.rsplit(".", 1)[-1] for key in settings]
         told = [

@@ -52,7 +52,7 @@ def test_steps_replace_epochs_and_go_round() -> None:
     assert [len(batch) for batch in found] == [4, 4, 2, 4, 4]
     assert found[:3] == LocalTraining(lr=0.1, batch_size=4).batches(assignment(10))
     assert [len(b) for b in client.batches(assignment(1))] == [1] * 5
-    assert [len(b) for b in LocalTraining(lr=0.1).batches(assignment(10))] == [10]
+    assert [len(b) for b in LocalTraining(lr=0.1).batches(assignment(10))] == [8, 2]
 
 
 def test_batches_follow_seed_client_and_round() -> None:
