@@ -42,6 +42,7 @@ class Fitted:
 
 
 Micro = list[tuple[int, Example]]
+Gradients = list[tuple[nn.Parameter, Tensor | None]]
 Parameters = dict[str, list[nn.Parameter]]
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 Schedule = Callable[[int, int], float]
@@ -78,23 +79,22 @@ def fit(
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         leaves = [[p for found in own.values() for p in found] for own in factors]
 
-        def backward(micro: Micro) -> tuple[list[Tensor | None], list[tuple[int, float]]]:
+        def backward(micro: Micro) -> tuple[Gradients, list[tuple[int, float]]]:
             each, _ = _forward(base, bank, micro, len(jobs))
             counts = [share[slot] for slot, _ in micro]
             weighted = each * torch.tensor(counts, dtype=each.dtype, device=each.device)
-            trained = [p for slot in sorted({slot for slot, _ in micro}) for p in leaves[slot]]
-            grads = torch.autograd.grad(weighted.sum(), trained, allow_unused=True)
-            return list(grads), [(slot, x) for (slot, _), x in zip(micro, weighted.tolist(), strict=True)]
+            present = [p for slot in sorted({slot for slot, _ in micro}) for p in leaves[slot]]
+            grads = torch.autograd.grad(weighted.sum(), present, allow_unused=True)
+            told = [(slot, x) for (slot, _), x in zip(micro, weighted.tolist(), strict=True)]
+            return list(zip(present, grads, strict=True)), told
 
         for step in range(max(steps)):
             live = {slot: job.batches[step] for slot, job in enumerate(jobs) if step < steps[slot]}
             share = {slot: 1 / len(batch) for slot, batch in live.items()}
             rows = [(slot, row) for slot, batch in live.items() for row in batch]
-            micros = micro_batches(rows, tokens)
-            for micro, (grads, lost) in zip(micros, workers.map(backward, micros), strict=True):
-                trained = [p for slot in sorted({slot for slot, _ in micro}) for p in leaves[slot]]
-                _accumulate(trained, grads)
-                for slot, loss in lost:
+            for grads, told in workers.map(backward, micro_batches(rows, tokens)):
+                _accumulate(grads)
+                for slot, loss in told:
                     losses[slot] += loss
             if step == 0:
                 _all_called([p for slot in live for p in leaves[slot]])
@@ -106,9 +106,9 @@ def fit(
         ]
 
 
-def _accumulate(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+def _accumulate(grads: Gradients) -> None:
     """Add gradients, in the order of micro-batches whichever was done first."""
-    for parameter, grad in zip(parameters, grads, strict=True):
+    for parameter, grad in grads:
         if grad is not None:
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
