@@ -11,6 +11,7 @@ from fedlora.errors import ConfigError
 from fedlora.report import plots
 from fedlora.report.compare import clean, labels, words
 from fedlora.report.read import Run, number
+from fedlora.report.seeds import seeds_table
 from fedlora.report.tables import (
     Table,
     clients_table,
@@ -174,7 +175,9 @@ def _ends(runs: Sequence[Run], key: str) -> str:
 
 
 def _tables(runs: Sequence[Run]) -> list[str]:
-    shown = [_section(runs_table(runs))]
+    over = seeds_table(runs)
+    shown = [] if over is None else [_section(over)]
+    shown.append(_section(runs_table(runs)))
     differs = differences_table(runs)
     if len(differs.header) > 1:
         shown.append(_section(differs))

@@ -57,6 +57,16 @@ def number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def read_runs(path: str | Path) -> list[Run]:
+    """The run in a folder, or every finished run below it, such as those of a sweep, in the order of names.
+
+    Raises:
+        CheckpointError: there is none, or a broken one.
+    """
+    found = sorted(summary.parent for summary in Path(path).glob("**/summary.json"))
+    return [read_run(folder) for folder in found] or [read_run(path)]
+
+
 def read_run(path: str | Path) -> Run:
     """Read the folder of one finished run.
 
