@@ -5,6 +5,9 @@ if __name__ != "fedlora.clients":
         "import fedlora.clients, not clients: this folder is installed inside the fedlora package"
     )
 
+from .gated import GatedExperts
 from .local import LocalTraining
+from .sliced import SlicedTraining
+from .twophase import TwoPhase
 
-__all__ = ["LocalTraining"]
+__all__ = ["GatedExperts", "LocalTraining", "SlicedTraining", "TwoPhase"]

@@ -9,17 +9,22 @@ that starts anew each round: after the server has combined factors, old moments 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from fedlora.adapter import Adapter
+from fedlora.algebra import truncate
 from fedlora.client import Assignment, Client, Outcome
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base
+from fedlora.privacy import DPSGD, Plan, self_test
+from fedlora.protocol import Tail
 from fedlora.seeds import generator
-from fedlora.trainer import Job, Parameters, fit
+from fedlora.trainer import Job, Parameters, descend, fit
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class LocalTraining(Client):
 
     Args:
         lr: learning rate of A and B.
+        lr_ratio: B's learning rate over A's (LoRA+, Hayou et al., ICML 2024, arXiv:2402.12354).
         head_lr: learning rate of the head; None takes `lr`.
         batch_size: rows a step.
         epochs: passes over the client's rows a round.
@@ -37,9 +43,12 @@ class LocalTraining(Client):
         schedule: "constant", "linear" or "cosine" decay to zero over the client's own steps of a round.
         warmup: share of the steps in which the rate rises from zero.
         micro_tokens: padded tokens a micro-batch holds at most; speed and memory, not the result.
+        privacy: differential privacy of each row; batches are then drawn at random, of `batch_size` rows on
+            the average, `clip` is off beside the privacy's own, and no loss is reported.
     """
 
     lr: float
+    lr_ratio: float = 1.0
     head_lr: float | None = None
     batch_size: int = 8
     epochs: int = 1
@@ -49,13 +58,14 @@ class LocalTraining(Client):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0
     micro_tokens: int = 512
+    privacy: DPSGD | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "steps", "micro_tokens"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
                 raise ConfigError(f"client.{name}: expected a whole number of at least 1, got {value!r}")
-        for name in ("lr", "head_lr", "clip"):
+        for name in ("lr", "lr_ratio", "head_lr", "clip"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ConfigError(f"client.{name}: expected a number above 0, got {value!r}")
@@ -65,10 +75,62 @@ class LocalTraining(Client):
             raise ConfigError(f"client.warmup: expected a share from 0 to 1, got {self.warmup}")
 
     def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
-        """Train all assignments in one pass."""
-        jobs = [Job(a.task.adapter, self.batches(a), a.task.train) for a in assignments]
+        """Train all assignments in one pass; what is a client's own goes on from its memory and into it."""
+        if self.privacy is not None:
+            return self._train_privately(base, assignments, self.privacy)
+        jobs = [Job(replace(a.task, adapter=a.start), self.batches(a)) for a in assignments]
         fitted = fit(base, jobs, self._make_optimizer, self._factor, self.clip, self.micro_tokens)
-        return [Outcome(f.adapter, {"loss": f.loss, "steps": float(f.steps)}) for f in fitted]
+        return [
+            replace(_outcome(a, f.adapter), metrics={"loss": f.loss, "steps": float(f.steps)})
+            for a, f in zip(assignments, fitted, strict=True)
+        ]
+
+    def privately(self, privacy: DPSGD) -> "LocalTraining":
+        """The same training by DP-SGD."""
+        return replace(self, privacy=privacy)
+
+    @property
+    def private(self) -> bool:
+        """Whether there is a privacy."""
+        return self.privacy is not None
+
+    def plan(self, rows: int) -> Plan | None:
+        """The noise, for batches of `batch_size` rows on the average."""
+        privacy = self.privacy
+        return None if privacy is None else privacy.plan(rows, self.batch_size, self.count_steps(rows))
+
+    def _train_privately(
+        self, base: Base, assignments: Sequence[Assignment], privacy: DPSGD
+    ) -> list[Outcome]:
+        sizes = [len(a.rows) for a in assignments]
+        plans = [privacy.plan(size, self.batch_size, self.count_steps(size)) for size in sizes]
+        jobs = []
+        for a, plan in zip(assignments, plans, strict=True):
+            if why := plan.refusal(a.ledger):
+                raise ConfigError(why)
+            task = replace(a.task, adapter=a.start)
+            self_test(base, task)
+            mechanism = plan.mechanism(a.client, a.round)
+            drawn = [mechanism.source.chosen(len(a.rows), plan.q) for _ in range(plan.steps)]
+            jobs.append(Job(task, [[a.rows[i] for i in batch] for batch in drawn], mechanism))
+        fitted = fit(base, jobs, self._make_optimizer, self._factor, None, self.micro_tokens)
+        outcomes = []
+        for a, f, plan in zip(assignments, fitted, plans, strict=True):
+            ledger, examples = plan.after(a.ledger), None if privacy.public_counts else 1
+            made = _outcome(a, f.adapter)
+            outcomes.append(replace(made, metrics=plan.told(ledger), ledger=ledger, examples=examples))
+        return outcomes
+
+    def descend(
+        self,
+        base: Base,
+        parameters: Parameters,
+        losses: Callable[[list[Example]], Tensor],
+        batches: Sequence[Sequence[Example]],
+    ) -> tuple[float, int]:
+        """The same kind of steps for one client, on a loss of the caller's; see `trainer.descend`."""
+        made, tokens = self._make_optimizer, self.micro_tokens
+        return descend(base, parameters, losses, batches, made, self._factor, self.clip, tokens)
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
         """Rows of a step times the mean length of a row."""
@@ -80,8 +142,7 @@ class LocalTraining(Client):
         """The round's batches, a new order each pass; the last of a pass may be smaller."""
         rng = generator(assignment.seed, "batches", assignment.client, assignment.round)
         rows, found = assignment.rows, list[list[Example]]()
-        per_epoch = math.ceil(len(rows) / self.batch_size)
-        wanted = self.steps if self.steps is not None else per_epoch * self.epochs
+        wanted = self.count_steps(len(rows))
         while rows and len(found) < wanted:
             order = rng.permutation(len(rows))
             found += [
@@ -90,9 +151,15 @@ class LocalTraining(Client):
             ]
         return found[:wanted]
 
+    def count_steps(self, rows: int) -> int:
+        """The steps of a round of a client of so many rows."""
+        return self.steps if self.steps is not None else math.ceil(rows / self.batch_size) * self.epochs
+
     def _make_optimizer(self, parameters: Parameters) -> torch.optim.Optimizer:
-        rates = {"A": self.lr, "B": self.lr, "head": self.head_lr or self.lr}
-        groups: list[dict[str, Any]] = [{"params": found, "lr": rates[n]} for n, found in parameters.items()]
+        rates = {"B": self.lr * self.lr_ratio, "head": self.head_lr or self.lr}
+        groups: list[dict[str, Any]] = [
+            {"params": found, "lr": rates.get(name, self.lr)} for name, found in parameters.items()
+        ]
         return self.optimizer(groups)
 
     def _factor(self, step: int, steps: int) -> float:
@@ -102,3 +169,23 @@ class LocalTraining(Client):
         done = (step - rising) / max(1.0, steps - rising)
         shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
         return shapes[self.schedule]
+
+
+def _outcome(assignment: Assignment, trained: Adapter) -> Outcome:
+    """What was trained, pruned where the task says so, and what of it is the client's own."""
+    tensors, task = dict(trained.tensors()), assignment.task
+    adapter = trained if task.tail is None else pruned(trained, assignment.start, task.tail)
+    return Outcome(adapter, {}, {name: tensors[name] for name in task.own()})
+
+
+def pruned(trained: Adapter, start: Adapter, tail: Tail) -> Adapter:
+    """HetLoRA's self-pruning: every pair loses its tail where training has made the tails lighter in all."""
+
+    def weight(adapter: Adapter) -> float:
+        cuts = [(pair, tail.start(pair.rank)) for pair in adapter.pairs.values()]
+        return sum(float(p.B[:, cut:].double().norm() * p.A[cut:].double().norm()) for p, cut in cuts)
+
+    if not weight(trained) < weight(start):
+        return trained
+    pairs = {name: truncate(pair, tail.pruned(pair.rank)) for name, pair in trained.pairs.items()}
+    return Adapter(pairs, trained.extra)

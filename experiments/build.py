@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib import resources
 from typing import Any
 
 import hydra
@@ -17,11 +17,15 @@ from fedlora.client import Client
 from fedlora.data import Dataset, Example, Part, encode, partition
 from fedlora.engine import Rules, Site
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.models import Base, LoRA, fresh_adapter, load, load_adapter, merge, targets
-from fedlora.protocol import Peer, State
+from fedlora.models import Base, LoRA, load, targets
+from fedlora.privacy import DPSGD
+from fedlora.protocol import Peer, State, Task
 from fedlora.seeds import generator
 from fedlora.strategy import Strategy
 from fedlora.trainer import evaluate
+
+from . import private
+from .begin import begin
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Job:
         start: the state before round 1.
         lora: the rule from rank to scales.
         rules: sampling, weights, evaluation.
+        privacy: that of the clients' records, if any.
     """
 
     dataset: Dataset
@@ -51,6 +56,7 @@ class Job:
     start: State
     lora: LoRA
     rules: Rules
+    privacy: DPSGD | None = None
 
     @property
     def metric(self) -> str:
@@ -65,15 +71,22 @@ class Job:
         """One node config a client."""
         return [{"client": client, "rank": rank} for client, rank in enumerate(self.ranks)]
 
-    def evaluate(self, adapters: Sequence[Adapter]) -> list[dict[str, float]]:
-        """Loss and the task's metrics of each adapter on the test rows."""
-        found = evaluate(self.base, adapters, [self.test] * len(adapters))
+    def evaluate(self, tasks: Sequence[Task]) -> list[tuple[float, float]]:
+        """Loss and share of right answers of each task's adapter, as it is, on the test rows."""
+        return evaluate(self.base, tasks, [self.test] * len(tasks))
+
+    def named(self, loss: float, right: float) -> dict[str, float]:
+        """Loss and share of right answers as the metrics of what is trained for."""
         if self.metric == "accuracy":
-            return [{"loss": loss, "accuracy": right} for loss, right in found]
-        return [
-            {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": right}
-            for loss, right in found
-        ]
+            return {"loss": loss, "accuracy": right}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": right}
+
+    def initial(self) -> Task:
+        """The model before round 1; the bare one where the adapter is no part of it."""
+        modules = {name for name, _ in self.base.model.named_modules()}
+        if self.start.adapter.pairs.keys() <= modules:
+            return Task(self.start.adapter, fold=self.start.fold)
+        return Task(Adapter({}))
 
     def majority(self) -> float | None:
         """The accuracy of always saying the most frequent training label."""
@@ -92,6 +105,14 @@ def build(config: DictConfig) -> Job:
     """
     strategy: Strategy = make(config.strategy, "strategy")
     client: Client = make(config.client, "client")
+    privacy: DPSGD | None = None
+    if "_target_" in (config.get("privacy") or {}):
+        privacy = make(config.privacy, "privacy")
+    if strategy.client and type(client).__name__ != strategy.client:
+        raise ConfigError(
+            f"strategy {type(strategy).__name__} needs the client {strategy.client}, which does its part of "
+            f"the algorithm, got {type(client).__name__}; leave client=... out, the strategy brings its own"
+        )
     lora = LoRA(
         config.lora.scale,
         config.lora.alpha,
@@ -107,7 +128,16 @@ def build(config: DictConfig) -> Job:
         config.min_updates,
         config.evaluate.every,
         config.evaluate.updates,
+        config.evaluate.clients or strategy.personal,
     )
+    if rules.evaluate_updates and strategy.personal:
+        raise ConfigError(
+            f"evaluate.updates: what a client of {type(strategy).__name__} sends is no whole model; leave it "
+            "out, its clients evaluate their own models"
+        )
+    if privacy is not None:
+        private.check(strategy, rules, bool(config.lora.get("dora")))
+        client = client.privately(privacy)
     fuse_of(config.engine.fuse)
     if config.lora.head not in ("train", "freeze"):
         raise ConfigError(f"lora.head: expected train or freeze, got '{config.lora.head}'")
@@ -134,28 +164,57 @@ def build(config: DictConfig) -> Job:
         )
     train_head = config.lora.head == "train"
     given_head = config.lora.adapter is not None and not train_head
-    base = load_base(config, dataset, load if given_head else _shared)
-    modules = targets(base, _plain(config.lora.targets)) if config.lora.targets else {}
-    if config.lora.adapter is not None:
-        adapter = load_adapter(Path(config.lora.adapter), base)
-        if adapter.extra and not train_head:  # the base keeps that head, nobody trains or sends it
-            merge(base, Adapter({}, adapter.extra))
-            adapter = Adapter(adapter.pairs)
+    named = [config.models] if isinstance(config.models, str) else _plain(config.models) or []
+    bases = [load_base(_with_model(config, str(name)), dataset) for name in named]
+    base = bases[0] if bases else load_base(config, dataset, load if given_head else _shared)
+    apart = client.shared(base)  # what clients share where it is no part of the model
+    _check_apart(config, strategy, client, apart is not None)
+    if apart is not None:
+        modules, train_head = dict(apart), False
     else:
-        largest = lora.peer(0, max(ranks), modules)
-        adapter = fresh_adapter(base, modules, largest, train_head, config.seed)
-    if not adapter.pairs and not adapter.extra:
-        raise ConfigError("lora.targets is empty and no head is trained: there is nothing to train")
-    if not adapter.extra and train_head:
-        adapter = Adapter(adapter.pairs, base.head_state())
-    start = strategy.init(adapter)
-    for rank in sorted(set(ranks)):
-        strategy.task(start, lora.peer(0, rank, adapter.pairs))  # refuses a rank that cannot be served
-    rows = encode(dataset.kind, dataset.train, dataset.labels, base.tokenizer, d.max_length)
+        modules = targets(base, _plain(config.lora.targets)) if config.lora.targets else {}
+    start = begin(config, strategy, base, lora, modules, ranks, train_head)
+    rows = [
+        encode(dataset.kind, dataset.train, dataset.labels, model.tokenizer, d.max_length)
+        for model in bases or [base]
+    ]
     test = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, d.max_length)
-    own = [[rows[i] for i in part.rows] for part in parts]
-    site = Site(base, client, own.__getitem__, config.evaluate.clients)
-    return Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules)
+    own = [[rows[k % len(rows)][i] for i in part.rows] for k, part in enumerate(parts)]
+    site = Site(base, client, own.__getitem__, None, rules.evaluate_clients, bases=bases)
+    job = Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules, privacy)
+    if privacy is not None:
+        tasks = [strategy.task(start, job.peer(0, rank)) for rank in sorted(set(ranks))]
+        private.try_out(client, base, strategy, tasks, [len(part.rows) for part in parts])
+    return job
+
+
+def _check_apart(config: DictConfig, strategy: Strategy, client: Client, apart: bool) -> None:
+    """Refuse what an adapter apart from the model cannot do, and other models where there is none."""
+    name = type(client).__name__
+    if apart and strategy.client != name:
+        raise ConfigError(
+            f"client {name} shares an adapter that is no part of the model, strategy "
+            f"{type(strategy).__name__} expects the model's own LoRA; use strategy=pfedlora"
+        )
+    if apart and config.lora.adapter is not None:
+        raise ConfigError(f"lora.adapter: client {name} shares no LoRA of the model, leave it out")
+    if config.models and not apart:
+        raise ConfigError(
+            f"models: {type(strategy).__name__} combines LoRA of one model, got models={config.models}; use "
+            "model=NAME, or strategy=pfedlora, whose clients may have different ones"
+        )
+
+
+def _with_model(config: DictConfig, name: str) -> DictConfig:
+    """The configuration with another model: a choice of the group `model`, or else a folder or hub name."""
+    file = resources.files("fedlora.experiments.conf") / "model" / f"{name}.yaml"
+    found: Any = {"path": name, "source": None}
+    if file.is_file():
+        found = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+    if found["path"] == "???":
+        raise ConfigError(f"models: '{name}' is any model; say the folder or hub name itself in its place")
+    given = {"path": found["path"], "source": found["source"]}
+    return OmegaConf.merge(config, {"model": given})  # type: ignore[return-value]
 
 
 # A base is never written to, so the runs of one process share it.
@@ -167,7 +226,7 @@ def load_base(config: DictConfig, dataset: Dataset, loader: Callable[..., Base] 
     if OmegaConf.is_missing(config.model, "path"):
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
     path = config.model.path or make(config.model.source, "model")
-    where = (config.model.dtype, config.model.device, config.seed)
+    where = (config.model.dtype, config.model.device, config.seed, config.model.quantize)
     return loader(path, dataset.kind, dataset.labels, *where)
 
 

@@ -6,18 +6,23 @@ import platform
 import resource
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import fedlora
-from fedlora.engine import Federation, InProcessGrid, Progress, RunFolder, megabytes
+from fedlora.engine import Federation, InProcessGrid, Memory, Progress, RunFolder, megabytes
 from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 from fedlora.models import save_adapter
 from fedlora.protocol import State
 
+from . import private
 from .build import Job, build, fuse_of
 
 
@@ -48,20 +53,26 @@ def run_job(config: DictConfig, console: Console) -> Path:
         folder = RunFolder.create(path, _yaml(config))
         done, state = 0, job.start
         folder.save_state(0, state)
-    initial = job.evaluate([job.start.adapter])[0] if config.evaluate.every else {}
+    initial = {}
+    if config.evaluate.every:
+        initial = job.named(*job.evaluate([job.initial()])[0])
     startup = time.perf_counter() - began
     console.print(_opening(job, config, path, done), soft_wrap=True, highlight=False, markup=False)
-    with Progress(config.rounds, done, job.metric, console) as progress:
+    memory = Memory(path / "checkpoint" / "clients")
+    spent = partial(_spent, job, memory)
+    with Progress(config.rounds, done, job.metric, console, job.privacy is not None) as progress:
         federation = Federation(
-            job.strategy, state, job.peer, job.rules, job.evaluate, folder, progress, done
+            job.strategy, state, job.peer, job.rules, job.evaluate, job.named, folder, progress, done, spent
         )
-        fuse = fuse_of(config.engine.fuse)
-        federation.run(InProcessGrid(job.site, job.nodes(), fuse, progress.advance))
+        site = replace(job.site, memory=memory)
+        grid = InProcessGrid(site, job.nodes(), fuse_of(config.engine.fuse), progress.advance)
+        federation.run(grid)
+        own = federation.last_look(grid)
     if not any(line["clients"] for line in folder.rounds()):
         raise FedLoraError(
             f"no client sent a good update in any round; the reasons are in {path}/clients.jsonl"
         )
-    _finish(job, config, folder, federation.state, initial, startup)
+    _finish(job, config, folder, federation.state, initial, startup, own)
     return path
 
 
@@ -82,6 +93,7 @@ def continued(path: Path, overrides: list[str]) -> DictConfig:
             continue
         if key != "rounds" or not value.isdigit():
             raise ConfigError(f"resume: only rounds=N can change when a run is continued, got '{override}'")
+        private.more_rounds(config, int(value))
         config.rounds = int(value)
     folder = RunFolder(path)
     last = folder.rounds()[-1:]
@@ -107,8 +119,18 @@ def _out(config: DictConfig) -> Path:
     return Path("runs") / f"{_name(config)}-{stamp}"
 
 
+def _spent(job: Job, memory: Memory) -> dict[str, Any]:
+    """What privacy has cost so far, for the line of a round; nothing to say without any."""
+    return {} if job.privacy is None else private.spent(job.privacy, memory.ledgers())
+
+
 def _name(config: DictConfig) -> str:
     return str(config.strategy["_target_"]).rsplit(".", 1)[-1].lower()
+
+
+def _model(config: DictConfig) -> str:
+    """The name of the model, or those of several."""
+    return ", ".join(map(str, config.models)) if config.models else str(config.model.name)
 
 
 def _opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
@@ -117,8 +139,16 @@ def _opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
     sizes = [len(part.rows) for part in job.parts]
     goes = f"rounds {done + 1} to {config.rounds}" if done else f"{config.rounds} rounds"
     who = f"{len(job.parts)} clients of {min(sizes)} to {max(sizes)} rows"
-    what = f"{type(job.strategy).__name__}: {config.model.name} on {config.data.name}"
-    return f"{what}, {who}, rank {ranks}, {goes}\n-> {path}"
+    what = f"{type(job.strategy).__name__}: {_model(config)} on {config.data.name}"
+    lines = [f"{what}, {who}, rank {ranks}, {goes}", f"-> {path}"]
+    if job.privacy is not None:
+        lines.insert(
+            1,
+            private.opening(
+                job.privacy, [plan.sigma for size in sizes if (plan := job.site.client.plan(size))]
+            ),
+        )
+    return "\n".join(lines)
 
 
 def _finish(
@@ -128,23 +158,33 @@ def _finish(
     state: State,
     initial: dict[str, float],
     startup: float,
+    own: dict[int, dict[str, float]],
 ) -> None:
     """Write the adapter, the summary and the report."""
     digest = None
-    if state.adapter.pairs:
-        made = folder.write("adapter", lambda to: save_adapter(state.adapter, job.base, to))
+    whole = state.whole()
+    if whole.pairs and not job.strategy.personal:  # a personal one's adapter is only a part of a model
+        made = folder.write("adapter", lambda to: save_adapter(whole, job.base, to))
         digest = hashlib.sha256((made / "adapter_model.safetensors").read_bytes()).hexdigest()
     rounds = folder.rounds()
     evaluated = [line for line in rounds if "loss" in line]
     last = evaluated[-1] if evaluated else {}
-    names = ("accuracy", "loss", "perplexity", "token_accuracy", "local_accuracy", "aggregation_error")
+    names = ("accuracy", "loss", "perplexity", "token_accuracy", "aggregation_error")
+    told = [found for found in own.values() if found.keys() >= {"local_accuracy", "local_loss"}]
+    ends = {n: fmean(found[n] for found in told) for n in ("local_accuracy", "local_loss") if told}
+    if job.strategy.personal and told:
+        ends |= job.named(ends["local_loss"], ends["local_accuracy"])
+    privacy: dict[str, Any] = {}
+    if job.privacy is not None:
+        privacy = private.summary(job.privacy, Memory(folder.path / "checkpoint" / "clients").ledgers())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     summary = {
         "strategy": _name(config),
-        "model": config.model.name,
+        "model": _model(config),
         "data": config.data.name,
         "metric": job.metric,
         **{name: last[name] for name in names if name in last},
+        **ends,
         "initial": initial,
         "majority": job.majority(),
         "rounds": config.rounds,
@@ -158,6 +198,8 @@ def _finish(
         "wall_seconds": startup + sum(line["seconds"] for line in rounds),
         "peak_memory_mb": round(peak),
         "adapter_sha256": digest,
+        **({"own": own} if own else {}),
+        **privacy,
         "versions": {
             "fedlora": fedlora.__version__,
             "python": platform.python_version(),
@@ -179,6 +221,8 @@ def closing(path: Path) -> str:
     said = f"{run.metric} {best:.3f}, " if best is not None else ""
     sent = f"{megabytes(run.summary['bytes_down'])} down, {megabytes(run.summary['bytes_up'])} up"
     lines = [f"{said}{sent}, {run.summary['wall_seconds']:.0f} s"]
+    if "ledger" in run.summary:
+        lines.append(private.closing(run.summary))
     for what, name in (("adapter", "adapter"), ("metrics", "metrics.jsonl"), ("report", "report.html")):
         if (path / name).exists():
             lines.append(f"{what:8} {path / name}")

@@ -151,14 +151,14 @@ def _report(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="fedlora report", description="One HTML page about a run or several."
     )
-    parser.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs")
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs, or of sweeps")
     parser.add_argument("--to", type=Path, metavar="FILE", help="where to write; default: report.html in DIR")
     given = parser.parse_args(words)
-    from fedlora.report import read_run, runs_table, write_report
+    from fedlora.report import read_runs, runs_table, seeds_table, write_report
 
-    runs = [read_run(path) for path in given.runs]
+    runs = [run for path in given.runs for run in read_runs(path)]
     written = write_report(runs, given.to or Path(given.runs[0]) / "report.html")
-    Console().print(runs_table(runs))
+    Console().print(seeds_table(runs) or runs_table(runs))
     print(written)
 
 
@@ -167,10 +167,16 @@ def _export(words: list[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--merge", action="store_true", help="the whole model with ΔW added to its weights")
+    parser.add_argument(
+        "--client", type=int, metavar="N", help="a client's own adapter (personal strategies)"
+    )
     given = parser.parse_args(words)
-    from .saved import export
+    from .saved import export, export_own
 
-    print(export(given.run, given.to, given.merge))
+    if given.client is not None:
+        print(export_own(given.run, given.client, given.to))
+    else:
+        print(export(given.run, given.to, given.merge))
 
 
 def _verify(words: list[str]) -> None:

@@ -6,13 +6,16 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from fedlora.adapter import Adapter
+from fedlora.client import Assignment
 from fedlora.data import Dataset, collate, encode
-from fedlora.engine import RunFolder
+from fedlora.engine import Memory, RunFolder
 from fedlora.errors import CheckpointError, ConfigError, ModelError
 from fedlora.models import Bank, by_peft, merge, save_adapter
+from fedlora.protocol import Task, whole
 from fedlora.trainer import evaluate
 
-from .build import load_base, make
+from .build import build, load_base, make
 
 
 def export(run: Path, to: Path, merged: bool) -> str:
@@ -27,14 +30,40 @@ def export(run: Path, to: Path, merged: bool) -> str:
     config, dataset = _read(run)
     _, state = RunFolder(run).read_state()
     base = load_base(config, dataset)
+    adapter = state.whole()
     if not merged:
-        save_adapter(state.adapter, base, to)
-        return f"adapter of {len(state.adapter.pairs)} modules -> {to} (peft.PeftModel.from_pretrained)"
-    merge(base, state.adapter)
+        save_adapter(adapter, base, to)
+        return f"adapter of {len(adapter.pairs)} modules -> {to} (peft.PeftModel.from_pretrained)"
+    merge(base, adapter)
     to.mkdir(parents=True, exist_ok=True)
     base.model.save_pretrained(str(to))
     base.tokenizer.save_pretrained(str(to))
     return f"merged model -> {to} (transformers' from_pretrained)"
+
+
+def export_own(run: Path, client: int, to: Path) -> str:
+    """Write the adapter of one client's own model: what is shared, and the part that it keeps.
+
+    Raises:
+        CheckpointError: the run has no state.
+        ConfigError: the folder is there already, there is no such client, or it keeps no part of its own.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
+    job = build(_read(run)[0])
+    if not 0 <= client < len(job.ranks):
+        raise ConfigError(f"--client: expected 0 to {len(job.ranks) - 1}, got {client}")
+    round, state = RunFolder(run).read_state()
+    task = job.strategy.task(state, job.peer(client, job.ranks[client]))
+    if not task.own():
+        raise ConfigError(
+            f"--client: {type(job.strategy).__name__} leaves clients no LoRA part of their own; "
+            "leave --client out"
+        )
+    memory = Memory(run / "checkpoint" / "clients").read(client, round + 1)
+    own = Assignment(client, round + 1, job.rules.seed, task, [], memory).start
+    save_adapter(whole(own, task.fold), job.base, to)
+    return f"adapter of client {client} -> {to} (peft.PeftModel.from_pretrained)"
 
 
 def verify(run: Path) -> str:
@@ -49,7 +78,8 @@ def verify(run: Path) -> str:
     file = run / "adapter" / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(
-            f"'{run}' has no adapter/adapter_model.safetensors; a head-only run cannot be verified"
+            f"'{run}' has no adapter/adapter_model.safetensors: a run of the head alone, or of a personal "
+            "strategy, leaves none to verify"
         )
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != summary["adapter_sha256"]:
@@ -61,14 +91,14 @@ def verify(run: Path) -> str:
     base = load_base(config, dataset)
     rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, config.data.max_length)
     batch = collate(rows[:16], base.pad_id)
-    with torch.no_grad(), Bank(base, [state.adapter]):
+    with torch.no_grad(), Bank(base, [Task(state.adapter, fold=state.fold)]):
         ours = base.logits(batch)
     plain = by_peft(load_base(config, dataset), run / "adapter")
     with torch.no_grad():
         gap = float((plain.logits(batch) - ours).abs().max())
     if not gap < 1e-4:
         raise CheckpointError(f"PEFT's logits differ from the run's by {gap:.2e}, expected less than 1e-4")
-    loss, right = evaluate(plain, [type(state.adapter)({})], [rows])[0]
+    loss, right = evaluate(plain, [Task(Adapter({}))], [rows])[0]
     said = summary.get("accuracy", summary.get("token_accuracy"))
     if said is not None and abs(right - said) > 0.005:
         raise CheckpointError(f"PEFT reaches {right:.4f} on the test rows, the summary says {said:.4f}")

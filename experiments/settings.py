@@ -42,6 +42,8 @@ class Lora:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     head: str = "train"
+    init: str | None = None
+    dora: bool = False
     adapter: str | None = None
 
 
@@ -54,6 +56,8 @@ class Schema:
     client: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
+    privacy: dict[str, Any] = field(default_factory=dict)
+    models: Any = None
     clients: int | None = 8
     clients_per_round: int | None = None
     rounds: int = 5
@@ -68,7 +72,8 @@ class Schema:
 
 
 def register() -> None:
-    """Make the schema known to Hydra."""
+    """Make known the schema, and `${times:a,b}`, by which a strategy sets its rate to a model's."""
+    OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
     ConfigStore.instance().store(name="schema", node=Schema)
 
 
@@ -135,6 +140,8 @@ def _know(overrides: Sequence[str]) -> None:
                 names = [*node, *(choices if not depth else [])]
                 near = difflib.get_close_matches(part, [str(name) for name in names], 1)
                 hint = f"did you mean '{near[0]}'? " if near else ""
+                if not near and part != key and inside in choices:
+                    hint = f"another choice of {inside}=... may have it ({', '.join(choices[inside])}); "
                 where = f"under '{inside}'" if inside else "at the top"
                 raise ConfigError(
                     f"unknown key '{part}' in '{override.input_line}'; {hint}"

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,8 @@ class Pair:
         A: (rank, d_in).
         B: (d_out, rank).
         scale: the factor s, alpha / rank in PEFT's terms (alpha / √rank with rsLoRA).
+        M: (rank, rank), a core between frozen factors: ΔW = scale · B @ M @ A (PrivateLoRA, arXiv
+            2311.14030); None is the identity.
 
     Raises:
         IncompatibleUpdates: the factors do not fit each other, or the scale is not a finite number.
@@ -30,6 +32,7 @@ class Pair:
     A: Tensor
     B: Tensor
     scale: float = 1.0
+    M: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -41,6 +44,11 @@ class Pair:
             raise IncompatibleUpdates(
                 f"expected A and B of one dtype and device, got {self.A.dtype} on {self.A.device} and "
                 f"{self.B.dtype} on {self.B.device}"
+            )
+        if self.M is not None and (self.M.shape != (self.rank, self.rank) or self.M.dtype != self.A.dtype):
+            raise IncompatibleUpdates(
+                f"expected a core M {(self.rank, self.rank)} of {self.A.dtype}, got {tuple(self.M.shape)} of "
+                f"{self.M.dtype}"
             )
         object.__setattr__(self, "scale", float(self.scale))
         if not math.isfinite(self.scale):
@@ -55,6 +63,19 @@ class Pair:
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in), the shape of ΔW and of the layer's weight."""
         return self.B.shape[0], self.A.shape[1]
+
+    def factors(self) -> Iterator[tuple[str, Tensor]]:
+        """The factors under their names, "A", "B" and, where there is one, "M"."""
+        yield from (("A", self.A), ("B", self.B))
+        if self.M is not None:
+            yield "M", self.M
+
+    def plain(self) -> "Pair":
+        """The same ΔW without a core, which goes into B."""
+        if self.M is None:
+            return self
+        B = (self.B.double() @ self.M.double()).to(self.B.dtype)
+        return Pair(self.A, B, self.scale)
 
 
 @dataclass(frozen=True)
@@ -74,18 +95,32 @@ class Adapter:
         object.__setattr__(self, "extra", dict(sorted(self.extra.items())))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its name: `module.A`, `module.B`, then the extras."""
+        """Every tensor under its name: `module.A`, `module.B`, `module.M`, then the extras."""
         for name, pair in self.pairs.items():
-            yield f"{name}.A", pair.A
-            yield f"{name}.B", pair.B
+            yield from ((f"{name}.{factor}", tensor) for factor, tensor in pair.factors())
         yield from self.extra.items()
+
+    def top_down(self) -> list[str]:
+        """The modules from the top layer down: by the numbers in their paths, falling, then by name.
+
+        A module without a number, such as a pooler, belongs to no layer and counts as above them.
+        """
+
+        def place(name: str) -> tuple[list[float], str]:
+            return [-float(part) for part in name.split(".") if part.isdigit()] or [-math.inf], name
+
+        return sorted(self.pairs, key=place)
 
     def digest(self) -> str:
         """SHA-256 over names, scales, shapes, dtypes and bytes: equal if and only if the adapters are."""
-        seal = hashlib.sha256()
-        for name, pair in self.pairs.items():
-            seal.update(f"{name}={pair.scale!r};".encode())
-        for name, tensor in self.tensors():
-            seal.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            seal.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return seal.hexdigest()
+        scales = "".join(f"{name}={pair.scale!r};" for name, pair in self.pairs.items())
+        return digest(scales, self.tensors())
+
+
+def digest(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over a header, and over the names, shapes, dtypes and bytes of tensors, in their order."""
+    seal = hashlib.sha256(header.encode())
+    for name, tensor in tensors:
+        seal.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        seal.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return seal.hexdigest()

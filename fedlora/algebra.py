@@ -56,6 +56,7 @@ def mean_factors(pairs: Sequence[Pair], weights: Sequence[float], scale: float |
     A pair of another scale s_k has √(s_k / s) absorbed into both factors, so that its own product is what it
     was. The product of the means is not the mean of the products.
     """
+    pairs = [pair.plain() for pair in pairs]
     scale = pairs[0].scale if scale is None else scale
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
@@ -75,7 +76,23 @@ def rescale(pair: Pair, scale: float) -> Pair:
         return pair
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
-    return Pair(pair.A, (pair.B.double() * (pair.scale / scale)).to(pair.B.dtype), scale)
+    return Pair(pair.A, (pair.B.double() * (pair.scale / scale)).to(pair.B.dtype), scale, pair.M)
+
+
+def held(ranks: Sequence[int], weights: Sequence[float], rank: int) -> Tensor:
+    """p_i = Σ_{k: r_k ≥ i} w_k, the weight of those who hold direction i; float64, (rank,), never rising."""
+    reach = torch.tensor(ranks)[:, None] > torch.arange(rank)
+    return torch.tensor(weights, dtype=torch.float64) @ reach.to(torch.float64)
+
+
+def mean_rows(tensors: Sequence[Tensor], weights: Sequence[float], old: Tensor) -> Tensor:
+    """Row i averaged over the tensors that have it, Σ_k w_k T_k[i] / p_i; the old one where none has."""
+    p = held([len(tensor) for tensor in tensors], weights, max(map(len, tensors))).to(old.device)
+    total = torch.zeros(len(p), *old.shape[1:], dtype=torch.float64, device=old.device)
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total[: len(tensor)].add_(tensor.to(torch.float64), alpha=weight)
+    top = int((p > 0).sum())
+    return torch.cat([total[:top] / p[:top, None], old[top:].to(torch.float64)]).to(tensors[0].dtype)
 
 
 def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
@@ -87,10 +104,44 @@ def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     return Pair(wide.A.to(pairs[0].A.dtype), wide.B.to(pairs[0].B.dtype), 1.0)
 
 
-def _wide(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
-    """`stack` in float64."""
-    columns = [pair.B.double() * (w * pair.scale) for pair, w in zip(pairs, weights, strict=True)]
+def _wide(pairs: Sequence[Pair], weights: Sequence[float | Tensor]) -> Pair:
+    """`stack` in float64; a weight may be one a direction."""
+    columns = [
+        _left(pair) * (torch.as_tensor(w, dtype=torch.float64, device=pair.B.device) * pair.scale)
+        for pair, w in zip(pairs, weights, strict=True)
+    ]
     return Pair(torch.cat([pair.A.double() for pair in pairs]), torch.cat(columns, dim=1), 1.0)
+
+
+def _left(pair: Pair) -> Tensor:
+    """B, or B·M where there is a core, in float64."""
+    return pair.B.double() if pair.M is None else pair.B.double() @ pair.M.double()
+
+
+def accumulate(total: Pair | None, gain: Pair) -> Pair:
+    """The sum of both as one pair of scale 1 and of rank min(d_out, d_in) at most, without an SVD.
+
+    Factors are stacked while that is smaller than the dense sum; beyond, the sum itself is one of the factors
+    and the identity the other. A function of its bits alone: server and clients that add up the same gains
+    hold the same total.
+    """
+    pairs = [gain] if total is None else [total, gain]
+    if sum(pair.rank for pair in pairs) < min(gain.shape):
+        return stack(pairs, [1.0] * len(pairs))
+    summed = torch.stack([pair.scale * (_left(pair) @ pair.A.double()) for pair in pairs]).sum(0)
+    return of_dense(summed.to(gain.A.dtype))
+
+
+def of_dense(matrix: Tensor) -> Pair:
+    """A dense (d_out, d_in) matrix as a pair of scale 1, bit for bit: itself and an identity."""
+    d_out, d_in = matrix.shape
+    eye = torch.eye(min(d_out, d_in), dtype=matrix.dtype, device=matrix.device)
+    return Pair(matrix, eye) if d_out <= d_in else Pair(eye, matrix)
+
+
+def negative(pair: Pair) -> Pair:
+    """−ΔW, with scale 1."""
+    return Pair(pair.A.clone(), (_left(pair) * -pair.scale).to(pair.B.dtype), 1.0)
 
 
 def residual(pairs: Sequence[Pair], weights: Sequence[float], approximation: Pair) -> Pair:
@@ -100,12 +151,12 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float], approximation: Pai
 
 def dense(pair: Pair) -> Tensor:
     """ΔW = scale · B @ A itself, (d_out, d_in)."""
-    return (pair.scale * (pair.B.double() @ pair.A.double())).to(pair.A.dtype)
+    return (pair.scale * (_left(pair) @ pair.A.double())).to(pair.A.dtype)
 
 
 def pad(pair: Pair, rank: int) -> Pair:
     """The same ΔW with zero rows of A and zero columns of B up to `rank`."""
-    more = rank - pair.rank
+    pair, more = pair.plain(), rank - pair.rank
     if more < 0:
         raise IncompatibleUpdates(f"cannot pad a pair of rank {pair.rank} to the smaller rank {rank}")
     A = torch.nn.functional.pad(pair.A, (0, 0, 0, more))
@@ -114,7 +165,16 @@ def pad(pair: Pair, rank: int) -> Pair:
 
 def truncate(pair: Pair, rank: int) -> Pair:
     """The first `rank` rows of A and columns of B; the whole pair if it has no more."""
+    if rank >= pair.rank:
+        return Pair(pair.A.clone(), pair.B.clone(), pair.scale, None if pair.M is None else pair.M.clone())
+    pair = pair.plain()
     return Pair(pair.A[:rank].clone(), pair.B[:, :rank].clone().contiguous(), pair.scale)
+
+
+def beyond(pair: Pair, rank: int) -> Pair:
+    """What `truncate` leaves out, the other rows of A and columns of B; of rank 0 if there are none."""
+    pair = pair.plain()
+    return Pair(pair.A[rank:].clone(), pair.B[:, rank:].clone().contiguous(), pair.scale)
 
 
 def norm(pair: Pair) -> float:
@@ -159,12 +219,14 @@ def compress(pair: Pair, rank: int | None = None, scale: float | None = None) ->
     return _compress(pair, rank, pair.scale if scale is None else scale, pair.A.dtype)
 
 
-def weighted_sum(pairs: Sequence[Pair], weights: Sequence[float], scale: float | None = None) -> Pair:
+def weighted_sum(
+    pairs: Sequence[Pair], weights: Sequence[float | Tensor], scale: float | None = None
+) -> Pair:
     """Σ_k w_k s_k B_k A_k in the fewest directions: `compress` of the stack, without rounding in between.
 
     Args:
         pairs: updates of one module, of any ranks and scales.
-        weights: one a pair, taken as they are.
+        weights: one a pair, or one a direction of it, (r_k,); taken as they are.
         scale: the scale to express the result with; None takes the first pair's.
     """
     scale = pairs[0].scale if scale is None else scale
@@ -195,6 +257,7 @@ def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
     more = rank - pair.rank
     if more <= 0:
         return pair
+    pair = pair.plain()
     fresh = torch.from_numpy(rng.standard_normal((more, pair.shape[1]))).to(pair.A.device)
     room = max(0, min(more, pair.shape[1] - pair.rank))
     rows = torch.linalg.qr(torch.cat([pair.A.double(), fresh[:room]]).T).Q.T[pair.rank :]
@@ -209,7 +272,7 @@ def _core(pair: Pair) -> tuple[Tensor | None, Tensor | None, Tensor]:
     # against the product and the SVD of the whole matrix.
     d_out, d_in = pair.shape
     r, small = pair.rank, min(pair.shape)
-    B, A = pair.B.double() * pair.scale, pair.A.double()
+    B, A = _left(pair) * pair.scale, pair.A.double()
     thin = 4 * r * r * (d_out + d_in) + 22 * r**3
     full = 2 * r * d_out * d_in + 22 * small**3 + 4 * small**2 * (max(d_out, d_in) - small)
     if r >= small or thin >= full:

@@ -1,13 +1,18 @@
 """The interface of local training: what a client does between a task and its update."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from fedlora.adapter import Adapter
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Pair
 from fedlora.data import Example
+from fedlora.errors import ConfigError
 from fedlora.models import Base
+from fedlora.privacy import DPSGD, Ledger, Plan
 from fedlora.protocol import Task
+from fedlora.trainer import evaluate
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,8 @@ class Assignment:
         seed: the run's seed; with client and round it fixes every random choice.
         task: where to start, what to train.
         rows: the client's training rows.
+        memory: what the client kept when it last trained in this run; empty the first time.
+        ledger: what the client's privacy has cost so far in this run; None for nothing.
     """
 
     client: int
@@ -27,14 +34,39 @@ class Assignment:
     seed: int
     task: Task
     rows: Sequence[Example]
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    ledger: Ledger | None = None
+
+    @property
+    def start(self) -> Adapter:
+        """The task's adapter, with the client's own parts where it has them from before."""
+        adapter, own = self.task.adapter, {n: self.memory[n] for n in self.task.own() if n in self.memory}
+        pairs = {
+            module: Pair(
+                scale=pair.scale, **{f: own.get(f"{module}.{f}", tensor) for f, tensor in pair.factors()}
+            )
+            for module, pair in adapter.pairs.items()
+        }
+        return Adapter(pairs, {name: own.get(name, tensor) for name, tensor in adapter.extra.items()})
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One client's result: its whole adapter, and numbers to report, "loss" and "steps" among them."""
+    """One client's result.
+
+    Args:
+        adapter: its whole adapter.
+        metrics: numbers to report, "loss" and "steps" among them.
+        memory: what it keeps for the next time; never sent.
+        ledger: what its privacy has cost, this round included; to be written down before anything is sent.
+        examples: the number of rows that it says it has; None for the true one.
+    """
 
     adapter: Adapter
     metrics: dict[str, float]
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    examples: int | None = None
 
 
 class Client(ABC):
@@ -43,6 +75,46 @@ class Client(ABC):
     @abstractmethod
     def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
         """Train every assignment on the one base, with the result that each would have alone."""
+
+    def evaluate(self, base: Base, assignments: Sequence[Assignment]) -> list[tuple[float, float]]:
+        """Loss and share of right answers of each client's model before it trains, on the assignment's rows.
+
+        (nan, nan) where there are no rows.
+        """
+        tasks = [replace(a.task, adapter=a.start) for a in assignments]
+        return evaluate(base, tasks, [a.rows for a in assignments])
+
+    def shared(self, base: Base) -> Mapping[str, tuple[int, int]] | None:
+        """The pairs that clients share where those are no part of the model: name -> (d_out, d_in).
+
+        None, the ordinary case: they are the LoRA targets.
+        """
+        return None
+
+    def privately(self, privacy: DPSGD) -> "Client":
+        """This client under differential privacy of its records.
+
+        Raises:
+            ConfigError: it has no way to train so.
+        """
+        raise ConfigError(
+            f"privacy: client {type(self).__name__} cannot train under differential privacy, since its "
+            "steps are not sums over single records; use a strategy with client=local, or privacy=none"
+        )
+
+    @property
+    def private(self) -> bool:
+        """Whether it trains under differential privacy, so that nothing else may be told of its rows."""
+        return False
+
+    def plan(self, rows: int) -> Plan | None:
+        """How privately a client of so many rows trains; None without differential privacy."""
+        return None
+
+    def refusal(self, assignment: Assignment) -> str | None:
+        """Why the client must not train now: that its privacy is spent; None if it may."""
+        plan = self.plan(len(assignment.rows))
+        return None if plan is None else plan.refusal(assignment.ledger)
 
     @abstractmethod
     def step_tokens(self, rows: Sequence[Example]) -> int:

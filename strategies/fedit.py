@@ -13,7 +13,7 @@ Differs from the paper: nothing. Clients of one rank but other scales are balanc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -38,4 +38,5 @@ class FedIT(Strategy):
             m: mean_factors([u.adapter.pairs[m] for u in sent], w, old.scale)
             for m, old in state.adapter.pairs.items()
         }
-        return State(Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w)), state.round + 1)
+        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        return replace(state, adapter=adapter, round=state.round + 1)

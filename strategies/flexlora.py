@@ -14,17 +14,15 @@ Sends: A and B up at the client's rank, A and B down at the client's rank.
 Differs from the paper: every s_k is the client's own (the authors' code divides by one alpha for all).
 """
 
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedlora.adapter import Adapter
-from fedlora.algebra import mean_extras, refill, weighted_sum
+from fedlora.algebra import mean_extras, weighted_sum
 from fedlora.protocol import Peer, State, Task, Update
-from fedlora.seeds import generator
-from fedlora.strategy import Strategy, cut
+from fedlora.strategy import Strategy, cut, with_room
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,7 @@ class FlexLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D*; where D* has fewer than the client's rank, fresh ones with B = 0."""
-        room = {
-            m: refill(
-                pair, peer.ranks.get(m, peer.rank), generator(state.round, "refill", zlib.crc32(m.encode()))
-            )
-            for m, pair in state.adapter.pairs.items()
-        }
-        return Task(cut(Adapter(room, state.adapter.extra), peer))
+        return Task(cut(with_room(state, peer), peer), fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """D* in factors, by the SVD of its core."""
@@ -52,4 +44,5 @@ class FlexLoRA(Strategy):
             m: weighted_sum([u.adapter.pairs[m] for u in sent], w, old.scale)
             for m, old in state.adapter.pairs.items()
         }
-        return State(Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w)), state.round + 1)
+        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        return replace(state, adapter=adapter, round=state.round + 1)

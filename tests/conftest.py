@@ -9,6 +9,7 @@ from hypothesis import settings
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.protocol import Peer, State, Task, Update
+from fedlora.sparse import places
 from fedlora.strategy import Strategy
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=40)
@@ -58,17 +59,21 @@ class Make:
         return Adapter(pairs, extra)
 
     def trained(self, rng: np.random.Generator, task: Task, step: float = 1.0) -> Adapter:
-        """What a client makes of a task: the shared factors and the extras move, nothing else does."""
+        """What the server sees of a client that trained: what it shares has moved, nothing else has."""
 
         def moved(tensor: torch.Tensor) -> torch.Tensor:
             return (tensor + step * torch.from_numpy(rng.standard_normal(tensor.shape))).to(tensor.dtype)
 
-        pairs = {}
-        for name, pair in task.adapter.pairs.items():
-            A = moved(pair.A) if "A" in task.share else pair.A.clone()
-            B = moved(pair.B) if "B" in task.share else pair.B.clone()
-            pairs[name] = Pair(A, B, pair.scale)
-        return Adapter(pairs, {name: moved(tensor) for name, tensor in task.adapter.extra.items()})
+        shared = set(task.shared())
+
+        def after(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            return moved(tensor) if name in shared else tensor.clone()
+
+        pairs = {
+            name: Pair(scale=pair.scale, **{f: after(f"{name}.{f}", t) for f, t in pair.factors()})
+            for name, pair in task.adapter.pairs.items()
+        }
+        return Adapter(pairs, {name: after(name, tensor) for name, tensor in task.adapter.extra.items()})
 
     def round(
         self,
@@ -91,7 +96,20 @@ class Dense:
 
     def delta(self, pair: Pair) -> np.ndarray:
         B, A = pair.B.detach().to(torch.float64).numpy(), pair.A.detach().to(torch.float64).numpy()
-        return pair.scale * (B @ A)
+        M = np.eye(len(A)) if pair.M is None else pair.M.detach().to(torch.float64).numpy()
+        return pair.scale * (B @ M @ A)
+
+    def effective(self, task: Task, adapter: Adapter, module: str, shape: tuple[int, int]) -> np.ndarray:
+        """All that a client's model adds to one weight: the task's fold, the pair, the sparse values."""
+        total = np.zeros(shape)
+        for pairs in (task.fold, adapter.pairs):
+            if module in pairs:
+                total += self.delta(pairs[module])
+        values = adapter.extra.get(f"{module}.sparse")
+        if task.mask is not None and values is not None:
+            flat = total.reshape(-1)
+            flat[places(task.mask, module, shape, len(values)).numpy()] += values.double().numpy()
+        return total
 
     def sum(self, pairs: Sequence[Pair], weights: Sequence[float]) -> np.ndarray:
         return sum(w * self.delta(pair) for pair, w in zip(pairs, weights, strict=True))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,11 @@ CALLS = {
     "mean_tensors": lambda p, q, rng: algebra.mean_tensors([p.A, q.A], [0.5, 0.5]),
     "mean_extras": lambda p, q, rng: algebra.mean_extras([{"w": p.A}, {"w": q.A}], [0.5, 0.5]),
     "mean_factors": lambda p, q, rng: algebra.mean_factors([p, q], [0.5, 0.5]),
+    "mean_rows": lambda p, q, rng: algebra.mean_rows([p.A, q.A[:1]], [0.5, 0.5], p.A),
+    "held": lambda p, q, rng: algebra.held([p.rank, 1], [0.5, 0.5], 4),
+    "accumulate": lambda p, q, rng: algebra.accumulate(algebra.accumulate(None, p), q),
+    "of_dense": lambda p, q, rng: algebra.of_dense(p.A),
+    "negative": lambda p, q, rng: algebra.negative(p),
     "rescale": lambda p, q, rng: algebra.rescale(p, 7.0),
     "stack": lambda p, q, rng: algebra.stack([p, q], [0.5, 0.5]),
     "residual": lambda p, q, rng: algebra.residual([p], [0.5], q),
@@ -19,6 +26,7 @@ CALLS = {
     "dense": lambda p, q, rng: algebra.dense(p),
     "pad": lambda p, q, rng: algebra.pad(p, 9),
     "truncate": lambda p, q, rng: algebra.truncate(p, 1),
+    "beyond": lambda p, q, rng: algebra.beyond(p, 1),
     "norm": lambda p, q, rng: algebra.norm(p),
     "singular_values": lambda p, q, rng: algebra.singular_values(p),
     "effective_rank": lambda p, q, rng: algebra.effective_rank(p),
@@ -28,9 +36,13 @@ CALLS = {
 
 
 @DTYPES
+@pytest.mark.parametrize("core", [False, True])
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_nothing_is_mutated_by(make, rng, call, dtype):
-    both = Adapter({"p": make.pair(rng, 5, 6, 3, 2.0, dtype), "q": make.pair(rng, 5, 6, 3, 0.5, dtype)})
+def test_nothing_is_mutated_by(make, rng, call, core, dtype):
+    pairs = {"p": make.pair(rng, 5, 6, 3, 2.0, dtype), "q": make.pair(rng, 5, 6, 3, 0.5, dtype)}
+    if core:
+        pairs = {n: replace(pair, M=make.tensor(rng, 3, 3, dtype=dtype)) for n, pair in pairs.items()}
+    both = Adapter(pairs)
     before = both.digest()
     call(both.pairs["p"], both.pairs["q"], rng)
     assert both.digest() == before

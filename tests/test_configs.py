@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import yaml
 from hydra.utils import get_object
 
+import fedlora.strategies
 from fedlora.experiments.settings import compose
 
 CONF = Path(__file__).parents[1] / "experiments" / "conf"
@@ -20,6 +22,16 @@ def choice(path: Path) -> list[str]:
         return []
     word = f"{path.parent.name}={path.stem}"
     return [word, *NEEDED.get(word, [])]
+
+
+def is_global(path: Path) -> bool:
+    """Whether a choice of a group also sets keys of others, such as a strategy the client's rate."""
+    return path.read_text(encoding="utf-8").startswith("# @package _global_\n")
+
+
+def command(path: Path) -> str:
+    """The line that says how to use a config: the first one, or that after the package."""
+    return path.read_text(encoding="utf-8").splitlines()[is_global(path)]
 
 
 def targets(node: Any) -> Any:
@@ -36,18 +48,23 @@ def test_there_are_configs() -> None:
 
 @names
 def test_a_config_says_in_its_first_line_how_to_use_it(path: Path) -> None:
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    command = re.search(r"fedlora run(.*)$", first)
-    assert first.startswith("#")
-    assert command
+    said = re.search(r"^#.*fedlora run(.*)$", command(path))
+    assert said
     if path.parent != CONF and path.parent.name in ("model", "data", "strategy"):
-        assert f"{path.parent.name}={path.stem}" in command[1]
+        assert f"{path.parent.name}={path.stem}" in said[1].split()
+
+
+@names
+def test_only_a_strategy_sets_keys_of_other_groups(path: Path) -> None:
+    if "@package" in path.read_text(encoding="utf-8"):
+        assert is_global(path)
+        assert path.parent.name == "strategy"
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))["strategy"]["_target_"]
 
 
 @names
 def test_the_command_of_a_config_composes(path: Path) -> None:
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    compose(first.partition("fedlora run")[2].split())
+    compose(command(path).partition("fedlora run")[2].split())
 
 
 @names
@@ -56,7 +73,8 @@ def test_a_config_composes_and_its_targets_take_its_keys(path: Path) -> None:
 
     config = OmegaConf.to_container(compose(choice(path)), resolve=True)
     assert isinstance(config, dict)
-    for node in targets(config[path.parent.name] if path.parent != CONF else config):
+    alone = path.parent != CONF and not is_global(path)
+    for node in targets(config[path.parent.name] if alone else config):
         parameters = inspect.signature(get_object(node["_target_"])).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for key in node:
@@ -72,8 +90,21 @@ def test_keys_of_a_group_are_the_same_in_all_its_files(path: Path) -> None:
     assert all(found == keys[0] for found in keys)
 
 
-def test_every_strategy_has_a_config() -> None:
-    import fedlora.strategies
-
+def test_every_strategy_has_a_config_with_all_its_hyper_parameters() -> None:
     stems = {path.stem for path in (CONF / "strategy").glob("*.yaml")}
-    assert stems == {name.lower() for name in fedlora.strategies.__all__}
+    assert stems >= {name.lower() for name in fedlora.strategies.__all__}
+    for stem in stems - {name.lower() for name in fedlora.strategies.__all__}:
+        # A published algorithm that is one of ours with another client or with privacy.
+        target = compose([f"strategy={stem}"]).strategy._target_
+        assert target.removeprefix("fedlora.strategies.") in fedlora.strategies.__all__, stem
+    for name in fedlora.strategies.__all__:
+        made = compose([f"strategy={name.lower()}"]).strategy
+        cls = getattr(fedlora.strategies, name)
+        assert get_object(made._target_) is cls
+        assert {field.name for field in dataclasses.fields(cls)} == set(made) - {"_target_"}, name
+
+
+def test_a_strategy_finds_the_client_that_it_needs() -> None:
+    for name in fedlora.strategies.__all__:
+        needed = getattr(fedlora.strategies, name).client or "LocalTraining"
+        assert needed in compose([f"strategy={name.lower()}"]).client._target_.split("."), name

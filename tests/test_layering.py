@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # low to high: a module imports from its own layer or a lower one, at any depth of the code
     {"fedlora.errors", "fedlora.seeds"},
     {"fedlora.adapter"},
-    {"fedlora.algebra"},
+    {"fedlora.algebra", "fedlora.sparse"},
     {"fedlora.protocol"},
     {"fedlora.strategy"},
     {"fedlora"},  # fedlora/__init__.py itself

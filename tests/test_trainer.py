@@ -10,6 +10,7 @@ from fedlora.adapter import Adapter, Pair
 from fedlora.data import Example, collate
 from fedlora.models import Bank, Base, load, targets
 from fedlora.models.packaged import tiny
+from fedlora.protocol import Task
 from fedlora.trainer import Job, evaluate, fit, micro_batches
 
 
@@ -75,7 +76,7 @@ def test_evaluation_is_a_loop_over_adapters_and_their_rows(base: Base) -> None:
     adapters = [adapter(base, rank, rank) for rank in (1, 3, 2, 5)]
     own = [rows(7, 1), rows(1, 2), [], rows(13, 3)]
     for tokens in (1, 25, 10**6):
-        found = evaluate(base, adapters, own, tokens)
+        found = evaluate(base, [Task(one) for one in adapters], own, tokens)
         for one, mine, (loss, right) in zip(adapters, own, found, strict=True):
             if not mine:
                 assert math.isnan(loss)
@@ -83,7 +84,7 @@ def test_evaluation_is_a_loop_over_adapters_and_their_rows(base: Base) -> None:
                 continue
             told, hits = [], []
             for row in mine:
-                with torch.no_grad(), Bank(base, [one]):
+                with torch.no_grad(), Bank(base, [Task(one)]):
                     logits = base.logits(collate([row], 0))[0]
                 told.append(-logits.log_softmax(-1)[row.target].item())
                 hits.append(logits.argmax().item() == row.target)
@@ -94,12 +95,12 @@ def test_evaluation_is_a_loop_over_adapters_and_their_rows(base: Base) -> None:
 def test_evaluation_needs_no_head_of_the_adapter_and_no_rows_at_all(base: Base) -> None:
     bare = Adapter(adapter(base, 2, 1).pairs)
     full = Adapter(bare.pairs, base.head_state())
-    [one], [other] = evaluate(base, [bare], [rows(9)]), evaluate(base, [full], [rows(9)])
+    [one], [other] = (evaluate(base, [Task(a)], [rows(9)]) for a in (bare, full))
     assert one == pytest.approx(other)
     head = Adapter({}, adapter(base, 1, 4).extra)
-    two = evaluate(base, [head, head], [rows(5), rows(6)])
-    assert two[0] == pytest.approx(evaluate(base, [head], [rows(5)])[0])
-    assert all(math.isnan(x) for pair in evaluate(base, [bare, bare], [[], []]) for x in pair)
+    two = evaluate(base, [Task(head)] * 2, [rows(5), rows(6)])
+    assert two[0] == pytest.approx(evaluate(base, [Task(head)], [rows(5)])[0])
+    assert all(math.isnan(x) for pair in evaluate(base, [Task(bare)] * 2, [[], []]) for x in pair)
 
 
 def sgd(groups: Any) -> torch.optim.Optimizer:
@@ -108,28 +109,28 @@ def sgd(groups: Any) -> torch.optim.Optimizer:
 
 def test_a_head_alone_can_be_trained(base: Base) -> None:
     heads = [Adapter({}, adapter(base, 1, seed).extra) for seed in (1, 2)]
-    jobs = [Job(head, [rows(4, seed)]) for seed, head in enumerate(heads)]
+    jobs = [Job(Task(head), [rows(4, seed)]) for seed, head in enumerate(heads)]
     for job, one in zip(jobs, fit(base, jobs, sgd), strict=True):
         [alone] = fit(base, [job], sgd)
         for name, value in one.adapter.extra.items():
             torch.testing.assert_close(value, alone.adapter.extra[name], rtol=1e-9, atol=1e-12)
-            assert not torch.equal(value, job.adapter.extra[name])
+            assert not torch.equal(value, job.task.adapter.extra[name])
 
 
 def test_the_loss_is_the_mean_over_steps_of_each_batch_s_mean(base: Base) -> None:
     start, batches = adapter(base, 2, 1), [rows(5, 1), rows(2, 2)]
     still = torch.optim.SGD
     [one] = fit(
-        base, [Job(start, batches)], lambda g: still([p for found in g.values() for p in found], lr=0.0)
+        base, [Job(Task(start), batches)], lambda g: still([p for found in g.values() for p in found], lr=0.0)
     )
-    parts = [evaluate(base, [start], [batch])[0][0] for batch in batches]
+    parts = [evaluate(base, [Task(start)], [batch])[0][0] for batch in batches]
     assert one.loss == pytest.approx(sum(parts) / 2, rel=1e-9)
     assert one.adapter.digest() == start.digest()
 
 
 def test_a_schedule_and_a_clip_are_those_of_the_step(base: Base) -> None:
     told: list[tuple[int, int]] = []
-    jobs = [Job(adapter(base, 1, k), [rows(3, s) for s in range(n)]) for k, n in enumerate((3, 1))]
+    jobs = [Job(Task(adapter(base, 1, k)), [rows(3, s) for s in range(n)]) for k, n in enumerate((3, 1))]
 
     def schedule(step: int, steps: int) -> float:
         told.append((step, steps))
@@ -138,6 +139,6 @@ def test_a_schedule_and_a_clip_are_those_of_the_step(base: Base) -> None:
     fitted = fit(base, jobs, sgd, schedule)
     assert sorted(told) == [(0, 1), (0, 3), (1, 3), (2, 3)]
     for job, one in zip(jobs, fitted, strict=True):
-        [first] = fit(base, [Job(job.adapter, job.batches[:1])], sgd)
+        [first] = fit(base, [Job(job.task, job.batches[:1])], sgd)
         for name, value in one.adapter.tensors():
             torch.testing.assert_close(value, dict(first.adapter.tensors())[name], rtol=1e-9, atol=1e-12)

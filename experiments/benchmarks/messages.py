@@ -56,7 +56,8 @@ def main() -> None:
                 strategy.init(Adapter(pairs)),
                 Peer,
                 Rules(given.rounds, 0, evaluate_every=0),
-                lambda adapters: [{} for _ in adapters],
+                lambda tasks: [(0.0, 0.0) for _ in tasks],
+                lambda loss, right: {},
                 folder,
                 progress,
             )

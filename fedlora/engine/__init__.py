@@ -3,7 +3,8 @@
 from fedlora.engine.federation import Federation, Rules
 from fedlora.engine.folder import RunFolder
 from fedlora.engine.grid import InProcessGrid
+from fedlora.engine.memory import Memory
 from fedlora.engine.progress import Progress, megabytes
 from fedlora.engine.site import Site
 
-__all__ = ["Federation", "InProcessGrid", "Progress", "Rules", "RunFolder", "Site", "megabytes"]
+__all__ = ["Federation", "InProcessGrid", "Memory", "Progress", "Rules", "RunFolder", "Site", "megabytes"]

@@ -5,28 +5,27 @@ Which engine carries the messages is the Grid's business.
 """
 
 import logging
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
-from fedlora.adapter import Adapter
-from fedlora.algebra import effective_rank, error_and_norm, norm, normalised
+from fedlora.engine.certificate import certificate, seal, sizes
 from fedlora.engine.folder import RunFolder
 from fedlora.engine.progress import Progress
-from fedlora.engine.wire import read_update, size, write_task
+from fedlora.engine.wire import Held, read_update, size, write_task
 from fedlora.errors import ConfigError, IncompatibleUpdates
 from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
 from fedlora.strategy import Strategy
 
-Evaluate = Callable[[Sequence[Adapter]], list[dict[str, float]]]
+Evaluate = Callable[[Sequence[Task]], list[tuple[float, float]]]
+Named = Callable[[float, float], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Rules:
         evaluate_every: rounds between evaluations on the server's test rows; 0 never.
         evaluate_updates: whether each client's update is also evaluated by itself on those rows, which shows
             what the client would have reached alone.
+        evaluate_clients: whether clients evaluate their own models, before they train and at the end.
     """
 
     rounds: int
@@ -51,6 +51,7 @@ class Rules:
     min_updates: int = 1
     evaluate_every: int = 1
     evaluate_updates: bool = False
+    evaluate_clients: bool = False
 
     def __post_init__(self) -> None:
         least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate_every": 0}
@@ -70,10 +71,12 @@ class Federation(FlowerStrategy):
         state: where to start.
         peer: from a client's id and rank to what the strategy knows of it.
         rules: sampling, weights, evaluation.
-        evaluate: metrics of adapters on the server's test rows.
+        evaluate: loss and share of right answers of tasks' adapters, as they are, on the server's test rows.
+        named: from those two to the metrics of what is trained for.
         folder: where every round is recorded.
         progress: what the user sees.
         done: how many rounds were finished before (a resumed run).
+        spent: what all clients' privacy has cost, for the round's line: "epsilon" and what belongs to it.
     """
 
     def __init__(
@@ -83,15 +86,18 @@ class Federation(FlowerStrategy):
         peer: Callable[[int, int], Peer],
         rules: Rules,
         evaluate: Evaluate,
+        named: Named,
         folder: RunFolder,
         progress: Progress,
         done: int = 0,
+        spent: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self.strategy, self.state = strategy, state
-        self._peer, self._rules, self._evaluate = peer, rules, evaluate
-        self._folder, self._progress, self._done = folder, progress, done
+        self._peer, self._rules, self._evaluate, self._named = peer, rules, evaluate, named
+        self._folder, self._progress, self._done, self._spent = folder, progress, done, spent
         self._peers: dict[int, Peer] = {}
-        self._sent: dict[int, tuple[Peer, Task, int]] = {}
+        self._sent: dict[int, tuple[Peer, Task, int, Held]] = {}
+        self._held: dict[int, Held] = {}
         self._began = time.perf_counter()
 
     def run(self, grid: Grid) -> None:
@@ -99,6 +105,26 @@ class Federation(FlowerStrategy):
         logging.getLogger("flwr").setLevel(logging.WARNING)  # the run has its own display
         self._meet(grid)
         self.start(grid, ArrayRecord(), num_rounds=self._rules.rounds - self._done)
+
+    def last_look(self, grid: Grid) -> dict[int, dict[str, float]]:
+        """Every client's evaluation of its own model after the last round, where the rules ask for it."""
+        if not self._rules.evaluate_clients:
+            return {}
+        found: dict[int, dict[str, float]] = {}
+        for reply in grid.send_and_receive(self._questions()):
+            if reply.has_error():
+                self._progress.warn(f"a client could not evaluate its model: {reply.error.reason}")
+                continue
+            numbers = dict(reply.content.metric_records["metrics"])
+            peer = self._peers[reply.metadata.src_node_id]
+            finite = {n: x for n, x in numbers.items() if isinstance(x, int | float) and abs(x) < 1e300}
+            found[peer.id] = {name: float(x) for name, x in finite.items()}
+        return dict(sorted(found.items()))
+
+    def _questions(self) -> Iterable[Message]:
+        for node, peer in self._peers.items():
+            task = self.strategy.task(self.state, peer)
+            yield Message(write_task(task, self._rules.rounds + 1, self._rules.seed)[0], node, "evaluate")
 
     def summary(self) -> None:
         """Nothing: the run's own display says it."""
@@ -115,8 +141,9 @@ class Federation(FlowerStrategy):
         for node in sampled:
             peer = self._peers[node]
             task = self.strategy.task(self.state, peer)
-            content = write_task(task, round, self._rules.seed)
-            self._sent[node] = (peer, task, size(content))
+            held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
+            content, held = write_task(task, round, self._rules.seed, held, self.state.round)
+            self._sent[node] = (peer, task, size(content), held)
             yield Message(content, node, "train", group_id=str(round))
 
     def aggregate_train(
@@ -124,7 +151,7 @@ class Federation(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, combine the good ones, and record the round."""
         round = server_round + self._done
-        updates, lines = self._receive(round, replies)
+        updates, tasks, lines = self._receive(round, replies)
         before = self.state
         weights = [1.0 if self._rules.weights == "uniform" else u.weight for u in updates]
         updates = [Update(u.adapter, w, u.peer, u.metrics) for u, w in zip(updates, weights, strict=True)]
@@ -132,8 +159,10 @@ class Federation(FlowerStrategy):
         if len(updates) >= self._rules.min_updates:
             rng = generator(self._rules.seed, "aggregate", 0, round)
             self.state = self.strategy.aggregate(before, updates, rng)
-            metrics = _certificate(self.state, updates)
-            if self.state.adapter.digest() == before.adapter.digest():
+            metrics = {**self.state.metrics, **sizes(self.state)}
+            if not self.strategy.personal:
+                metrics |= certificate(self.state, updates, tasks)
+            if seal(self.state) == seal(before):
                 self._progress.warn(f"round {round}: the adapter did not move; is anything trained?")
         else:
             self._progress.warn(
@@ -141,14 +170,16 @@ class Federation(FlowerStrategy):
                 "the state stays as it was"
             )
         if self._rules.evaluate_updates and updates:
-            alone = self._evaluate([update.adapter for update in updates])
-            by_client = {u.peer.id: m for u, m in zip(updates, alone, strict=True) if u.peer}
+            alone = self._evaluate(
+                [replace(t, adapter=u.adapter) for u, t in zip(updates, tasks, strict=True)]
+            )
+            by_client = {u.peer.id: self._named(*m) for u, m in zip(updates, alone, strict=True) if u.peer}
             for line in lines:
                 found = by_client.get(line["client"], {})
                 line |= {f"test_{name}": value for name, value in found.items()}
         every = self._rules.evaluate_every
-        if every and (round % every == 0 or round == self._rules.rounds):
-            metrics |= self._evaluate([self.state.adapter])[0]
+        if every and (round % every == 0 or round == self._rules.rounds) and not self.strategy.personal:
+            metrics |= self._named(*self._evaluate([Task(self.state.adapter, fold=self.state.fold)])[0])
         metrics = self._totals(round, lines, metrics)
         self._folder.finish_round(round, self.state, metrics, lines)
         self._progress.end(metrics)
@@ -185,9 +216,11 @@ class Federation(FlowerStrategy):
         chosen = generator(self._rules.seed, "sample", 0, round).choice(len(nodes), wanted, replace=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _receive(self, round: int, replies: Iterable[Message]) -> tuple[list[Update], list[dict[str, Any]]]:
-        """The good updates in the order of clients, and one line for the log a client, good or not."""
-        updates: list[Update] = []
+    def _receive(
+        self, round: int, replies: Iterable[Message]
+    ) -> tuple[list[Update], list[Task], list[dict[str, Any]]]:
+        """The good updates in the order of clients, their tasks, and a line for the log a client."""
+        good: list[tuple[Update, Task]] = []
         lines: list[dict[str, Any]] = []
         for reply in replies:
             # A client may reply once a round, and only to what it was sent.
@@ -195,7 +228,7 @@ class Federation(FlowerStrategy):
             if sent is None:
                 self._progress.warn(f"round {round}: a reply that nobody asked for was dropped")
                 continue
-            peer, task, down = sent
+            peer, task, down, held = sent
             up = size(reply.content) if reply.has_content() else 0
             line = _line(round, peer, down, up)
             try:
@@ -204,57 +237,43 @@ class Federation(FlowerStrategy):
                 self._progress.warn(f"round {round}: client {peer.id} dropped: {error}")
                 lines.append(line | {"status": "dropped", "reason": str(error)})
                 continue
-            updates.append(update)
-            lines.append({**update.metrics, **line, "examples": int(update.weight), "status": "ok"})
-        for peer, _, down in self._sent.values():
+            self._held[reply.metadata.src_node_id] = held
+            good.append((update, task))
+            valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
+            told = {**update.metrics, **valid, **line}
+            lines.append({**told, "examples": int(update.weight), "status": "ok"})
+        for peer, _, down, _ in self._sent.values():
             lines.append(_line(round, peer, down, 0) | {"status": "dropped", "reason": "no reply"})
             self._progress.warn(f"round {round}: client {peer.id} dropped: no reply")
-        updates.sort(key=lambda update: update.peer.id if update.peer else -1)
-        return updates, sorted(lines, key=lambda line: int(line["client"]))
+        good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
+        lines.sort(key=lambda line: int(line["client"]))
+        return [update for update, _ in good], [task for _, task in good], lines
 
     def _totals(self, round: int, lines: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
         """The round's line of metrics.jsonl."""
         good = [line for line in lines if line["status"] == "ok"]
         told = [line for line in good if "loss" in line]
         examples = sum(line["examples"] for line in told)
-        own = [line["local_accuracy"] for line in good if "local_accuracy" in line]
+        own = [line for line in good if line.keys() >= {"local_accuracy", "local_loss"}]
+        if own:
+            metrics["local_accuracy"] = statistics.fmean(line["local_accuracy"] for line in own)
+            metrics["local_loss"] = statistics.fmean(line["local_loss"] for line in own)
+            if self.strategy.personal:  # the clients' own models are the result
+                metrics |= self._named(metrics["local_loss"], metrics["local_accuracy"])
         return {
             "round": round,
             **metrics,
             "train_loss": sum(line["loss"] * line["examples"] for line in told) / examples if told else None,
-            **({"local_accuracy": statistics.fmean(own)} if own else {}),
             "bytes_down": sum(line["bytes_down"] for line in lines),
             "bytes_up": sum(line["bytes_up"] for line in lines),
             "seconds": time.perf_counter() - self._began,
             "clients": len(good),
             "dropped": len(lines) - len(good),
             "epsilon": None,
+            **self._spent(),
         }
 
 
 def _line(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:
     """What every line of clients.jsonl has."""
     return {"round": round, "client": peer.id, "rank": peer.rank, "bytes_down": down, "bytes_up": up}
-
-
-def _certificate(state: State, updates: Sequence[Update]) -> dict[str, float]:
-    """How far the new global ΔW is from the clients' weighted mean, relative, over all modules; and its size.
-
-    Zero where a strategy is exact; FedIT's is the cross-covariance of its factors.
-    """
-    if not state.adapter.pairs:
-        return {}
-    weights = normalised([update.weight for update in updates])
-    errors, sizes, deltas, ranks = [], [], [], []
-    for name, pair in state.adapter.pairs.items():
-        error, length = error_and_norm([u.adapter.pairs[name] for u in updates], weights, pair)
-        errors.append(error)
-        sizes.append(length)
-        deltas.append(norm(pair))
-        ranks.append(effective_rank(pair))
-    total = math.hypot(*sizes)
-    return {
-        "aggregation_error": math.hypot(*errors) / total if total else 0.0,
-        "delta_norm": math.hypot(*deltas),
-        "effective_rank": statistics.fmean(ranks),
-    }

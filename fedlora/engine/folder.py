@@ -136,7 +136,7 @@ class RunFolder:
 
 def _seal(round: int, header: str, state: State) -> str:
     """SHA-256 of all that a checkpoint says."""
-    return hashlib.sha256(f"{round};{header};{state.adapter.digest()}".encode()).hexdigest()
+    return hashlib.sha256(f"{round};{header};{state.digest()}".encode()).hexdigest()
 
 
 def _read_state(path: Path) -> tuple[int, State]:

@@ -21,10 +21,12 @@ class Progress:
         done: rounds finished before (a resumed run).
         metric: the task's own metric, such as "accuracy" or "perplexity".
         console: where to print; a terminal gets the live table.
+        private: whether there is an epsilon to show.
     """
 
-    def __init__(self, rounds: int, done: int, metric: str, console: Console) -> None:
+    def __init__(self, rounds: int, done: int, metric: str, console: Console, private: bool = False) -> None:
         self._rounds, self._done, self._metric, self._console = rounds, done, metric, console
+        self._private = private
         self._lines: list[list[str]] = []
         self._spent: list[float] = []
         self._round_began = time.monotonic()
@@ -71,6 +73,8 @@ class Progress:
             f"{metrics['seconds']:.1f}",
             f"{int(left) // 60}:{int(left) % 60:02d}",
         ]
+        if self._private:
+            cells.append(_number(metrics["epsilon"]) + ("" if metrics["epsilon_valid"] else " (not valid)"))
         self._lines.append(cells)
         if self._live is None:
             named = zip(self._headings(), cells, strict=True)
@@ -82,7 +86,8 @@ class Progress:
         self._console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
 
     def _headings(self) -> list[str]:
-        return [self._metric if name == "accuracy" else name for name in COLUMNS]
+        names = [*COLUMNS, "epsilon"] if self._private else COLUMNS
+        return [self._metric if name == "accuracy" else name for name in names]
 
     def _show(self) -> None:
         if self._live is not None:

@@ -1,16 +1,21 @@
 """The client side of a run: from Flower messages to trained updates, for one client or many at once."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedlora.client import Assignment, Client, Outcome
 from fedlora.data import Example
-from fedlora.engine.wire import read_task, write_update
+from fedlora.engine.memory import Memory, Shelf
+from fedlora.engine.wire import REFUSED, read_task, write_update
+from fedlora.errors import ConfigError
 from fedlora.models import Base
-from fedlora.trainer import evaluate
+
+Result = TypeVar("Result")
 
 HELD_OUT = 0.1  # share of a client's rows that its own evaluation keeps back
 
@@ -26,14 +31,26 @@ class Site:
         base: the frozen model.
         client: how to train locally.
         rows: from a client's id to its rows.
-        held_out: whether a tenth of each client's rows is kept back, to evaluate on it what the client is
-            sent before it trains.
+        memory: where clients keep their own trained parts and their ledgers; None where there are none.
+        held_out: whether a tenth of each client's rows is kept back, to evaluate on it the client's model:
+            what it is sent, before it trains, or where it keeps a part of its own, what it then has.
+        shelf: what clients were sent and hold on to.
+        bases: other models than `base`, dealt in turn by client id, where clients do not run the same one.
     """
 
     base: Base
     client: Client
     rows: Callable[[int], Sequence[Example]]
+    memory: Memory | None = None
     held_out: bool = False
+    shelf: Shelf = field(default_factory=Shelf)
+    bases: Sequence[Base] = ()
+
+    def __post_init__(self) -> None:
+        if self.held_out and self.client.private:
+            raise ConfigError(
+                "what a client measures on its own rows is not covered by epsilon"
+            )
 
     def profile(self, message: Message, context: Context) -> Message:
         """What the server may know: the client's id and rank."""
@@ -43,18 +60,33 @@ class Site:
 
     def train(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
         """Train the clients of a group in one pass; each gets the reply that it would get alone."""
-        assignments = []
-        for message, context in zip(messages, contexts, strict=True):
-            task, round, seed = read_task(message.content)
-            client = int(context.node_config["client"])
-            assignments.append(Assignment(client, round, seed, task, self._split(client)[0]))
-        outcomes = self.client.train(self.base, assignments)
+        read = [self._assignment(m, c) for m, c in zip(messages, contexts, strict=True)]
+        refused = [self.client.refusal(assignment) for assignment, _ in read]
+        if any(refused):
+            return self._without(refused, messages, contexts)
+        assignments = [assignment for assignment, _ in read]
+        outcomes = self._each_base(self.client.train, assignments)
+        told = [dict[str, float]()] * len(read)
         if self.held_out:
-            outcomes = self._with_own_evaluation(assignments, outcomes)
-        return [
-            Message(write_update(outcome, a.task, a.round, len(a.rows)), reply_to=message)
-            for message, a, outcome in zip(messages, assignments, outcomes, strict=True)
-        ]
+            told = self._told([_own(a, o) for a, o in zip(assignments, outcomes, strict=True)])
+        replies = []
+        for message, a, outcome, more in zip(messages, assignments, outcomes, told, strict=True):
+            self._remember(a, outcome)
+            outcome = replace(outcome, metrics=outcome.metrics | more)
+            examples = len(a.rows) if outcome.examples is None else outcome.examples
+            replies.append(Message(write_update(outcome, a.task, a.round, examples), reply_to=message))
+        self._spend(assignments, outcomes)
+        for a, held in read:  # once nothing can fail any more: a second try starts from what was held before
+            self.shelf.hold(a.client, held)
+        return replies
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """The client's model on the rows that it keeps back, without training."""
+        assignment, held = self._assignment(message, context)
+        self.shelf.hold(assignment.client, held)
+        kept = len(self._split(assignment.client)[1])
+        metrics = MetricRecord({"num-examples": kept, **self._told([assignment])[0]})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
     def step_tokens(self, context: Context) -> int:
         """About how many tokens one local step of this client holds."""
@@ -68,11 +100,28 @@ class Site:
         def train(message: Message, context: Context) -> Message:
             return self.train([message], [context])[0]
 
+        @app.evaluate()
+        def evaluate(message: Message, context: Context) -> Message:
+            return self.evaluate(message, context)
+
         @app.query("profile")
         def profile(message: Message, context: Context) -> Message:
             return self.profile(message, context)
 
         return app
+
+    def _each_base(
+        self, work: Callable[[Base, Sequence[Assignment]], list[Result]], assignments: Sequence[Assignment]
+    ) -> list[Result]:
+        """What `work` makes of the assignments, those of one base together."""
+        if not self.bases:
+            return work(self.base, assignments)
+        found: dict[int, Result] = {}
+        for turn, base in enumerate(self.bases):
+            own = [i for i, a in enumerate(assignments) if a.client % len(self.bases) == turn]
+            if own:
+                found |= zip(own, work(base, [assignments[i] for i in own]), strict=True)
+        return [found[i] for i in range(len(assignments))]
 
     def _split(self, client: int) -> tuple[Sequence[Example], Sequence[Example]]:
         """A client's training rows and those it keeps back, always the same ones."""
@@ -80,14 +129,52 @@ class Site:
         kept = max(1, int(len(rows) * HELD_OUT)) if self.held_out and len(rows) > 1 else 0
         return rows[kept:], rows[:kept]
 
-    def _with_own_evaluation(
-        self, assignments: Sequence[Assignment], outcomes: Sequence[Outcome]
-    ) -> list[Outcome]:
-        kept = [self._split(a.client)[1] for a in assignments]
-        scores = evaluate(self.base, [a.task.adapter for a in assignments], kept)
+    def _assignment(self, message: Message, context: Context) -> tuple[Assignment, dict[str, Tensor]]:
+        """What a message asks of a client, and what it holds once this is done."""
+        client = int(context.node_config["client"])
+        task, round, seed, held = read_task(message.content, self.shelf.held(client))
+        memory = {} if self.memory is None else self.memory.read(client, round)
+        ledger = None if self.memory is None else self.memory.ledger(client)
+        return Assignment(client, round, seed, task, self._split(client)[0], memory, ledger), held
+
+    def _without(
+        self, refused: Sequence[str | None], messages: Sequence[Message], contexts: Sequence[Context]
+    ) -> list[Message]:
+        """The replies where some clients must not train: theirs say why, the others train together."""
+        going = [i for i, why in enumerate(refused) if not why]
+        trained = self.train([messages[i] for i in going], [contexts[i] for i in going]) if going else []
+        replies = dict(zip(going, trained, strict=True))
         return [
-            Outcome(outcome.adapter, outcome.metrics | {"local_loss": loss, "local_accuracy": right})
-            if own
-            else outcome
-            for outcome, (loss, right), own in zip(outcomes, scores, kept, strict=True)
+            Message(Error(REFUSED, why), reply_to=messages[i]) if why else replies[i]
+            for i, why in enumerate(refused)
         ]
+
+    def _spend(self, assignments: Sequence[Assignment], outcomes: Sequence[Outcome]) -> None:
+        """Write down what the outcomes cost, all that could go wrong before they leave being done."""
+        for assignment, outcome in zip(assignments, outcomes, strict=True):
+            if outcome.ledger is not None:
+                if self.memory is None:
+                    raise ConfigError("a client has a ledger to keep, and its site has nowhere to keep it")
+                self.memory.spend(assignment.client, outcome.ledger)
+
+    def _remember(self, assignment: Assignment, outcome: Outcome) -> None:
+        if outcome.memory and self.memory is None:
+            raise ConfigError("a client has a part of its own to keep, and its site has nowhere to keep it")
+        if self.memory is not None:
+            self.memory.write(assignment.client, assignment.round, outcome.memory)
+
+    def _told(self, assignments: Sequence[Assignment]) -> list[dict[str, float]]:
+        """Each client's own evaluation; empty where it keeps no rows back."""
+        kept = [replace(a, rows=self._split(a.client)[1]) for a in assignments]
+        scores = self._each_base(self.client.evaluate, kept)
+        return [
+            {"local_loss": loss, "local_accuracy": right} if a.rows else {}
+            for a, (loss, right) in zip(kept, scores, strict=True)
+        ]
+
+
+def _own(assignment: Assignment, outcome: Outcome) -> Assignment:
+    """The assignment that would start from an outcome, where a client keeps a part; else as it was."""
+    if not outcome.memory:
+        return assignment
+    return replace(assignment, task=replace(assignment.task, adapter=outcome.adapter), memory=outcome.memory)

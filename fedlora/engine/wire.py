@@ -1,49 +1,104 @@
 """Tasks and updates as Flower records, and back; what comes from a client is checked here.
 
-A record holds the tensors under their names (`module.A`, `module.B`, the extras) and, beside them, one scale
-a module in the order of the modules' names. Factors that a strategy does not share are never sent.
+A task travels as it packs itself, without what the node holds from before; an update as its shared tensors
+under their names (`module.A`, `module.B`, the extras) and one scale a module, in the order of the names.
 """
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.adapter import Adapter, Pair, digest
+from fedlora.algebra import accumulate, truncate
 from fedlora.client import Outcome
-from fedlora.errors import IncompatibleUpdates
+from fedlora.errors import CheckpointError, IncompatibleUpdates
 from fedlora.protocol import Peer, Task, Update
 
 MOST_EXAMPLES = 1e12  # more rows than any client has; sums of such weights stay exact enough
 HEADER = 1024  # bytes that an array's own header may take
+REFUSED = 1000  # code of the error with which a client replies that it must not train
 LARGEST = 1e6  # a trained tensor's norm beyond this is a diverged or hostile client, never a useful update
 
 
-def write_task(task: Task, round: int, seed: int) -> RecordDict:
-    """What the server sends: the adapter, what to train and share, the round and the seed."""
-    config = ConfigRecord()
-    config["round"], config["seed"] = round, seed
-    config["train"], config["share"] = "".join(sorted(task.train)), "".join(sorted(task.share))
-    config.update(_scales(task.adapter))
-    return RecordDict({"arrays": _arrays(task.adapter, "AB"), "config": config})
+@dataclass(frozen=True)
+class Held:
+    """What the server knows that a node holds: digests of tensors by name, and the state its fold is from."""
+
+    digests: Mapping[str, str] = field(default_factory=dict)
+    version: int | None = None
 
 
-def read_task(content: RecordDict) -> tuple[Task, int, int]:
-    """The task, the round and the seed that `write_task` wrote."""
-    config = content.config_records["config"]
-    adapter = _adapter(content.array_records["arrays"], config.get("scales", []))  # type: ignore[arg-type]
-    task = Task(adapter, frozenset(str(config["train"])), frozenset(str(config["share"])))
-    return task, int(config["round"]), int(config["seed"])  # type: ignore[arg-type]
+def write_task(
+    task: Task, round: int, seed: int, held: Held | None = None, version: int | None = None
+) -> tuple[RecordDict, Held]:
+    """What the server sends, and what the node holds once it has it.
+
+    A tensor goes unless the node holds the same bits from the task before, as it does those that it did not
+    both train and share; and of a fold that has grown since the node's only the gain, where that is less.
+
+    Args:
+        task: what is asked.
+        round: the round, from 1.
+        seed: the run's.
+        held: what the node holds.
+        version: the state that the task comes from, a number that grows by one with each state.
+    """
+    held = held or Held()
+    tensors, header = task.pack()
+    digests = {name: _seal(tensor) for name, tensor in _kept(task, tensors).items()}
+    missing = {name for name in digests if held.digests.get(name) != digests[name]}
+    gain = {name for name in tensors if name.startswith("gain/")}
+    fold = {name for name in missing if name.startswith("fold/")}
+    follows = None not in (version, held.version) and version == held.version + 1  # type: ignore[operator]
+    grown = bool(follows and gain and _bytes(tensors, gain) < _bytes(tensors, fold))
+    shared = tensors.keys() - digests.keys() - gain
+    still = {name for name in shared & held.digests.keys() if held.digests[name] == _seal(tensors[name])}
+    sent = (
+        (shared - still)  # a factor that was frozen the last time is there from then
+        | (missing - fold if grown else missing)
+        | (gain if grown else set())
+    )
+    to = _fold_seal(digests) if grown else ""
+    config = ConfigRecord({"round": round, "seed": seed, "task": header, "grown": to})
+    arrays = ArrayRecord({name: _array(tensors[name]) for name in sorted(sent)})
+    return RecordDict({"arrays": arrays, "config": config}), Held(digests, version)
+
+
+def read_task(
+    content: RecordDict, held: Mapping[str, Tensor] | None = None
+) -> tuple[Task, int, int, dict[str, Tensor]]:
+    """The task, the round and the seed that `write_task` wrote, and what the node now has to hold.
+
+    Raises:
+        CheckpointError: the server counts on tensors that this node does not hold, or on a fold to which the
+            gain leads nowhere here.
+    """
+    config, arrays = content.config_records["config"], content.array_records["arrays"]
+    tensors = dict(held or {}) | {n: torch.from_numpy(array.numpy().copy()) for n, array in arrays.items()}
+    try:
+        if config["grown"]:
+            tensors |= _grown(tensors)
+        task = Task.unpack(tensors, str(config["task"]))
+    except KeyError as error:
+        raise CheckpointError(f"this node was restarted and lacks {error}, which it held before") from error
+    kept = {name: tensors[name] for name in _kept(task, task.pack()[0])}
+    if config["grown"] and config["grown"] != _fold_seal({name: _seal(t) for name, t in kept.items()}):
+        raise CheckpointError("this node was restarted: what it holds is not the fold that has grown")
+    return task, int(config["round"]), int(config["seed"]), kept  # type: ignore[arg-type]
 
 
 def write_update(outcome: Outcome, task: Task, round: int, examples: int) -> RecordDict:
     """What a client sends: the shared factors, the extras, its number of rows and its metrics."""
     metrics = {name: float(value) for name, value in outcome.metrics.items()}
     numbers = MetricRecord({"num-examples": examples, "round": round, **metrics})
-    arrays = _arrays(outcome.adapter, task.share)
+    tensors = dict(outcome.adapter.tensors())
+    arrays = ArrayRecord({name: _array(tensors[name]) for name in task.shared()})
     records = {"arrays": arrays, "metrics": numbers, "config": _scales(outcome.adapter)}
     return RecordDict(records)  # type: ignore[arg-type]
 
@@ -57,7 +112,8 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
             message says what and where; the caller knows who.
     """
     if reply.has_error():
-        raise IncompatibleUpdates(f"the client failed: {reply.error.reason}")
+        what = "the client refused: " if reply.error.code == REFUSED else "the client failed: "
+        raise IncompatibleUpdates(f"{what}{reply.error.reason}")
     try:
         arrays = reply.content.array_records["arrays"]
         numbers = dict(reply.content.metric_records["metrics"])
@@ -71,18 +127,19 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
         raise IncompatibleUpdates(
             f"expected a number of examples from 1 to {MOST_EXAMPLES:.0e}, got {weight!s:.20}"
         )
-    expected = dict(_named(task.adapter, task.share))
-    if expected.keys() != arrays.keys():
-        missing, unknown = sorted(expected.keys() - arrays.keys()), sorted(arrays.keys() - expected.keys())
+    names, sent = task.shared(), _pruned(task, arrays)
+    if set(names) != arrays.keys():
+        missing, unknown = sorted(set(names) - arrays.keys()), sorted(arrays.keys() - set(names))
         raise IncompatibleUpdates(f"wrong tensors: missing {missing[:3]}, unknown {unknown[:3]}")
-    if scales != [pair.scale for pair in task.adapter.pairs.values()]:
+    if scales != [pair.scale for pair in sent.pairs.values()]:
         raise IncompatibleUpdates("the scales differ from those that were sent")
-    found = {name: _checked(name, arrays[name], want) for name, want in expected.items()}
+    wanted = dict(sent.tensors())
+    found = {name: _checked(name, arrays[name], wanted[name]) for name in names}
     pairs = {
-        name: Pair(found.get(f"{name}.A", pair.A), found.get(f"{name}.B", pair.B), pair.scale)
-        for name, pair in task.adapter.pairs.items()
+        name: Pair(scale=pair.scale, **{f: found.get(f"{name}.{f}", tensor) for f, tensor in pair.factors()})
+        for name, pair in sent.pairs.items()
     }
-    adapter = Adapter(pairs, {name: found[name] for name in task.adapter.extra})
+    adapter = Adapter(pairs, {name: found.get(name, tensor) for name, tensor in sent.extra.items()})
     metrics = {
         name: float(value)
         for name, value in numbers.items()
@@ -99,8 +156,8 @@ def size(content: RecordDict) -> int:
 def _count(record: Any) -> int:
     if isinstance(record, ArrayRecord):
         return record.count_bytes()
-    # Flower fails on an empty list, which a client may send; its name counts.
-    full = {name: value for name, value in record.items() if value != []}
+    # Flower fails on an empty list or string; their names count.
+    full = {name: value for name, value in record.items() if value not in ([], "")}
     return int(type(record)(full).count_bytes()) + sum(len(name) for name in record if name not in full)
 
 
@@ -129,11 +186,35 @@ def _checked(name: str, array: Array, want: Tensor) -> Tensor:
     return value
 
 
-def _named(adapter: Adapter, factors: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
-    for name, pair in adapter.pairs.items():
-        for factor in sorted(factors):
-            yield f"{name}.{factor}", pair.A if factor == "A" else pair.B
-    yield from adapter.extra.items()
+def _kept(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a packed task that a node holds on to: all but those that change hands every round."""
+    shared = {f"adapter/{name}" for name in task.shared()}
+    return {n: tensor for n, tensor in tensors.items() if n not in shared and not n.startswith("gain/")}
+
+
+def _grown(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The fold's tensors after the gain, from those before; a fold has scale 1 once it has grown."""
+    grown: dict[str, Tensor] = {}
+    for name in sorted(name for name in tensors if name.startswith("gain/") and name.endswith(".A")):
+        module = name[len("gain/") : -len(".A")]
+        gain = Pair(tensors[f"gain/{module}.A"], tensors[f"gain/{module}.B"])
+        before = None
+        if f"fold/{module}.A" in tensors:
+            before = Pair(tensors[f"fold/{module}.A"], tensors[f"fold/{module}.B"])
+        after = accumulate(before, gain)
+        grown |= {f"fold/{module}.A": after.A, f"fold/{module}.B": after.B}
+    return grown
+
+
+def _pruned(task: Task, arrays: ArrayRecord) -> Adapter:
+    """The task's adapter, in the smaller ranks of a client that has pruned where the task allows it."""
+    if task.tail is None:
+        return task.adapter
+    pairs = {m: truncate(p, task.tail.pruned(p.rank)) for m, p in task.adapter.pairs.items()}
+    sent = {m: arrays[f"{m}.A"].shape[:1] if f"{m}.A" in arrays else None for m in pairs}
+    if sent != {m: (pair.rank,) for m, pair in pairs.items()}:
+        return task.adapter
+    return Adapter(pairs, task.adapter.extra)
 
 
 def _scales(adapter: Adapter) -> ConfigRecord:
@@ -141,15 +222,18 @@ def _scales(adapter: Adapter) -> ConfigRecord:
     return ConfigRecord({"scales": scales} if scales else {})
 
 
-def _arrays(adapter: Adapter, factors: Iterable[str]) -> ArrayRecord:
-    return ArrayRecord({name: Array(t.cpu().contiguous().numpy()) for name, t in _named(adapter, factors)})
+def _array(tensor: Tensor) -> Array:
+    return Array(tensor.cpu().contiguous().numpy())
 
 
-def _adapter(arrays: ArrayRecord, scales: list[float]) -> Adapter:
-    tensors = {name: torch.from_numpy(array.numpy().copy()) for name, array in arrays.items()}
-    modules = sorted(name[:-2] for name in tensors if name.endswith(".A"))
-    pairs = {
-        name: Pair(tensors.pop(f"{name}.A"), tensors.pop(f"{name}.B"), scale)
-        for name, scale in zip(modules, scales, strict=True)
-    }
-    return Adapter(pairs, tensors)
+def _seal(tensor: Tensor) -> str:
+    return digest("", [("", tensor)])
+
+
+def _fold_seal(seals: Mapping[str, str]) -> str:
+    """One digest of a whole fold, from those of its tensors."""
+    return digest(json.dumps(sorted(item for item in seals.items() if item[0].startswith("fold/"))), [])
+
+
+def _bytes(tensors: Mapping[str, Tensor], names: Iterable[str]) -> int:
+    return sum(tensors[name].nbytes for name in names)

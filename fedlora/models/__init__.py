@@ -2,18 +2,24 @@
 
 from fedlora.models.bank import Bank
 from fedlora.models.base import Base, load
+from fedlora.models.dora import with_magnitudes
 from fedlora.models.lora import LoRA, fresh_adapter, targets
 from fedlora.models.peft_files import by_peft, load_adapter, merge, save_adapter
+from fedlora.models.starts import taken_out
+from fedlora.models.tap import Tap
 
 __all__ = [
     "Bank",
     "Base",
     "LoRA",
+    "Tap",
     "by_peft",
     "fresh_adapter",
     "load",
     "load_adapter",
     "merge",
     "save_adapter",
+    "taken_out",
     "targets",
+    "with_magnitudes",
 ]

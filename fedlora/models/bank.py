@@ -2,72 +2,83 @@
 
 A batch holds its rows client by client. At every target layer each client's rows meet that client's own
 factors, at that client's own rank, so that one pass over the shared base trains K clients and nothing is
-padded. The base is never written to: low-rank terms are added by forward hooks, and trained whole modules
-(the head) stand in for the base's while the bank is open.
+padded. The base is never written to: low-rank and sparse terms are added by forward hooks, what a client's
+base has folded in among them, and trained whole modules (the head) stand in for the base's while the bank is
+open. An extra `MODULE.magnitude` makes that module one of DoRA.
 """
 
 import copy
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
+from fedlora.models.dora import MAGNITUDE, lengths, split, stretch
 from fedlora.models.lora import layer_shape
+from fedlora.models.low_rank import add_low_rank
+from fedlora.models.per_row import Copies, call_rows
+from fedlora.protocol import Task
+from fedlora.sparse import SPARSE, places, spread
 
 
 class Bank:
-    """K adapters over one model, for use in a `with` block.
+    """K clients' adapters over one model, for use in a `with` block.
 
     Args:
         base: the frozen model; identical before, during and after.
-        adapters: one a slot, of any ranks and scales.
-        train: the factors of each slot that receive gradients, and the heads with them; None for inference.
+        tasks: one a slot, of any ranks, scales and folds.
+        train: whether gradients reach what the tasks train.
+        per_row: whether each row gets its own gradient, by differentiating by `leaves`.
 
     Raises:
-        ModelError: an adapter names a module that the model lacks, or of another shape.
+        ModelError: an adapter names a module that the model lacks, or of another shape; or per row, there
+            are sparse values or magnitudes, which have no such gradient.
     """
 
-    def __init__(
-        self, base: Base, adapters: Sequence[Adapter], train: Sequence[frozenset[str]] | None = None
-    ) -> None:
-        first = adapters[0]
-        for adapter in adapters:
-            if adapter.pairs.keys() != first.pairs.keys() or adapter.extra.keys() != first.extra.keys():
+    def __init__(self, base: Base, tasks: Sequence[Task], train: bool = False, per_row: bool = False) -> None:
+        first = tasks[0].adapter
+        for task in tasks:
+            if (
+                task.adapter.pairs.keys() != first.pairs.keys()
+                or task.adapter.extra.keys() != first.extra.keys()
+            ):
                 raise ModelError("the adapters of one pass must have the same modules and the same heads")
-        trained = [frozenset[str]()] * len(adapters) if train is None else train
         self._model = base.model
         self._batch = threading.local()  # batches may be on their way in several threads
-        self._scales = {name: [a.pairs[name].scale for a in adapters] for name in adapters[0].pairs}
-        self._pairs = [
-            {
-                name: (_leaf(pair.A, base.device, "A" in own), _leaf(pair.B, base.device, "B" in own))
-                for name, pair in adapter.pairs.items()
-            }
-            for adapter, own in zip(adapters, trained, strict=True)
-        ]
-        self._heads = [_copies(base, adapter, train is not None) for adapter in adapters]
+        self._tasks = tasks
+        self._pairs = [_leaves(base, task, train) for task in tasks]
+        self._folds = _folds(base, tasks)
+        self._sparse = [_values(base, task, train) for task in tasks]
+        self._magnitudes = [_magnitudes(base, task.adapter, train) for task in tasks]
+        self._heads = [_copies(base, task.adapter, train) for task in tasks]
+        if per_row and (any(self._sparse) or any(self._magnitudes)):
+            raise ModelError("sparse values and DoRA's magnitudes have no gradient for each row")
+        slots = range(len(tasks)) if per_row else ()
+        self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in slots])
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> Self:
         modules = dict(self._model.named_modules())
-        for name, (A, B) in (item for slot in self._pairs for item in slot.items()):
+        named = [
+            (name, pair)
+            for task in self._tasks
+            for name, pair in (*task.adapter.pairs.items(), *task.fold.items())
+        ]
+        for name, pair in named:
             if name not in modules:
                 raise ModelError(f"the adapter has a pair for '{name}', a module that the model lacks")
-            expected = layer_shape(modules[name], name)
-            if (B.shape[0], A.shape[1]) != expected:
-                raise ModelError(
-                    f"the adapter's update of '{name}' is {(B.shape[0], A.shape[1])}, the layer {expected}"
-                )
-        for name in self._pairs[0]:
+            if pair.shape != (expected := layer_shape(modules[name], name)):
+                raise ModelError(f"the adapter's update of '{name}' is {pair.shape}, the layer {expected}")
+        for name in dict.fromkeys([*(name for name, _ in named), *self._sparse[0], *self._magnitudes[0]]):
             self._handles.append(modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
         for name in self._heads[0]:
             modules[name].forward = self._stand_in(name)
@@ -87,136 +98,187 @@ class Bank:
         """Say how many rows each slot has in this thread's next batch, which holds them slot by slot."""
         stops = list(itertools.accumulate(counts))
         self._batch.segments = list(zip([0, *stops], stops, strict=False))
+        self._rows.make(counts)
+
+    def leaves(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What this thread's batch is differentiated by: parameters, or per row their (rows, *shape)."""
+        return [self._rows.of(parameter) for parameter in parameters]
 
     def factors(self, slot: int) -> dict[str, list[nn.Parameter]]:
-        """The trainable parameters of one slot, grouped as "A", "B" and "head"; no empty group."""
+        """One slot's trainable parameters, grouped as "A", "B", "M", "sparse", "magnitude" and "head"."""
         pairs = self._pairs[slot].values()
-        groups = {
-            "A": [A for A, _ in pairs],
-            "B": [B for _, B in pairs],
-            "head": [p for head in self._heads[slot].values() for p in head.parameters()],
-        }
+        groups = {factor: [pair[factor] for pair in pairs if factor in pair] for factor in "ABM"}
+        groups["sparse"] = [values for values, _, _ in self._sparse[slot].values()]
+        groups["magnitude"] = list(self._magnitudes[slot].values())
+        groups["head"] = [p for head in self._heads[slot].values() for p in head.parameters()]
         trained = {name: [p for p in found if p.requires_grad] for name, found in groups.items()}
         return {name: found for name, found in trained.items() if found}
 
     def adapter(self, slot: int) -> Adapter:
         """A copy of one slot's adapter as it now is."""
         pairs = {
-            name: Pair(A.detach().clone(), B.detach().clone(), self._scales[name][slot])
-            for name, (A, B) in self._pairs[slot].items()
+            name: Pair(
+                scale=pair.scale, **{f: p.detach().clone() for f, p in self._pairs[slot][name].items()}
+            )
+            for name, pair in self._tasks[slot].adapter.pairs.items()
         }
         extra = {
             f"{name}.{key}": value.detach().clone()
             for name, head in self._heads[slot].items()
             for key, value in head.named_parameters()
         }
-        return Adapter(pairs, extra)
+        sparse = {f"{m}{SPARSE}": v.detach().clone() for m, (v, _, _) in self._sparse[slot].items()}
+        lengths = {f"{m}{MAGNITUDE}": v.detach().clone() for m, v in self._magnitudes[slot].items()}
+        return Adapter(pairs, extra | sparse | lengths)
 
     def _hook(self, name: str) -> Any:
-        factors = [tensor for slot in self._pairs for tensor in slot[name]]
-        scales = self._scales[name]
+        pairs = [slot[name] for slot in self._pairs if name in slot]
+        scales = [task.adapter.pairs[name].scale for task in self._tasks] if pairs else []
+        folds = self._folds.get(name, [])
+        sparse = [slot[name] for slot in self._sparse if name in slot]
+        magnitudes = [slot[name] for slot in self._magnitudes if name in slot]
 
         def add(
             module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
         ) -> Tensor:
             x = args[0] if args else next(iter(named.values()))
             segments = self._segments(x, name)
-            added: Tensor = _LowRank.apply(output, x, segments, scales, *factors)  # type: ignore[no-untyped-call]
-            return added
+            if pairs:
+                found = [{f: self._rows.of(own) for f, own in p.items()} for p in pairs]
+                factors = [f for p in found for f in (p["A"], p["B"] @ p["M"] if "M" in p else p["B"])]
+                output = add_low_rank(output, x, segments, scales, factors)
+            if folds:
+                every = segments if len(folds) > 1 else [(0, len(x))]
+                output = add_low_rank(
+                    output, x, every, [p.scale for p in folds], [f for p in folds for f in (p.A, p.B)]
+                )
+            if sparse:
+                change = [
+                    F.linear(x[a:b].to(s[0]), spread(*s)) for (a, b), s in zip(segments, sparse, strict=True)
+                ]
+                output = output + torch.cat(change).to(output)
+            if magnitudes:
+                ratios = [
+                    m if a == b else m / lengths(module, name, self._change(k, name))
+                    for k, ((a, b), m) in enumerate(zip(segments, magnitudes, strict=True))
+                ]
+                output = stretch(output, getattr(module, "bias", None), segments, ratios)
+            return output
 
         return add
+
+    @torch.no_grad()
+    def _change(self, slot: int, name: str) -> Tensor:
+        """ΔW of one slot and module, (d_out, d_in), of all that there is; a constant to the gradient."""
+        change = self._magnitudes[slot][name].new_zeros(())
+        if name in self._pairs[slot]:
+            p, scale = self._pairs[slot][name], self._tasks[slot].adapter.pairs[name].scale
+            change = change + scale * (p["B"] @ p["M"] if "M" in p else p["B"]) @ p["A"]
+        if name in self._folds:
+            fold = self._folds[name][slot if len(self._folds[name]) > 1 else 0]
+            change = change + fold.scale * fold.B @ fold.A
+        if name in self._sparse[slot]:
+            change = change + spread(*self._sparse[slot][name])
+        return change
 
     def _stand_in(self, name: str) -> Any:
         heads = [slot[name] for slot in self._heads]
         dtype = next(heads[0].parameters()).dtype
+        parameters = [dict(head.named_parameters()) for head in heads]  # call_rows lends the module others
 
         def forward(x: Tensor, *rest: Any, **named: Any) -> Tensor:
             x = x.to(dtype)
             rows = [(k, *ends) for k, ends in enumerate(self._segments(x, name)) if ends[1] > ends[0]]
+            if self._rows.on:
+                own = {
+                    key: torch.cat([self._rows.of(parameters[k][key]) for k, _, _ in rows])
+                    for key in parameters[0]
+                }
+                return call_rows(heads[0], own, x, rest, named)
             return torch.cat([heads[k](x[start:stop], *rest, **named) for k, start, stop in rows])
 
         return forward
 
     def _segments(self, x: Tensor, name: str) -> list[tuple[int, int]]:
         """The rows (start, stop) of each slot."""
-        if len(self._pairs) == 1:
+        if len(self._pairs) == 1 and not self._rows.on:
             return [(0, x.shape[0])]
         segments: list[tuple[int, int]] = self._batch.segments
         if x.shape[0] != segments[-1][1]:
+            what = "client; train this model with engine.fuse=1"
+            if self._rows.on:
+                what = "record; leave it out of lora.targets, or use privacy=none"
             raise ModelError(
                 f"'{name}' is fed {x.shape[0]} rows where the batch has {segments[-1][1]}, so that they "
-                "cannot be told apart by client; train this model with engine.fuse=1"
+                f"cannot be told apart by {what}"
             )
         return segments
-
-
-class _LowRank(torch.autograd.Function):
-    """output += scale · x Aᵀ Bᵀ, each segment of rows through its own factors.
-
-    In place on the layer's output, which nothing else holds. Several times faster than gathering factors for
-    each row, and a smaller rank costs less instead of being padded.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        output: Tensor,
-        x: Tensor,
-        segments: list[tuple[int, int]],
-        scales: list[float],
-        *factors: Tensor,
-    ) -> Tensor:
-        flat_x, flat_y = _flat(x, factors[0].dtype), output.view(-1, output.shape[-1])
-        tokens = len(flat_x) // max(1, len(x))
-        inner = []
-        for k, (start, stop) in enumerate(segments):
-            rows = slice(start * tokens, stop * tokens)
-            u = (flat_x[rows] @ factors[2 * k].T).mul_(scales[k])
-            flat_y[rows] += (u @ factors[2 * k + 1].T).to(output.dtype)
-            inner.append(u)
-        ctx.mark_dirty(output)
-        ctx.save_for_backward(x, *inner, *factors)
-        ctx.segments, ctx.scales, ctx.tokens = segments, scales, tokens
-        return output
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        K, grad = len(ctx.segments), grads[0]
-        x, inner = ctx.saved_tensors[0], ctx.saved_tensors[1 : K + 1]
-        factors, wanted = ctx.saved_tensors[K + 1 :], ctx.needs_input_grad[4:]
-        flat_x, flat_grad = _flat(x, factors[0].dtype), _flat(grad, factors[0].dtype)
-        grad_x = torch.empty_like(flat_x) if ctx.needs_input_grad[1] else None
-        grad_factors: list[Tensor | None] = [None] * len(factors)
-        for k, (start, stop) in enumerate(ctx.segments):
-            if start == stop:
-                continue
-            rows = slice(start * ctx.tokens, stop * ctx.tokens)
-            g = flat_grad[rows]
-            if wanted[2 * k + 1]:
-                grad_factors[2 * k + 1] = g.T @ inner[k]
-            if not (wanted[2 * k] or grad_x is not None):
-                continue
-            v = (g @ factors[2 * k + 1]).mul_(ctx.scales[k])
-            if wanted[2 * k]:
-                grad_factors[2 * k] = v.T @ flat_x[rows]
-            if grad_x is not None:
-                torch.mm(v, factors[2 * k], out=grad_x[rows])
-        grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
-        return grad, grad_x, None, None, *grad_factors
 
 
 def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=trained)
 
 
+def _leaves(base: Base, task: Task, train: bool) -> dict[str, dict[str, nn.Parameter]]:
+    """A parameter for every factor, those to train with a gradient."""
+    return {
+        name: {
+            factor: _leaf(tensor, base.device, train and factor in task.train and task.trains(name))
+            for factor, tensor in pair.factors()
+        }
+        for name, pair in task.adapter.pairs.items()
+    }
+
+
+def _folds(base: Base, tasks: Sequence[Task]) -> dict[str, list[Pair]]:
+    """Module -> what each slot's base has folded in; one pair for all where it is the same for all."""
+    found = {}
+    for name in {name: None for task in tasks for name in task.fold}:
+        own = [task.fold[name].plain() if name in task.fold else None for task in tasks]
+        first = next(pair for pair in own if pair is not None)
+        if all(pair is not None and _same(pair, first) for pair in own):
+            own = [first]
+        nothing = Pair(first.A[:0], first.B[:, :0], first.scale)
+        found[name] = [
+            Pair(pair.A.to(base.device), pair.B.to(base.device), pair.scale)
+            for pair in (nothing if pair is None else pair for pair in own)
+        ]
+    return found
+
+
+def _same(one: Pair, two: Pair) -> bool:
+    if one is two:
+        return True
+    return one.scale == two.scale and torch.equal(one.A, two.A) and torch.equal(one.B, two.B)
+
+
+def _values(base: Base, task: Task, train: bool) -> dict[str, tuple[nn.Parameter, Tensor, tuple[int, int]]]:
+    """Module -> the values of its sparse update, their places, and the layer's shape."""
+    if task.mask is None:
+        return {}
+    found = {}
+    for key, values in task.adapter.extra.items():
+        if key.endswith(SPARSE):
+            name = key.removesuffix(SPARSE)
+            shape = layer_shape(base.model.get_submodule(name), name)
+            indices = places(task.mask, name, shape, len(values)).to(base.device)
+            found[name] = (_leaf(values, base.device, train), indices, shape)
+    return found
+
+
+def _magnitudes(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Parameter]:
+    """Module -> the lengths of its weight's rows, by DoRA."""
+    return {name: _leaf(value, base.device, trained) for name, value in split(adapter)[0].items()}
+
+
 def _copies(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Module]:
     """The adapter's own copy of every head of the base, or of none where the adapter has no extras."""
+    extra = {key: value for key, value in split(adapter)[1].items() if not key.endswith(SPARSE)}
     copies = {}
-    for name in base.heads if adapter.extra else ():
+    for name in base.heads if extra else ():
         twin = copy.deepcopy(base.model.get_submodule(name))
         for key, parameter in twin.named_parameters():
-            given = adapter.extra.get(f"{name}.{key}")
+            given = extra.get(f"{name}.{key}")
             if given is None or given.shape != parameter.shape:
                 raise ModelError(
                     f"the adapter's '{name}.{key}' is {None if given is None else tuple(given.shape)}, "
@@ -225,10 +287,10 @@ def _copies(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Module]
             parameter.data = given.detach().to(parameter.device, copy=True)
             parameter.requires_grad_(trained)
         copies[name] = twin
-    if unknown := [key for key in adapter.extra if not key.startswith(tuple(f"{h}." for h in base.heads))]:
+    if unknown := _unknown(extra, base.heads):
         raise ModelError(f"the adapter has tensors that no head of the model owns: {unknown[:3]}")
     return copies
 
 
-def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(dtype)
+def _unknown(names: Iterable[str], heads: Sequence[str]) -> list[str]:
+    return [name for name in names if not name.startswith(tuple(f"{head}." for head in heads))]

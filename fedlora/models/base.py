@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlora.data import Batch, Kind
 from fedlora.errors import ModelError
+from fedlora.models.quantized import quantized
 from fedlora.seeds import generator
 
 
@@ -61,7 +62,11 @@ class Base:
         Classification: cross-entropy of the label. Instruction: mean cross-entropy over the row's own
         response tokens, so that a row counts once whatever its length and its batch; the share is of tokens.
         """
-        logits, target = self._raw(batch), batch.target.to(self.device)
+        return self.scores(self._raw(batch), batch)
+
+    def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`losses` of logits that are there already, such as a mixture of two models' own."""
+        target = batch.target.to(self.device)
         if self.kind == "classification":
             logits = _precise(logits)
             right = (logits.argmax(-1) == target).to(logits.dtype)
@@ -92,6 +97,7 @@ def load(
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
+    quantize: str | None = None,
 ) -> Base:
     """Load a transformers model from a folder or, by name, from the hub or its cache.
 
@@ -104,6 +110,7 @@ def load(
         dtype: of the frozen weights, "float32" or "bfloat16"; adapters are float32 in any case.
         device: "cpu", "cuda" or "cuda:1".
         seed: of made-up parameters.
+        quantize: "4bit" or "8bit", on a GPU with bitsandbytes; heads and adapters stay as they are.
 
     Raises:
         ModelError: no such model, or one that cannot do this.
@@ -126,12 +133,14 @@ def load(
         auto = AutoModelForSequenceClassification
         names = dict(enumerate(labels))
         chosen |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    bits: dict[str, Any] = {}
     quiet = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
-        model, info = auto.from_pretrained(str(path), **chosen)
+        bits = quantized(quantize, auto, str(path), dtype, device)
+        model, info = auto.from_pretrained(str(path), **chosen, **bits)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -150,7 +159,9 @@ def load(
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     heads = _heads(model, kind, missing, str(path))
     _make_up(model, missing, seed)
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    if not bits:  # else it is there already, and bitsandbytes does not let it move
+        model.to(device)
     return Base(model, tokenizer, kind, heads, str(path))
 
 

@@ -148,3 +148,19 @@ def layer_shape(module: nn.Module, name: str) -> tuple[int, int]:
     if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
         return weight.shape[1], weight.shape[0]
     raise ModelError(f"LoRA needs a linear layer, '{name}' is a {type(module).__name__}")
+
+
+def layer_weight(module: nn.Module, name: str) -> Tensor:
+    """A linear layer's weight as (d_out, d_in), in float32 at least; a view where that is possible.
+
+    Raises:
+        ModelError: it is no linear layer, or its weight is quantised.
+    """
+    layer_shape(module, name)
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    if not weight.is_floating_point():
+        raise ModelError(
+            f"'{name}' has a quantised weight, which cannot be taken apart; use model.quantize=null"
+        )
+    weight = weight.T if type(module).__name__ == "Conv1D" else weight
+    return weight if weight.dtype == torch.float64 else weight.float()

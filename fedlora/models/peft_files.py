@@ -12,7 +12,8 @@ from torch import Tensor
 from fedlora.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
-from fedlora.models.lora import by_pattern, layer_shape
+from fedlora.models.dora import MAGNITUDE, lengths, split, with_magnitudes
+from fedlora.models.lora import by_pattern, layer_shape, layer_weight
 
 _PREFIX = "base_model.model."
 
@@ -24,7 +25,7 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     always saved, trained or not, since a plain model would make up its own.
 
     Args:
-        adapter: of any ranks and scales, mixed over modules.
+        adapter: of any ranks and scales, mixed over modules; with magnitudes it becomes one of DoRA.
         base: the model it belongs to.
         folder: made if missing.
     """
@@ -32,6 +33,9 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
 
     if not adapter.pairs:
         raise ModelError("this run trained the head alone: it has no LoRA pair, so there is no PEFT adapter")
+    magnitudes, heads = split(adapter)
+    if magnitudes:  # in a DoRA adapter every module has some
+        magnitudes = split(with_magnitudes(base, adapter))[0]
     rank = Counter(pair.rank for pair in adapter.pairs.values()).most_common(1)[0][0]
     scale = next(pair.scale for pair in adapter.pairs.values())
     transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in adapter.pairs)
@@ -48,13 +52,16 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
             n: p.scale * p.rank for n, p in adapter.pairs.items() if (p.rank, p.scale) != (rank, scale)
         },
         fan_in_fan_out=transposed,
+        use_dora=bool(magnitudes),
         inference_mode=True,
     )
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.pairs.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
-    for name, value in (adapter.extra or base.head_state()).items():
+    for name, value in magnitudes.items():
+        tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = value.contiguous()
+    for name, value in (heads or base.head_state()).items():
         tensors[_PREFIX + name] = value.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
@@ -65,8 +72,8 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     """Read an adapter that PEFT wrote, per-module ranks and alphas included.
 
     Raises:
-        ModelError: the folder holds no LoRA adapter, or one that is more than B·A and whole heads (DoRA,
-            trained biases, adapted embeddings).
+        ModelError: the folder holds no LoRA adapter, or one that is more than B·A, DoRA's magnitudes and
+            whole heads (trained biases, adapted embeddings).
     """
     from peft import LoraConfig, PeftConfig
     from peft.utils import load_peft_weights
@@ -78,7 +85,7 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     config = PeftConfig.from_pretrained(str(folder))
     changed = [
         name
-        for name in ("use_dora", "lora_bias", "alora_invocation_tokens", "use_qalora", "layer_replication")
+        for name in ("lora_bias", "alora_invocation_tokens", "use_qalora", "layer_replication")
         if getattr(config, name, None)
     ]
     start = getattr(config, "init_lora_weights", True)
@@ -92,6 +99,7 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
         )
     pairs: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
+    magnitudes: dict[str, Tensor] = {}
     try:
         weights = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
@@ -101,6 +109,8 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
         value = value if value.dtype == torch.float64 else value.float()
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             pairs.setdefault(match[1], {})[match[2]] = value
+        elif name.endswith(".lora_magnitude_vector"):
+            magnitudes[name.removesuffix(".lora_magnitude_vector") + MAGNITUDE] = value
         elif name.startswith(tuple(f"{head}." for head in base.heads)):
             extra[name] = value
         else:
@@ -119,7 +129,7 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
         alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         made[name] = Pair(factors["A"], factors["B"], alpha / (rank**0.5 if config.use_rslora else rank))
     # PEFT saves the heads that it knows of; what else was made up here starts as it is.
-    return Adapter(made, (base.head_state() | extra) if extra else {})
+    return Adapter(made, magnitudes | ((base.head_state() | extra) if extra else {}))
 
 
 def by_peft(base: Base, folder: Path) -> Base:
@@ -131,18 +141,27 @@ def by_peft(base: Base, folder: Path) -> Base:
 
 
 def merge(base: Base, adapter: Adapter) -> None:
-    """Add every ΔW to its layer's weight and put the heads in: the base becomes a plain fine-tuned model.
+    """Add every ΔW to its layer's weight, bring DoRA's rows to their lengths and put the heads in.
+
+    The base becomes a plain fine-tuned model.
 
     Only for export; it changes the base for good. `Conv1D` stores its weight transposed.
+
+    Raises:
+        ModelError: a quantised weight.
     """
     from fedlora.algebra import dense
 
     parameters = dict(base.model.named_parameters())
+    magnitudes, heads = split(adapter)
     for name, pair in adapter.pairs.items():
         layer = base.model.get_submodule(name)
-        delta = dense(pair).to(layer.weight.device)
+        delta = dense(pair).to(layer.weight.device).double()
+        merged = layer_weight(layer, name).double() + delta
+        if name in magnitudes:
+            merged *= (magnitudes[name].to(merged) / lengths(layer, name, delta))[:, None]
         if type(layer).__name__ == "Conv1D":
-            delta = delta.T
-        layer.weight.data = (layer.weight.data.double() + delta.double()).to(layer.weight.dtype)
-    for name, value in adapter.extra.items():
+            merged = merged.T
+        layer.weight.data = merged.to(layer.weight.dtype).contiguous()
+    for name, value in heads.items():
         parameters[name].data = value.to(parameters[name])

@@ -26,6 +26,7 @@ def test_weights_that_are_all_zero_are_refused(strategy, state, updates, aggrega
         aggregate(strategy, state, weighted(updates, [0.0] * len(updates)))
 
 
+@pytest.mark.usefixtures("needs_pairs")
 def test_a_missing_module_is_refused_by_client_and_name(strategy, state, updates, aggregate):
     pairs = {m: pair for m, pair in updates[1].adapter.pairs.items() if m != "square"}
     updates[1] = dataclasses.replace(updates[1], adapter=Adapter(pairs, updates[1].adapter.extra))
@@ -33,12 +34,14 @@ def test_a_missing_module_is_refused_by_client_and_name(strategy, state, updates
         aggregate(strategy, state, updates)
 
 
+@pytest.mark.usefixtures("needs_pairs")
 def test_an_unknown_module_is_refused_by_client_and_name(strategy, state, updates, aggregate, with_pair):
     updates[1] = with_pair(updates[1], "lm_head", updates[1].adapter.pairs["square"])
     with pytest.raises(IncompatibleUpdates, match=r"client 2 .*unknown \['lm_head'\]"):
         aggregate(strategy, state, updates)
 
 
+@pytest.mark.usefixtures("needs_pairs")
 def test_a_module_missing_everywhere_is_refused_too(strategy, state, updates, aggregate):
     short = [
         dataclasses.replace(
@@ -50,6 +53,7 @@ def test_a_module_missing_everywhere_is_refused_too(strategy, state, updates, ag
         aggregate(strategy, state, short)
 
 
+@pytest.mark.usefixtures("needs_pairs")
 @pytest.mark.parametrize("turn", ["transposed", "one output more", "one input less"])
 def test_another_shape_is_refused_by_client_and_module(strategy, state, updates, turn, aggregate, with_pair):
     pair = updates[1].adapter.pairs["wide"]
@@ -58,11 +62,12 @@ def test_another_shape_is_refused_by_client_and_module(strategy, state, updates,
         "one output more": (pair.A, torch.cat([pair.B, pair.B[:1]])),
         "one input less": (pair.A[:, 1:], pair.B),
     }[turn]
-    updates[1] = with_pair(updates[1], "wide", Pair(A, B, pair.scale))
+    updates[1] = with_pair(updates[1], "wide", Pair(A, B, pair.scale, pair.M))
     with pytest.raises(IncompatibleUpdates, match=r"client 2 .*'wide'"):
         aggregate(strategy, state, updates)
 
 
+@pytest.mark.usefixtures("needs_extra")
 @pytest.mark.parametrize(
     "extra", [{}, {"head.bias": torch.tensor(0.5, dtype=torch.float64)}, {"other": torch.ones(2)}]
 )
@@ -72,6 +77,7 @@ def test_other_extras_are_refused_by_client_and_name(strategy, state, updates, e
         aggregate(strategy, state, updates)
 
 
+@pytest.mark.usefixtures("needs_extra")
 @pytest.mark.parametrize("shape", [(3, 2), (2, 1), (1, 3), (6,), ()])
 def test_extras_of_another_shape_are_refused_by_client_and_name(strategy, state, updates, shape, aggregate):
     extra = {**updates[1].adapter.extra, "head.weight": torch.zeros(shape, dtype=torch.float64)}
@@ -80,19 +86,23 @@ def test_extras_of_another_shape_are_refused_by_client_and_name(strategy, state,
         aggregate(strategy, state, updates)
 
 
+@pytest.mark.usefixtures("needs_pairs")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize("factor", ["A", "B", "M"])
 def test_a_client_that_diverged_is_refused_by_name(
     strategy, state, updates, factor, value, aggregate, with_pair
 ):
     pair = updates[1].adapter.pairs["wide"]
-    broken = {"A": pair.A.clone(), "B": pair.B.clone()}
+    broken = {name: tensor.clone() for name, tensor in pair.factors()}
+    if factor not in broken:
+        pytest.skip("there is no core")
     broken[factor][0, 0] = value
-    updates[1] = with_pair(updates[1], "wide", Pair(broken["A"], broken["B"], pair.scale))
+    updates[1] = with_pair(updates[1], "wide", Pair(scale=pair.scale, **broken))
     with pytest.raises(IncompatibleUpdates, match=r"client 2.*'wide'"):
         aggregate(strategy, state, updates)
 
 
+@pytest.mark.usefixtures("needs_extra")
 def test_a_head_that_diverged_is_refused_by_client_and_name(strategy, state, updates, aggregate):
     updates[1].adapter.extra["head.weight"][0, 0] = math.nan
     with pytest.raises(IncompatibleUpdates, match=r"client 2.*'head.weight'"):
@@ -103,8 +113,8 @@ def test_mixed_ranks_are_combined_or_refused_with_a_way_out(strategy, make, rng,
     def run() -> State:
         return aggregate(strategy, state, make.round(rng, strategy, state, mixed, [1.0] * len(mixed)))
 
-    if strategy.mixed_ranks:
-        assert run().round == 1
+    if strategy.mixed_ranks or not strategy.task(state, mixed[0]).adapter.pairs:
+        assert run().round == state.round + 1
         return
     with pytest.raises(IncompatibleUpdates, match=r"client \d .*rank \d+ .*expected \d+.*; use .*FlexLoRA"):
         run()
@@ -112,7 +122,13 @@ def test_mixed_ranks_are_combined_or_refused_with_a_way_out(strategy, make, rng,
 
 def test_clients_by_hand_without_peers_are_named_by_position(strategy, state, updates, aggregate):
     nameless = [dataclasses.replace(u, peer=None) for u in updates]
-    assert aggregate(strategy, state, nameless).round == 1
-    nameless[1] = dataclasses.replace(nameless[1], adapter=Adapter({}, nameless[1].adapter.extra))
+    assert aggregate(strategy, state, nameless).round == state.round + 1
+    nameless[1] = dataclasses.replace(nameless[1], adapter=Adapter({}, {"other": torch.ones(1)}))
     with pytest.raises(IncompatibleUpdates, match=r"client #1"):
         aggregate(strategy, state, nameless)
+
+
+def test_a_client_that_sent_twice_is_refused_by_name(strategy, state, updates, aggregate):
+    again = dataclasses.replace(updates[1], weight=9.0)
+    with pytest.raises(IncompatibleUpdates, match=f"{type(strategy).__name__}: client 2 .*more than one"):
+        aggregate(strategy, state, [*updates, again])

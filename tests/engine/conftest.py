@@ -41,10 +41,19 @@ class Noise(Client):
         for a in assignments:
             if a.client in self.failing:
                 raise RuntimeError(f"no luck for {a.client}")
-        return [Outcome(self._moved(a), {"loss": 1.0 + a.client, **self.metrics}) for a in assignments]
+        return [self._outcome(a) for a in assignments]
+
+    def evaluate(self, base: Any, assignments: Sequence[Assignment]) -> list[tuple[float, float]]:
+        """The sum over the start as the loss, so that a test sees which start it was."""
+        return [(float(sum(t.double().sum() for _, t in a.start.tensors())), 0.5) for a in assignments]
 
     def step_tokens(self, rows: Sequence[Any]) -> int:
         return self.tokens
+
+    def _outcome(self, a: Assignment) -> Outcome:
+        adapter = self._moved(a)
+        own = {name: tensor for name, tensor in adapter.tensors() if name in a.task.own()}
+        return Outcome(adapter, {"loss": 1.0 + a.client, **self.metrics}, own)
 
     def _moved(self, a: Assignment) -> Adapter:
         rng = generator(a.seed, "batches", a.client, a.round)
@@ -54,10 +63,13 @@ class Noise(Client):
             return t + noise if on and not self.still else t.clone()
 
         pairs = {
-            name: Pair(move(p.A, "A" in a.task.train), move(p.B, "B" in a.task.train), p.scale)
-            for name, p in a.task.adapter.pairs.items()
+            name: Pair(
+                scale=p.scale,
+                **{f: move(t, f in a.task.train and a.task.trains(name)) for f, t in p.factors()},
+            )
+            for name, p in a.start.pairs.items()
         }
-        return Adapter(pairs, {name: move(t) for name, t in a.task.adapter.extra.items()})
+        return Adapter(pairs, {name: move(t) for name, t in a.start.extra.items()})
 
 
 class Tampered(InProcessGrid):
@@ -123,8 +135,8 @@ class Lab:
         extra = {"head.weight": torch.ones(2, 3, dtype=dtype), "head.bias": torch.ones(2, dtype=dtype)}
         return Adapter(pairs, extra)
 
-    def site(self, client: Client, rows: Callable[[int], Sequence[Any]] | None = None) -> Site:
-        return Site(None, client, rows or (lambda c: [None] * (10 * (c + 1))))  # type: ignore[arg-type]
+    def site(self, client: Client, rows: Callable[[int], Sequence[Any]] | None = None, **more: Any) -> Site:
+        return Site(None, client, rows or (lambda c: [None] * (10 * (c + 1))), **more)  # type: ignore[arg-type]
 
     def keep(self, *clients: int) -> Callable[[list[Message]], list[Message]]:
         """A change that lets the replies of these clients alone arrive."""
@@ -134,7 +146,8 @@ class Lab:
         self, client: Client, ranks: Sequence[int], fuse: int | None = None, **more: Any
     ) -> InProcessGrid:
         nodes = [{"client": c, "rank": r} for c, r in enumerate(ranks)]
-        return InProcessGrid(self.site(client, more.pop("rows", None)), nodes, fuse, **more)
+        site = self.site(client, more.pop("rows", None), **more.pop("site", {}))
+        return InProcessGrid(site, nodes, fuse, **more)
 
     def run(
         self,
@@ -148,10 +161,11 @@ class Lab:
         console: Console | None = None,
         evaluate: Any = None,
         rows: Any = None,
+        site: Mapping[str, Any] | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
-        grid = self.grid(client, ranks, fuse, rows=rows)
+        grid = self.grid(client, ranks, fuse, rows=rows, site=site or {})
         if change is not None:
             grid.__class__ = Tampered
             grid.change = change  # type: ignore[attr-defined]
@@ -164,8 +178,11 @@ class Lab:
             own = (scales or {}).get(client)
             return Peer(client, rank, {}, {} if own is None else dict.fromkeys(LAYERS, own))
 
-        def score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
-            return [{"loss": 0.5, "accuracy": float(i)} for i, _ in enumerate(adapters)]
+        def score(tasks: Sequence[Task]) -> list[tuple[float, float]]:
+            return [(0.5, float(i)) for i, _ in enumerate(tasks)]
+
+        def named(loss: float, right: float) -> dict[str, float]:
+            return {"loss": loss, "accuracy": right}
 
         federation = Federation(
             strategy,
@@ -173,6 +190,7 @@ class Lab:
             peer,
             Rules(rounds=rounds, seed=rules.pop("seed", 0), **rules),
             evaluate or score,
+            named,
             folder,
             progress,
         )
@@ -201,15 +219,17 @@ class Wire:
         }
         return Adapter(pairs, {"head.weight": tensor(2, 3), "head.bias": tensor(2)})
 
-    def moved(self, task: Task) -> Adapter:
+    def moved(self, task: Task, own: bool = False) -> Adapter:
+        """The task's adapter with what is shared moved, and with `own` what the client keeps, too."""
+        names, step = {*task.shared(), *(task.own() if own else [])}, {"A": 1, "B": -1, "M": 2}
         pairs = {
-            n: Pair(p.A + 1 if "A" in task.share else p.A, p.B - 1 if "B" in task.share else p.B, p.scale)
+            n: Pair(scale=p.scale, **{f: t + step[f] if f"{n}.{f}" in names else t for f, t in p.factors()})
             for n, p in task.adapter.pairs.items()
         }
-        return Adapter(pairs, {n: t * 3 for n, t in task.adapter.extra.items()})
+        return Adapter(pairs, {n: t * 3 if n in names else t for n, t in task.adapter.extra.items()})
 
     def honest(self, task: Task, round: int = 3, examples: int = 11) -> RecordDict:
-        return write_update(Outcome(self.moved(task), {"loss": 0.25}), task, round, examples)
+        return write_update(Outcome(self.moved(task, own=True), {"loss": 0.25}), task, round, examples)
 
     def refused(self, content: RecordDict, task: Task | None = None) -> str:
         with pytest.raises(IncompatibleUpdates) as caught:

@@ -13,7 +13,7 @@ from fedlora.protocol import Peer, Task
 
 def messages(lab: Any, clients: int, rank: int = 4, nodes: Any = None) -> Iterator[Message]:
     for node in nodes if nodes is not None else range(1000, 1000 + clients):
-        yield Message(write_task(Task(lab.adapter(rank)), 1, 0), node, "train", group_id="1")
+        yield Message(write_task(Task(lab.adapter(rank)), 1, 0)[0], node, "train", group_id="1")
 
 
 def clients_of(replies: list[Message]) -> list[int]:
@@ -196,7 +196,7 @@ def test_a_round_trips_cost_is_small(lab: Any, monkeypatch: Any, noise: Any) -> 
 
 def test_replies_carry_only_what_the_task_shares(lab: Any, noise: Any) -> None:
     task = Task(lab.adapter(), frozenset("B"), frozenset("B"))
-    sent = Message(write_task(task, 1, 0), 1000, "train")
+    sent = Message(write_task(task, 1, 0)[0], 1000, "train")
     reply = next(iter(lab.grid(noise(), [4]).send_and_receive([sent])))
     arrays = reply.content.array_records["arrays"]
     assert isinstance(arrays, ArrayRecord)

@@ -132,15 +132,17 @@ def test_a_nan_loss_is_no_nan_in_the_logs(lab: Any, noise: Any) -> None:
     assert len(ran.lines("clients.jsonl")) == 6
 
 
-def test_one_client_without_rows_of_its_own_does_not_spoil_the_mean(lab: Any) -> None:
+def test_a_client_without_rows_of_its_own_or_diverged_does_not_spoil_the_mean(lab: Any) -> None:
     def change(replies: list[Message]) -> list[Message]:
         for i, reply in enumerate(replies):
-            own = math.nan if i == 0 else 0.5
-            numbers = dict(reply.content.metric_records["metrics"]) | {"local_accuracy": own}
-            reply.content["metrics"] = MetricRecord(numbers)
+            own = [(math.nan, math.nan), (2.0, 0.5), (math.inf, 0.9)][i]
+            more = dict(zip(("local_loss", "local_accuracy"), own, strict=True))
+            reply.content["metrics"] = MetricRecord(dict(reply.content.metric_records["metrics"]) | more)
         return replies
 
-    assert lab.run(FedIT(), rounds=1, change=change).lines("metrics.jsonl")[0]["local_accuracy"] == 0.5
+    (metrics,) = lab.run(FedIT(), rounds=1, change=change).lines("metrics.jsonl")
+    # The diverged one counts in neither.
+    assert (metrics["local_loss"], metrics["local_accuracy"]) == (2.0, 0.5)
 
 
 def test_nothing_trained_is_told(lab: Any, noise: Any) -> None:

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from fedlora.adapter import Adapter
 from fedlora.engine import Rules
 from fedlora.errors import ConfigError
+from fedlora.protocol import Task
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
 
@@ -68,9 +68,9 @@ def test_when_the_server_evaluates(lab: Any, every: int, rounds: int, expected: 
 def test_each_update_can_be_evaluated_by_itself(lab: Any, noise: Any) -> None:
     seen: list[int] = []
 
-    def score(adapters: Sequence[Adapter]) -> list[dict[str, float]]:
-        seen.append(len(adapters))
-        return [{"loss": 0.0, "accuracy": i / 10} for i, _ in enumerate(adapters)]
+    def score(tasks: Sequence[Task]) -> list[tuple[float, float]]:
+        seen.append(len(tasks))
+        return [(0.0, i / 10) for i, _ in enumerate(tasks)]
 
     client = noise(failing=frozenset({1}))
     ran = lab.run(FedIT(), rounds=1, client=client, evaluate=score, evaluate_updates=True)

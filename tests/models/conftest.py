@@ -29,6 +29,7 @@ from transformers.utils import logging
 from fedlora.adapter import Adapter, Pair
 from fedlora.data import Batch, Example, collate
 from fedlora.models import Bank, Base, load, targets
+from fedlora.protocol import Task
 
 LABELS = ("a", "b", "c")
 VOCABULARY = 60
@@ -182,7 +183,7 @@ class Zoo:
         return collate(self.rows(base, 5, 3), base.tokenizer.pad_token_id)
 
     def ours(self, base: Base, adapter: Adapter) -> torch.Tensor:
-        with torch.no_grad(), Bank(base, [adapter]):
+        with torch.no_grad(), Bank(base, [Task(adapter)]):
             return base.logits(self.batch(base))
 
     def theirs(self, base: Base, model: Any) -> torch.Tensor:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from fedlora.adapter import Adapter
 from fedlora.data import Example
 from fedlora.models import Base, load_adapter, save_adapter
+from fedlora.protocol import Task
 from fedlora.trainer import Job, Parameters, fit
 
 # PEFT 0.21 asks transformers 5.23 for a property that it renamed.
@@ -47,7 +48,8 @@ def jobs(zoo: Any, base: Base, head: bool = True, train: frozenset[str] = frozen
         size = SIZES[client]
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         batches[-1] = batches[-1][: max(1, size - 2)]  # the last batch is smaller
-        found.append(Job(zoo.adapter(base, rank, scale, seed=client, head=head), batches, train))
+        task = Task(zoo.adapter(base, rank, scale, seed=client, head=head), train)
+        found.append(Job(task, batches))
     return found
 
 
@@ -63,14 +65,14 @@ def test_k_at_once_equals_one_by_one_in_float64(zoo: Any, name: str, optimizer: 
         assert zoo.gap(alone.adapter, fused.adapter) < 1e-9
         assert fused.loss == pytest.approx(alone.loss, rel=1e-9)
         assert fused.steps == alone.steps == len(job.batches)
-        assert zoo.gap(job.adapter, fused.adapter) > 1e-3  # it moved
+        assert zoo.gap(job.task.adapter, fused.adapter) > 1e-3  # it moved
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", ALL)
 def test_one_step_at_once_equals_one_by_one_in_float32(zoo: Any, name: str, optimizer: str) -> None:
     base = zoo.base(name)
-    work = [Job(job.adapter, job.batches[:1]) for job in jobs(zoo, base)]
+    work = [Job(job.task, job.batches[:1]) for job in jobs(zoo, base)]
     train = partial(fit, base, make_optimizer=make(optimizer), clip=CLIP)
     for job, fused in zip(work, train(jobs=work), strict=True):
         [alone] = train(jobs=[job])
@@ -88,14 +90,14 @@ def test_other_heads_at_once_equal_one_by_one(zoo: Any, name: str) -> None:
 
 def test_the_clipping_of_these_tests_clips_and_does_so_for_each_client(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
-    work = [Job(job.adapter, job.batches[:1]) for job in jobs(zoo, base)]
+    work = [Job(job.task, job.batches[:1]) for job in jobs(zoo, base)]
     plain = partial(torch.optim.SGD, lr=1.0)
 
     def lengths(clip: float | None) -> list[float]:
         fitted = fit(
             base, work, lambda groups: plain([p for found in groups.values() for p in found]), clip=clip
         )
-        return [moved(job.adapter, one.adapter) for job, one in zip(work, fitted, strict=True)]
+        return [moved(job.task.adapter, one.adapter) for job, one in zip(work, fitted, strict=True)]
 
     assert min(lengths(None)) > CLIP
     assert lengths(CLIP) == pytest.approx([CLIP] * len(work), rel=1e-4)
@@ -121,7 +123,7 @@ def reference(
     zoo: Any, base: Base, job: Job, folder: Path, optimizer: str, clip: float, double: bool
 ) -> tuple[Adapter, float]:
     """The same training by plain PEFT and torch: one unpadded row at a time, their mean a step."""
-    save_adapter(job.adapter, base, folder / "start")
+    save_adapter(job.task.adapter, base, folder / "start")
     model = PeftModel.from_pretrained(zoo.plain(base), str(folder / "start"), is_trainable=True).eval()
     if double:
         model.double()
@@ -175,7 +177,7 @@ def test_a_frozen_factor_is_bit_identical_and_the_rest_moves(zoo: Any, frozen: s
     base = zoo.base("bert")
     work = jobs(zoo, base, train=frozenset({"A", "B"} - {frozen}))
     for job, one in zip(work, fit(base, work, make("adamw"), clip=CLIP), strict=True):
-        before, after = dict(job.adapter.tensors()), dict(one.adapter.tensors())
+        before, after = dict(job.task.adapter.tensors()), dict(one.adapter.tensors())
         for name, tensor in before.items():
             assert torch.equal(tensor, after[name]) == name.endswith(f".{frozen}"), name
 
@@ -184,11 +186,11 @@ def test_a_frozen_head_stays_out_and_the_base_head_is_used(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
     work = jobs(zoo, base, head=False)
     fitted = fit(base, work, make("sgd"))
-    full = [Job(Adapter(job.adapter.pairs, base.head_state()), job.batches) for job in work]
+    full = [Job(Task(Adapter(job.task.adapter.pairs, base.head_state())), job.batches) for job in work]
     frozen = fit(base, full, lambda groups: OPTIMIZERS["sgd"](groups["A"] + groups["B"]))
     for job, one, other in zip(work, fitted, frozen, strict=True):
         assert one.adapter.extra == {}
-        assert zoo.gap(Adapter(job.adapter.pairs), one.adapter) > 1e-3
+        assert zoo.gap(Adapter(job.task.adapter.pairs), one.adapter) > 1e-3
         assert zoo.gap(Adapter(other.adapter.pairs), one.adapter) < 1e-12
 
 
@@ -197,7 +199,7 @@ def test_another_client_s_rows_have_no_influence(zoo: Any) -> None:
     work = jobs(zoo, base)
     before = fit(base, work, make("adamw"), clip=CLIP)
     rows = zoo.rows(base, 30, seed=77, longest=20)
-    work[1] = Job(zoo.adapter(base, 7, 9.0, seed=77), [rows[i : i + 6] for i in range(0, 30, 6)])
+    work[1] = Job(Task(zoo.adapter(base, 7, 9.0, seed=77)), [rows[i : i + 6] for i in range(0, 30, 6)])
     after = fit(base, work, make("adamw"), clip=CLIP)
     for client in (0, 2, 3):
         assert zoo.gap(before[client].adapter, after[client].adapter) < 1e-9
@@ -211,7 +213,7 @@ def test_a_client_of_nan_poisons_only_itself(zoo: Any, name: str) -> None:
     before = fit(base, work, make("adamw"), clip=CLIP)
     bad = zoo.adapter(base, 2, 1.0, seed=1)
     next(iter(bad.pairs.values())).A.fill_(torch.nan)
-    work[1] = Job(bad, work[1].batches)
+    work[1] = Job(Task(bad), work[1].batches)
     after = fit(base, work, make("adamw"), clip=CLIP)
     assert not torch.isfinite(next(iter(after[1].adapter.pairs.values())).A).any()
     for client in (0, 2, 3):
@@ -221,9 +223,9 @@ def test_a_client_of_nan_poisons_only_itself(zoo: Any, name: str) -> None:
 def test_a_client_without_batches_comes_back_as_it_went(zoo: Any) -> None:
     base = zoo.base("bert")
     work = jobs(zoo, base)
-    work[2] = Job(work[2].adapter, [])
+    work[2] = Job(work[2].task, [])
     fitted = fit(base, work, make("adamw"))
-    assert fitted[2].adapter.digest() == work[2].adapter.digest()
+    assert fitted[2].adapter.digest() == work[2].task.adapter.digest()
     assert fitted[2].steps == 0
 
 

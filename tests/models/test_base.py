@@ -11,6 +11,7 @@ from fedlora.adapter import Adapter
 from fedlora.data import Example, collate
 from fedlora.errors import ModelError
 from fedlora.models import load, packaged
+from fedlora.protocol import Task
 from fedlora.trainer import evaluate
 
 LABELS = ("a", "b", "c")
@@ -116,8 +117,8 @@ def test_padding_changes_no_row_even_if_config_and_tokenizer_name_other_pads(
     file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": 7}))
     for base in (zoo.base(name), load(tmp_path / "m", "classification", LABELS)):
         rows, bare = [Example([5, 9], 0), Example([8, 4, 5, 6, 10, 11], 1)], Adapter({})
-        together = evaluate(base, [bare, bare], [rows[:1], rows[1:]])
-        alone = [evaluate(base, [bare], [[row]])[0] for row in rows]
+        together = evaluate(base, [Task(bare), Task(bare)], [rows[:1], rows[1:]])
+        alone = [evaluate(base, [Task(bare)], [[row]])[0] for row in rows]
         assert [loss for loss, _ in together] == pytest.approx([loss for loss, _ in alone], rel=1e-5)
 
 

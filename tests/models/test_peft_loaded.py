@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fedlora.errors import ModelError
 from fedlora.models import Base, load_adapter, save_adapter
+from fedlora.protocol import Task
 from fedlora.trainer import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -76,7 +77,7 @@ def test_an_adapter_made_by_peft_gives_peft_s_logits(
 def test_a_peft_adapter_without_our_made_up_pooler_can_be_used(zoo: Any, tmp_path: Path) -> None:
     base = zoo.base("bert-mlm")
     made_by_peft(zoo, base, tmp_path, target_modules=["query"])  # saves the classifier alone
-    [(loss, _)] = evaluate(base, [load_adapter(tmp_path, base)], [zoo.rows(base, 3, 0)])
+    [(loss, _)] = evaluate(base, [Task(load_adapter(tmp_path, base))], [zoo.rows(base, 3, 0)])
     assert loss > 0
 
 
@@ -91,7 +92,6 @@ def test_a_half_precision_adapter_is_loaded_in_float32(zoo: Any, tmp_path: Path)
 @pytest.mark.parametrize(
     "more",
     [
-        {"use_dora": True},
         {"bias": "lora_only"},
         {"lora_bias": True},
         {"init_lora_weights": "pissa"},

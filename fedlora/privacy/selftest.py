@@ -1,0 +1,106 @@
+"""Before private training: are the per-row gradients of this model those of its rows, one by one?
+
+Some models compute one row's output from another's, or feed a layer something that is no row; then clipping a
+row's gradient bounds nothing. The test is made with made-up rows and factors, so that it tells nothing of any
+data.
+"""
+
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.data import Example, collate
+from fedlora.errors import ModelError
+from fedlora.models import Bank, Base
+from fedlora.protocol import Task
+from fedlora.seeds import generator
+
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2}  # relative; what the model's rounding alone makes
+FINE = 1e-3
+LENGTHS = (9, 5)  # tokens of the rows: one is padded
+# Model -> the forms of tasks that have passed.
+_passed: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def self_test(base: Base, task: Task) -> None:
+    """Compare the gradients of two rows in one batch with those of each alone; once a form of task and model.
+
+    Raises:
+        ModelError: they differ, so that this model cannot be trained privately with these targets.
+    """
+    form = _form(task)
+    passed = _passed.setdefault(base.model, set())
+    if form in passed:
+        return
+    made = _made_up(base, task)
+    rows = list(_rows(base))
+    alone = [_gradients(base, made, [row], False)[0] for row in rows]
+    together = _gradients(base, made, rows, True)
+    tolerance = TOLERANCE.get(next(base.model.parameters()).dtype, FINE)
+    for one, other in zip(alone, together, strict=True):
+        whole = torch.stack([g.double().norm() for g in one]).norm()
+        for want, got in zip(one, other, strict=True):
+            size = max(float(want.double().norm()), float(whole) * 1e-2, 1e-12)
+            gap = float((want.double() - got.double()).norm()) / size
+            if not gap < tolerance:
+                raise ModelError(
+                    f"private training: a record's gradient depends on the other records of its batch (by "
+                    f"{gap:.1e}, for a tensor of shape {tuple(want.shape)}), so that clipping bounds "
+                    "nothing; choose other lora.targets or another model"
+                )
+    passed.add(form)
+
+
+def _form(task: Task) -> str:
+    tensors = [f"{name}{tuple(tensor.shape)}" for name, tensor in task.adapter.tensors()]
+    active = None if task.active is None else sorted(task.active)
+    return f"{sorted(task.train)} {active} {sorted(task.fold)} {tensors}"
+
+
+def _made_up(base: Base, task: Task) -> Task:
+    """The task with factors of normal size: where B is zero, as at the start, A gets no gradient to test."""
+    rng = generator(0, "self-test")
+
+    def normal(like: Tensor, spread: float) -> Tensor:
+        return torch.from_numpy(rng.normal(0, spread, tuple(like.shape))).to(like)
+
+    pairs = {
+        name: Pair(
+            normal(pair.A, pair.shape[1] ** -0.5),
+            normal(pair.B, 0.1 * pair.rank**-0.5),
+            pair.scale,
+            None if pair.M is None else normal(pair.M, pair.rank**-0.5),
+        )
+        for name, pair in task.adapter.pairs.items()
+    }
+    extra = {name: value + normal(value, 0.02) for name, value in task.adapter.extra.items()}
+    return Task(Adapter(pairs, extra), task.train, active=task.active, fold=task.fold)
+
+
+def _rows(base: Base) -> Iterator[Example]:
+    rng = generator(0, "self-test", 1)
+    special = {base.pad_id, *base.tokenizer.all_special_ids}
+    ordinary = np.array([i for i in range(len(base.tokenizer)) if i not in special] or [0])
+    for number, length in enumerate(LENGTHS):
+        ids = rng.choice(ordinary, length).tolist()
+        yield Example(ids, number if base.kind == "classification" else [-100] * 2 + ids[2:])
+
+
+def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> list[list[Tensor]]:
+    """For each row the gradients of all that is trained; not per row, for the batch's one row."""
+    with Bank(base, [task], train=True, per_row=per_row) as bank:
+        bank.route([len(rows)])
+        parameters = [p for found in bank.factors(0).values() for p in found]
+        losses, _ = base.losses(collate(rows, base.pad_id))
+        leaves = bank.leaves(parameters)
+        found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+    if not per_row:
+        return [grads]
+    if any(len(g) != len(rows) for g in grads):
+        raise ModelError(f"private training: {len(rows)} records went in, gradients of others came out")
+    return [[g[i] for g in grads] for i in range(len(rows))]

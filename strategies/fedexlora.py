@@ -1,0 +1,89 @@
+"""FedEx-LoRA: FedIT whose error is added to the base, so that nothing of the mean is lost.
+
+Singhal, Ponkshe, Vepakomma. "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of
+Foundation Models". ACL 2025. https://arxiv.org/abs/2410.09432
+
+    Ā = Σ_k w_k A_k,    B̄ = Σ_k w_k B_k,    W ← W + Σ_k w_k s B_k A_k − s B̄ Ā
+
+so that W + s B̄ Ā is the clients' weighted mean. What is added is s Σ_k w_k (B_k − B̄)(A_k − Ā), which looks
+like K r directions but has (K − 1) r: by the recurrence of means and covariances over growing samples (Chan,
+Golub, LeVeque, 1979) it equals
+
+    s Σ_{k>1} (W_{k−1} w_k / W_k) (B_k − B̄_{k−1})(A_k − Ā_{k−1}),    W_k = w_1 + … + w_k,
+
+with Ā_{k−1}, B̄_{k−1} the weighted means of the first k − 1 clients. Only differences of clients appear, so
+that clients who agree add nothing, to the last bit, and no SVD is needed.
+
+Sends: A and B up; down Ā and B̄, and what was added, of rank (K − 1) r. A client that missed a round gets
+all that was added so far, with min(d_out, d_in) directions at most.
+Differs from the paper: clients are weighted, by the same weights in all three means. Clients of other scales
+are balanced first (√ on both factors), as in FedIT. What is added is kept beside the base, in the precision
+of the adapter, so that a quantised base loses none of it; it is never truncated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.algebra import accumulate, mean_extras, mean_factors, stack
+from fedlora.protocol import Peer, State, Task, Update
+from fedlora.strategy import Strategy, cut
+
+
+@dataclass(frozen=True)
+class FedExLoRA(Strategy):
+    """FedIT's factors and an exact mean; for few clients of one rank, since the download grows with them."""
+
+    mixed_ranks = False
+    linear = False
+    exact = True
+
+    def task(self, state: State, peer: Peer) -> Task:
+        """Both mean factors, on the base with all that was added."""
+        return Task(cut(state.adapter, peer), fold=state.fold, gain=state.gain)
+
+    def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
+        """Average A and B, each by itself, and add to the base what that loses."""
+        sent, w = self.admit(state, updates)
+        pairs, gain = {}, {}
+        for m, old in state.adapter.pairs.items():
+            own = [u.adapter.pairs[m] for u in sent]
+            pairs[m] = mean_factors(own, w, old.scale)
+            lost = covariance(own, w, old.scale)
+            if lost is not None:
+                gain[m] = lost
+        fold = {m: accumulate(state.fold.get(m), lost) for m, lost in gain.items()}
+        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        return replace(state, adapter=adapter, round=state.round + 1, fold={**state.fold, **fold}, gain=gain)
+
+
+def covariance(pairs: Sequence[Pair], weights: Sequence[float], scale: float) -> Pair | None:
+    """Σ_k w_k s_k B_k A_k − scale · B̄ Ā as one pair of scale 1 and rank (K − 1) r, K the clients that count.
+
+    Args:
+        pairs: updates of one module and one rank.
+        weights: one a pair, with sum 1.
+        scale: of the product of the means, as in `mean_factors`.
+
+    Returns None for a single client, which loses nothing.
+    """
+    terms, shares, total = list[Pair](), list[float](), 0.0
+    mean: Pair | None = None
+    for pair, w in zip(pairs, weights, strict=True):
+        if w == 0:
+            continue
+        wide = Pair(pair.A.double(), pair.B.double(), pair.scale)
+        own = mean_factors([wide], [1.0], scale)
+        total += w
+        if mean is None:
+            mean = own
+            continue
+        terms.append(Pair(own.A - mean.A, own.B - mean.B, scale))
+        shares.append((total - w) * w / total)
+        mean = mean_factors([mean, own], [(total - w) / total, w / total])
+    if not terms:
+        return None
+    found = stack(terms, shares)
+    return Pair(found.A.to(pairs[0].A.dtype), found.B.to(pairs[0].B.dtype))

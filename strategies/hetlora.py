@@ -1,0 +1,144 @@
+"""HetLoRA: zero-padded factors averaged by the size of each client's update; clients prune their own rank.
+
+Cho, Liu, Xu, Fahrezi, Joshi. "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models".
+EMNLP 2024. https://arxiv.org/abs/2401.06432
+
+    client k gets    Ā[:r_k, :], B̄[:, :r_k]
+    client k trains  F_k(A, B) + λ Σ_m ‖B[:, ⌊γr_k⌋:]‖_F · ‖A[⌊γr_k⌋:, :]‖_F
+    and prunes       r_k ← ⌊γr_k⌋ if that tail, over all modules, came back lighter than it was sent
+    server           Ā = Σ_k ω_k pad(A_k),  B̄ = Σ_k ω_k pad(B_k),  ω_k = ‖ΔW_k‖_F / Σ_j ‖ΔW_j‖_F
+
+ω_k takes the place of the number of examples; all ω are equal where every ΔW_k is zero. A client of weight 0
+counts for nothing. The head, which the paper does not treat, is averaged by examples.
+
+Zero-padding dilutes twice: with nothing learned, σ_i is multiplied each round by p_i², p_i the ω of the
+clients whose rank reaches i. `mean_over="holders"` divides each row by p_i instead, as in RBLA (Chen et al.,
+2024, arXiv:2408.08699), and keeps a row that no sampled client holds.
+
+Sends: A and B up and down, at the client's rank, which the server remembers by the client's id.
+Differs from the paper: an update is s_k B_k A_k; √s_k goes on both factors before the mean and comes off both
+on the way down, and ΔW_k has its scale. Directions that no sampled client held come back as zero; they are
+made new, with B = 0, so that they can learn again.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.algebra import mean_extras, mean_factors, mean_rows, norm, normalised, pad
+from fedlora.errors import ConfigError
+from fedlora.protocol import Peer, State, Tail, Task, Update
+from fedlora.strategy import Strategy, cut, with_room
+
+
+@dataclass(frozen=True)
+class HetLoRA(Strategy):
+    """For clients of different ranks that may find that they need less; inexact, and it forgets the tail.
+
+    Args:
+        gamma: γ, above 0 and below 1: a pruning leaves ⌊γr⌋ directions, at γ = 0.99 one fewer of up to 100.
+        penalty: λ, at least 0.
+        least_rank: no client is pruned below this.
+        weight_scope: ω from the norm over all modules ("model"), or each module's from its own ("module").
+        mean_over: who counts in the mean of a direction: "all", with zero for those whose rank does not reach
+            it, as published; or its "holders" alone.
+    """
+
+    gamma: float = 0.99
+    penalty: float = 1e-3
+    least_rank: int = 1
+    weight_scope: Literal["model", "module"] = "model"
+    mean_over: Literal["all", "holders"] = "all"
+
+    mixed_ranks = True
+    linear = False
+    exact = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < 1:
+            raise ConfigError(f"HetLoRA.gamma: expected a number above 0 and below 1, got {self.gamma}")
+        if not 0 <= self.penalty < math.inf:
+            raise ConfigError(f"HetLoRA.penalty: expected a number of at least 0, got {self.penalty}")
+        if self.least_rank < 1:
+            raise ConfigError(f"HetLoRA.least_rank: expected at least 1, got {self.least_rank}")
+        if self.weight_scope not in ("model", "module"):
+            raise ConfigError(f"HetLoRA.weight_scope: expected model or module, got '{self.weight_scope}'")
+        if self.mean_over not in ("all", "holders"):
+            raise ConfigError(f"HetLoRA.mean_over: expected all or holders, got '{self.mean_over}'")
+
+    def task(self, state: State, peer: Peer) -> Task:
+        """The first directions, as many as the client has left, and the rule of the tail."""
+        peer = replace(peer, ranks=self._ranks(state, peer))
+        first = cut(with_room(state, peer), replace(peer, scales={}))
+        pairs = {m: _balanced(pair, peer.scales.get(m, pair.scale)) for m, pair in first.pairs.items()}
+        return Task(Adapter(pairs, first.extra), fold=state.fold, tail=self._tail)
+
+    def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
+        """Average A and B, each by itself and weighted by norm; note who has pruned."""
+        sent, w = self.admit(state, updates)
+        heads = mean_extras([u.adapter.extra for u in sent], w)
+        heard = [u for u, weight in zip(sent, w, strict=True) if weight > 0]
+        omega = self._weights({m: [norm(u.adapter.pairs[m]) for u in heard] for m in state.adapter.pairs})
+        pairs = {
+            m: self._mean([u.adapter.pairs[m] for u in heard], omega[m], old)
+            for m, old in state.adapter.pairs.items()
+        }
+        memory = {**state.memory, **self._prunings(state, heard)}
+        told = {"prunings": float(sum(int(n) for n in memory.values()))}
+        return replace(
+            state, adapter=Adapter(pairs, heads), round=state.round + 1, memory=memory, metrics=told
+        )
+
+    def _weights(self, sizes: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Module -> ω, from module -> ‖ΔW_k‖_F."""
+        if self.weight_scope == "model":
+            whole = [math.hypot(*each) for each in zip(*sizes.values(), strict=True)]
+            sizes = dict.fromkeys(sizes, whole)
+        return {m: normalised(each if any(each) else [1.0] * len(each)) for m, each in sizes.items()}
+
+    def _mean(self, pairs: Sequence[Pair], omega: Sequence[float], old: Pair) -> Pair:
+        if self.mean_over == "all":
+            rank = max(pair.rank for pair in pairs)
+            return mean_factors([pad(pair, rank) for pair in pairs], omega, old.scale)
+        pairs = [_balanced(pair, old.scale) for pair in pairs]
+        A = mean_rows([pair.A for pair in pairs], omega, old.A)
+        B = mean_rows([pair.B.T for pair in pairs], omega, old.B.T).T.contiguous()
+        return Pair(A, B, old.scale)
+
+    @property
+    def _tail(self) -> Tail:
+        return Tail(self.gamma, self.penalty, self.least_rank)
+
+    def _ranks(self, state: State, peer: Peer) -> dict[str, int]:
+        """A client's ranks after as many prunings as the server has seen of it."""
+        ranks = {m: peer.ranks.get(m, peer.rank) for m in state.adapter.pairs}
+        for _ in range(int(state.memory.get(_key(peer), 0))):
+            ranks = {m: self._tail.pruned(rank) for m, rank in ranks.items()}
+        return ranks
+
+    def _prunings(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
+        """The counts of the clients that have just pruned: they sent one pruning less than they were sent."""
+        counts = {}
+        for update in updates:
+            if update.peer is None:
+                continue
+            before = self._ranks(state, update.peer)
+            after = {m: self._tail.pruned(rank) for m, rank in before.items()}
+            if before != after == {m: pair.rank for m, pair in update.adapter.pairs.items()}:
+                counts[_key(update.peer)] = torch.tensor(int(state.memory.get(_key(update.peer), 0)) + 1)
+        return counts
+
+
+def _balanced(pair: Pair, scale: float) -> Pair:
+    """The same ΔW in another scale, the root of the ratio on each factor; the mean of factors undoes it."""
+    return mean_factors([pair], [1.0], scale)
+
+
+def _key(peer: Peer) -> str:
+    return f"pruned.{peer.id}"

@@ -1,0 +1,104 @@
+"""PrivateLoRA: a small core between two random frozen factors; the core alone is trained and sent.
+
+Wang, Lin, Zeng, Zhang. "PrivateLoRA For Efficient Privacy Preserving LLM". 2023.
+https://arxiv.org/abs/2311.14030
+
+    y = W_0 x + B M A x,    A and B random and frozen, M (r × r) = 0 at the start
+    server: M̄ = Σ_k w_k M_k,    Σ_k w_k B M_k A = B M̄ A exactly
+
+The paper keeps W_0, A and B in the cloud and M on one device, and sends activations between them. Here every
+client has the base, and the mean over clients is fedlora's: r² numbers a module on the wire, whatever the
+layer's size, so that r can be large (the paper's is 128).
+
+Sends: M up, M down, and A and B once to each client, which keeps them.
+Differs from the paper: the mean over clients; mixed ranks, where a client of rank r trains the first r × r
+block of M, and M padded with zeros keeps the mean exact. The paper has no alpha: B is drawn with 1/s in it,
+so that the scale changes nothing. An adapter that a run starts from is folded into the base, and M learns on
+top.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.algebra import accumulate, mean_extras, mean_tensors, rescale, truncate
+from fedlora.errors import IncompatibleUpdates
+from fedlora.protocol import Peer, State, Task, Update
+from fedlora.seeds import generator
+from fedlora.strategy import Strategy, cut
+
+
+@dataclass(frozen=True)
+class PrivateLoRA(Strategy):
+    """The least to send and an exact mean; wants a large rank, and a rate of its own."""
+
+    mixed_ranks = True
+    linear = True
+    exact = True
+
+    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+        """Fresh frozen factors, uniform in ±1/√fan-in, and M = 0; a ΔW that was there is folded."""
+        folded, pairs = dict(fold or {}), {}
+        for m, given in adapter.pairs.items():
+            if given.B.any():
+                folded[m] = accumulate(folded.get(m), given)
+            rng = generator(seed, "privatelora", zlib.crc32(m.encode()))
+            (d_out, d_in), rank = given.shape, given.rank
+            A = _uniform(rng, (rank, d_in), like=given.A)
+            B = _uniform(rng, (d_out, rank), like=given.A)
+            pairs[m] = replace(rescale(Pair(A, B), given.scale), M=given.A.new_zeros(rank, rank))
+        return State(Adapter(pairs, adapter.extra), fold=folded, seed=seed)
+
+    def task(self, state: State, peer: Peer) -> Task:
+        """The client's rows of A, columns of B and block of M; M alone is trained and comes back."""
+        frozen = cut(Adapter({m: replace(p, M=None) for m, p in state.adapter.pairs.items()}), peer)
+        pairs = {
+            m: replace(pair, M=_core(state.adapter.pairs[m])[: pair.rank, : pair.rank].clone())
+            for m, pair in frozen.pairs.items()
+        }
+        extra = {name: tensor.clone() for name, tensor in state.adapter.extra.items()}
+        only = frozenset("M")
+        return Task(Adapter(pairs, extra), train=only, share=only, fold=state.fold)
+
+    def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
+        """Average M, padded to the rank of A and B, which stay as they are, bit for bit."""
+        sent, w = self.admit(state, updates)
+        pairs = {}
+        for m, old in state.adapter.pairs.items():
+            cores = []
+            for position, update in enumerate(sent):
+                pair = update.adapter.pairs[m]
+                frozen = rescale(truncate(replace(old, M=None), pair.rank), pair.scale)
+                if pair.M is None or not _same(pair, frozen):
+                    who = update.peer.id if update.peer else f"#{position}"
+                    raise IncompatibleUpdates(
+                        f"strategy PrivateLoRA: client {who} sent other factors for '{m}' than the first "
+                        f"{pair.rank} directions of the frozen A and B with a core M between them; every "
+                        "client must keep the A and B it was sent"
+                    )
+                more = old.rank - pair.rank
+                cores.append(pad(pair.M, (0, more, 0, more)))
+            M = mean_tensors(cores, w)
+            pairs[m] = Pair(old.A.to(M.dtype), old.B.to(M.dtype), old.scale, M)
+        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        return replace(state, adapter=adapter, round=state.round + 1)
+
+
+def _uniform(rng: np.random.Generator, shape: tuple[int, int], like: Tensor) -> Tensor:
+    return torch.from_numpy(rng.uniform(-1, 1, shape) / shape[1] ** 0.5).to(like)
+
+
+def _core(pair: Pair) -> Tensor:
+    return torch.eye(pair.rank).to(pair.A) if pair.M is None else pair.M
+
+
+def _same(sent: Pair, own: Pair) -> bool:
+    """A to the bit; B, in which the client's scale has been rounded, as near as any dtype is."""
+    dtype = sent.A.dtype
+    return torch.equal(sent.A, own.A.to(dtype)) and torch.allclose(sent.B, own.B.to(dtype), rtol=1e-2)

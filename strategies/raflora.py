@@ -1,0 +1,63 @@
+"""raFLoRA: FlexLoRA whose mean counts, for each direction, only the clients whose rank reaches it.
+
+Wu, Hu, Min, Wang. "Preventing Rank Collapse in Federated Low-Rank Adaptation with Client Heterogeneity".
+2026. https://arxiv.org/abs/2602.13486
+
+With the candidate ranks 0 = h_0 < h_1 < … and l the one before h,
+
+    D = Σ_h Σ_{k: r_k ≥ h} (w_k / N_h) s_k B_k[:, l:h] A_k[l:h, :],   N_h = Σ_{k: r_k ≥ h} w_k
+    D = U S Vᵀ,   client j gets A_j = V_{:r_j}ᵀ, B_j = U_{:r_j} S_{:r_j} / s_j
+
+Every candidate rank lies on a boundary of the partition, so that between two of them the same clients hold
+every direction i, and N_h is p_i = Σ_{k: r_k ≥ i} w_k. Here each direction is divided by its own p_i: the
+same D, with no list of candidates to configure or to read off the clients that happen to be sampled.
+
+A round in which nobody learns is the identity, where FlexLoRA multiplies σ_i by p_i. The mean is taken by
+position in the rank, so it depends on clients starting from the same ordered directions.
+
+Sends: A and B up at the client's rank, A and B down at the client's rank.
+Differs from the paper: every s_k is the client's own; directions that no sampled client holds stay as they
+were instead of being lost.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.algebra import beyond, held, mean_extras, weighted_sum
+from fedlora.protocol import Peer, State, Task, Update
+from fedlora.strategy import Strategy, cut, with_room
+
+
+@dataclass(frozen=True)
+class RaFLoRA(Strategy):
+    """FlexLoRA without its rank collapse, at the same cost; no longer the mean of the clients' updates."""
+
+    mixed_ranks = True
+    linear = False
+    exact = False
+
+    def task(self, state: State, peer: Peer) -> Task:
+        """The leading directions of D; where D has fewer than the client's rank, fresh ones with B = 0."""
+        return Task(cut(with_room(state, peer), peer), fold=state.fold)
+
+    def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
+        """Each direction's mean over those who hold it, then the SVD."""
+        sent, w = self.admit(state, updates)
+        pairs = {
+            m: _partitioned([u.adapter.pairs[m] for u in sent], w, old)
+            for m, old in state.adapter.pairs.items()
+        }
+        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        return replace(state, adapter=adapter, round=state.round + 1)
+
+
+def _partitioned(pairs: Sequence[Pair], weights: Sequence[float], old: Pair) -> Pair:
+    """D, and what of the old one is beyond every client's rank."""
+    p = held([pair.rank for pair in pairs], weights, max(pair.rank for pair in pairs))
+    shares = [torch.where(p > 0, w / p, 0.0)[: pair.rank] for pair, w in zip(pairs, weights, strict=True)]
+    unheld = beyond(old, int((p > 0).sum()))
+    return weighted_sum([*pairs, unheld], [*shares, 1.0], old.scale)

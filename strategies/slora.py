@@ -1,0 +1,159 @@
+"""SLoRA: rounds of sparse fine-tuning first, whose result starts the LoRA rounds.
+
+Babakniya, Elkordy, Ezzeldin, Liu, Song, El-Khamy, Avestimehr. "SLoRA: Federated Parameter Efficient
+Fine-Tuning of Language Models". FL@FM-NeurIPS 2023. https://arxiv.org/abs/2308.06522
+
+    rounds 1 .. R1:   W = W_0 + M ⊙ V,    V̄ = Σ_k w_k V_k        one random mask M a layer, the same for all
+    after R1:         Δ = M ⊙ V̄ = U S Vᵀ,    B_0 = U_{:r} S_{:r} / s,    A_0 = V_{:r}ᵀ
+    then:             FedIT from (A_0, B_0), or FlexLoRA where ranks differ
+
+M is drawn from the run's seed, without a look at any data, so that values alone are ever sent; what M leaves
+out of a weight cannot move. The SVD of a matrix of random support is nearly flat: how much of Δ the rank r
+keeps is reported at the hand-over, as `energy_kept` = Σ_m ‖s B_0 A_0‖² / Σ_m ‖Δ‖².
+
+Sends: the values of V up and down, then A and B up and down; the head in all rounds.
+Differs from the paper: the density is by default that of the LoRA budget, r(d_out + d_in) values a layer, so
+that a round costs the same in both stages. Directions that Δ lacks up to r are random, with B = 0. Where the
+run starts from an adapter with B ≠ 0, that is held fixed in the first stage and counts to Δ.
+"""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.algebra import (
+    accumulate,
+    compress,
+    mean_extras,
+    mean_factors,
+    negative,
+    norm,
+    of_dense,
+    refill,
+    stack,
+    weighted_sum,
+)
+from fedlora.errors import ConfigError
+from fedlora.protocol import Peer, State, Task, Update
+from fedlora.seeds import generator
+from fedlora.sparse import SPARSE, places, spread
+from fedlora.strategy import Strategy, cut, with_room
+
+
+@dataclass(frozen=True)
+class SLoRA(Strategy):
+    """A start for LoRA that the clients' own data has found, for label skew that plain LoRA is slow on.
+
+    Args:
+        sparse_rounds: R1, the rounds of sparse fine-tuning; 0 is FedIT or FlexLoRA from the first round.
+        density: the share of a layer's weights that M has; None takes r(d_out + d_in) of them, r the largest
+            rank of the run.
+        keep_residual: what the rank r does not keep of Δ stays in the base, Δ − s B_0 A_0, instead of being
+            dropped as in the paper; every client downloads it once, dense.
+        second: the rounds after: "fedit", or "flexlora" for clients of different ranks.
+
+    Raises:
+        ConfigError: a field that cannot be.
+    """
+
+    mixed_ranks = False
+    linear = True
+    exact = False
+
+    sparse_rounds: int = 2
+    density: float | None = None
+    keep_residual: bool = False
+    second: Literal["fedit", "flexlora"] = "fedit"
+
+    def __post_init__(self) -> None:
+        if self.sparse_rounds < 0:
+            raise ConfigError(f"strategy.sparse_rounds: expected 0 or more, got {self.sparse_rounds}")
+        if self.density is not None and not 0 < self.density <= 1:
+            raise ConfigError(f"strategy.density: expected a share above 0, 1 at most, got {self.density}")
+        if self.second not in ("fedit", "flexlora"):
+            raise ConfigError(f"strategy.second: expected fedit or flexlora, got '{self.second}'")
+        if self.second == "flexlora":
+            # The facts follow the second stage: D* of any ranks, by an SVD; exact if the hand-over is.
+            facts = {"mixed_ranks": True, "linear": False, "exact": self.keep_residual}
+            for fact, value in facts.items():
+                object.__setattr__(self, fact, value)
+
+    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+        """The first mask's values are zero.
+
+        Raises:
+            ConfigError: a fold, since the first stage trains the base itself.
+        """
+        state = super().init(adapter, fold, seed)
+        if not self.sparse_rounds:
+            return state
+        if state.fold:
+            raise ConfigError(
+                "strategy SLoRA finds its own start by sparse fine-tuning of the base; "
+                "use lora.init=lora, or strategy.sparse_rounds=0"
+            )
+        zeros = {f"{m}{SPARSE}": pair.A.new_zeros(self._places(pair)) for m, pair in adapter.pairs.items()}
+        return replace(state, memory=zeros)
+
+    def task(self, state: State, peer: Peer) -> Task:
+        """First the values and the head, on the frozen base; then the client's cut of A and B."""
+        own = cut(with_room(state, peer) if self.second == "flexlora" else state.adapter, peer)
+        if state.round >= self.sparse_rounds:
+            return Task(own, fold=state.fold)
+        values = {name: tensor.clone() for name, tensor in state.memory.items()}
+        held = {m: stack([pair], [1.0]) for m, pair in state.adapter.pairs.items() if pair.B.any()}
+        return Task(
+            Adapter({}, {**own.extra, **values}), frozenset(), frozenset(), fold=held, mask=state.seed
+        )
+
+    def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
+        """The mean of the values, until they become factors; then FedIT's or FlexLoRA's step."""
+        if state.round < self.sparse_rounds:
+            return self._sparse(state, updates)
+        sent, w = self.admit(state, updates)
+        combine = weighted_sum if self.second == "flexlora" else mean_factors
+        pairs = {
+            m: combine([u.adapter.pairs[m] for u in sent], w, old.scale)
+            for m, old in state.adapter.pairs.items()
+        }
+        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        return replace(state, adapter=adapter, round=state.round + 1, metrics={})
+
+    def _sparse(self, state: State, updates: Sequence[Update]) -> State:
+        """One round of the first stage; the last one ends in the hand-over."""
+        sent, w = self.admit(state, updates, Adapter({}, {**state.adapter.extra, **state.memory}))
+        mean = mean_extras([u.adapter.extra for u in sent], w)
+        values = {name: mean.pop(name) for name in state.memory}
+        fold = {}
+        for m, pair in state.adapter.pairs.items():
+            own = values[f"{m}{SPARSE}"]
+            where = places(state.seed, m, pair.shape, len(own)).to(own.device)
+            fold[m] = of_dense(spread(own, where, pair.shape))
+        trained = Adapter(state.adapter.pairs, mean)
+        new = replace(state, adapter=trained, round=state.round + 1, fold=fold, memory=values)
+        return self._handed_over(new) if new.round == self.sparse_rounds else new
+
+    def _handed_over(self, state: State) -> State:
+        """The best A_0 and B_0 of the rank for Δ, and the rest dropped or kept in the base."""
+        pairs, rest, all_of_it, kept = {}, {}, 0.0, 0.0
+        for m, old in state.adapter.pairs.items():
+            total = accumulate(old, state.fold[m]) if old.B.any() else state.fold[m]
+            best = compress(total, old.rank, old.scale)
+            rng = generator(state.seed, "refill", zlib.crc32(m.encode()), state.round)
+            pairs[m] = refill(best, old.rank, rng)
+            all_of_it, kept = all_of_it + norm(total) ** 2, kept + norm(best) ** 2
+            if self.keep_residual:
+                rest[m] = accumulate(total, negative(best))
+        told = {"energy_kept": kept / all_of_it if all_of_it else 1.0}
+        adapter = Adapter(pairs, state.adapter.extra)
+        return replace(state, adapter=adapter, fold=rest, memory={}, metrics=told)
+
+    def _places(self, pair: Pair) -> int:
+        """How many values M has in a layer."""
+        d_out, d_in = pair.shape
+        wanted = pair.rank * (d_out + d_in) if self.density is None else round(self.density * d_out * d_in)
+        return max(1, min(wanted, d_out * d_in))

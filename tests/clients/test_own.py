@@ -1,0 +1,190 @@
+"""A client's own factors, modules that rest, and HetLoRA's tail, through local training."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.client import Assignment
+from fedlora.clients import LocalTraining
+from fedlora.data import Example
+from fedlora.models import Base, LoRA, fresh_adapter, targets
+from fedlora.protocol import Tail, Task
+
+SGD = partial(torch.optim.SGD)
+CLIENT = LocalTraining(lr=0.1, batch_size=4, optimizer=SGD, clip=None)
+
+
+def rows(number: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng([seed, 1])
+    return [Example(rng.integers(2, 200, 3 + i % 5).tolist(), i % 2) for i in range(number)]
+
+
+def start(base: Base, rank: int, seed: int = 0) -> Adapter:
+    """With B of its own, so that every factor has a gradient."""
+    shapes = targets(base, ["query", "value"])
+    adapter = fresh_adapter(base, shapes, LoRA().peer(0, rank, shapes), True, seed)
+    made = torch.Generator().manual_seed(seed)
+    pairs = {m: replace(p, B=0.05 * torch.randn(p.B.shape, generator=made)) for m, p in adapter.pairs.items()}
+    return Adapter(pairs, adapter.extra)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("own_extra", [False, True])
+def test_own_parts_go_on_from_memory_and_the_shared_ones_from_the_task(base: Base, own_extra: bool) -> None:
+    task = Task(start(base, 2), share=frozenset("A"), own_extra=own_extra)
+    first = Assignment(1, 1, 0, task, rows(6))
+    [one] = CLIENT.train(base, [first])
+    after = dict(one.adapter.tensors())
+    assert one.memory.keys() == {*task.own()}
+    assert {name.rpartition(".")[2] for name in one.memory} == {
+        "B",
+        *(["weight", "bias"] if own_extra else []),
+    }
+    assert all(torch.equal(tensor, after[name]) for name, tensor in one.memory.items())
+
+    # Round 2: another A and head from the server; what is the client's own from its memory.
+    new = start(base, 2, seed=5)
+    second = Assignment(1, 2, 0, replace(task, adapter=new), rows(6), one.memory)
+    began = dict(second.start.tensors())
+    for name, tensor in new.tensors():
+        assert torch.equal(began[name], one.memory[name] if name in task.own() else tensor)
+    [two] = CLIENT.train(base, [second])
+    plain = replace(second, task=Task(second.start), memory={})
+    [want] = CLIENT.train(base, [plain])
+    for name, tensor in two.adapter.tensors():
+        close(tensor, dict(want.adapter.tensors())[name])
+        assert not torch.equal(tensor, began[name])
+
+
+def test_a_memory_is_for_its_own_part_alone(base: Base) -> None:
+    """What a memory holds besides, from a stage before, is not taken."""
+    adapter = start(base, 2)
+    memory = {name: torch.full_like(tensor, 9.0) for name, tensor in adapter.tensors()}
+    shared = Assignment(1, 2, 0, Task(adapter), rows(3), memory)
+    assert shared.start.digest() == adapter.digest()
+    own = replace(shared, task=Task(adapter, share=frozenset("A")))
+    for m, pair in own.start.pairs.items():
+        assert torch.equal(pair.A, adapter.pairs[m].A)
+        assert (pair.B == 9).all()
+    assert all(not (tensor == 9).all() for tensor in own.start.extra.values())
+
+
+def test_clients_of_one_pass_keep_their_own(base: Base) -> None:
+    task = Task(start(base, 2), share=frozenset("A"), own_extra=True)
+    memories = [dict(start(base, 2, seed).tensors()) for seed in (3, 4)]
+    work = [Assignment(i, 2, 0, task, rows(5, i), memory) for i, memory in enumerate(memories)]
+    together = CLIENT.train(base, work)
+    for one, job in zip(together, work, strict=True):
+        [alone] = CLIENT.train(base, [job])
+        assert one.memory.keys() == alone.memory.keys()
+        for name, tensor in alone.memory.items():
+            close(one.memory[name], tensor)
+    first, second = (dict(one.memory) for one in together)
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_client_is_evaluated_with_its_own_parts_and_before_it_trains(base: Base) -> None:
+    task = Task(start(base, 2), share=frozenset("A"), own_extra=True)
+    [one] = CLIENT.train(base, [Assignment(1, 1, 0, task, rows(6))])
+    later = Assignment(1, 2, 0, task, rows(9, 7), one.memory)
+    whole = replace(later, task=Task(later.start), memory={})
+    assert CLIENT.evaluate(base, [later]) == CLIENT.evaluate(base, [whole])
+    assert CLIENT.evaluate(base, [later]) != CLIENT.evaluate(base, [replace(later, memory={})])
+    assert all(np.isnan(x) for x in CLIENT.evaluate(base, [replace(later, rows=[])])[0])
+
+
+def test_a_client_without_own_parts_keeps_nothing(base: Base) -> None:
+    for task in (Task(start(base, 2)), Task(start(base, 2), frozenset("B"), frozenset("B"))):
+        assert CLIENT.train(base, [Assignment(1, 1, 0, task, rows(3))])[0].memory == {}
+
+
+def test_a_resting_module_is_neither_moved_nor_kept(base: Base) -> None:
+    adapter = start(base, 2)
+    awake = frozenset(list(adapter.pairs)[:1])
+    task = Task(adapter, share=frozenset("A"), active=awake)
+    [one] = CLIENT.train(base, [Assignment(1, 1, 0, task, rows(4))])
+    assert {*one.memory} == {f"{m}.B" for m in awake}
+    for m, pair in one.adapter.pairs.items():
+        for factor, tensor in pair.factors():
+            assert torch.equal(tensor, dict(adapter.pairs[m].factors())[factor]) == (m not in awake)
+
+
+# --- the tail -----------------------------------------------------------------------------------------------
+
+
+def penalty(adapter: Adapter, tail: Tail) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The paper's formula by autograd, and its leaves."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in adapter.tensors()}
+    total = torch.zeros(())
+    for m, pair in adapter.pairs.items():
+        cut = int(tail.gamma * pair.rank)
+        total = total + leaves[f"{m}.B"][:, cut:].norm() * leaves[f"{m}.A"][cut:].norm()
+    return tail.penalty * total, leaves
+
+
+def test_the_penalty_moves_the_tail_by_its_gradient_and_nothing_else(base: Base) -> None:
+    tail, adapters = Tail(0.5, 0.3, 1), [start(base, 4, 1), start(base, 3, 2)]
+    plain = [Assignment(i, 1, 0, Task(a), rows(4, i)) for i, a in enumerate(adapters)]
+    client = replace(CLIENT, lr=1.0)
+    free = client.train(base, plain)
+    pressed = client.train(base, [replace(a, task=replace(a.task, tail=Tail(0.5, 0.3, 4))) for a in plain])
+    for before, one, other in zip(adapters, free, pressed, strict=True):
+        total, leaves = penalty(before, tail)
+        total.backward()  # type: ignore[no-untyped-call]
+        after = dict(other.adapter.tensors())
+        for name, tensor in one.adapter.tensors():
+            grad = leaves[name].grad
+            close(tensor - after[name], torch.zeros_like(tensor) if grad is None else grad)
+            if grad is not None:
+                cut = int(tail.gamma * before.pairs[name[:-2]].rank)
+                kept = grad[:cut] if name.endswith(".A") else grad[:, :cut]
+                assert not kept.any()
+                assert grad.abs().max() > 1e-3
+        assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("least", "rank"), [(1, 2), (3, 3), (4, 4), (9, 4)])
+def test_a_tail_that_training_made_lighter_is_pruned_but_not_below_the_least(
+    base: Base, least: int, rank: int
+) -> None:
+    adapter = start(base, 4)
+    strong = Task(adapter, tail=Tail(0.5, 1.0, least))
+    [one] = CLIENT.train(base, [Assignment(1, 1, 0, strong, rows(8))])
+    assert {pair.rank for pair in one.adapter.pairs.values()} == {rank}
+    assert one.adapter.extra.keys() == adapter.extra.keys()
+
+
+def test_without_training_nothing_is_lighter_and_nothing_pruned(base: Base) -> None:
+    adapter = start(base, 4)
+    [one] = CLIENT.train(base, [Assignment(1, 1, 0, Task(adapter, tail=Tail(0.5, 1.0, 1)), [])])
+    assert one.adapter.digest() == adapter.digest()
+
+
+def test_a_head_alone_has_no_tail(base: Base) -> None:
+    head: Any = Task(Adapter({}, base.head_state()), tail=Tail(0.5, 1.0, 1))
+    [one] = CLIENT.train(base, [Assignment(1, 1, 0, head, rows(4))])
+    assert one.adapter.pairs == {}
+    assert not torch.equal(*(a["classifier.weight"] for a in (one.adapter.extra, head.adapter.extra)))
+
+
+def test_a_core_is_trained_with_the_rate_of_A(base: Base) -> None:
+    pairs = {m: Pair(p.A, p.B, p.scale, torch.eye(2)) for m, p in start(base, 2).pairs.items()}
+    task = Task(Adapter(pairs), frozenset("M"), frozenset("M"))
+    moved = []
+    for rate in (0.1, 0.3):
+        client = replace(CLIENT, lr=rate, lr_ratio=7.0, head_lr=9.0)
+        [one] = client.train(base, [Assignment(1, 1, 0, task, rows(4))])
+        moved.append({m: p.M - torch.eye(2) for m, p in one.adapter.pairs.items()})
+        assert all(torch.equal(p.A, pairs[m].A) for m, p in one.adapter.pairs.items())
+        assert all(torch.equal(p.B, pairs[m].B) for m, p in one.adapter.pairs.items())
+    for m, step in moved[0].items():
+        assert step.any()
+        close(3 * step, moved[1][m])
