@@ -67,7 +67,7 @@ def test_a_strategy_brings_its_client_and_the_settings_keep_their_names(words: l
         (["strategy=pfedlora", "client=gated"], ["PFedLoRA", "TwoPhase", "GatedExperts"]),
         (["strategy=fedit", "client=twophase"], ["TwoPhase", "FedIT", "strategy=pfedlora"]),
         (["models=[tiny]"], ["models", "FedIT", "strategy=pfedlora"]),
-        (["strategy=pfedlora", "models=[tiny,nowhere]"], ["model.path", "nowhere"]),
+        (["strategy=pfedlora", "models=[tiny,/no/where]"], ["model.path", "/no/where"]),
         (["strategy=pfedlora", "models=[hub]"], ["models", "'hub'"]),
         (["strategy=pfedlora", "lora.adapter=/x"], ["lora.adapter", "TwoPhase"]),
         (["strategy=fedms", "evaluate.updates=true"], ["evaluate.updates", "FedMS"]),

@@ -39,9 +39,10 @@ def test_a_run_of_a_hundred_rounds_is_three_not_eighteen() -> None:
     ledger = plan.after(ledger)
     assert 2.9 < ledger.epsilon <= 3
     assert ledger.entries == (Entry(plan.sigma, 0.05, 1000),)
-    while (why := plan.refusal(ledger)) is None:  # noise is a little more than is needed
-        ledger = plan.after(ledger)
-    assert "budget is spent" in why
+    for _ in range(5):  # noise is a little more than is needed
+        if plan.refusal(ledger) is None:
+            ledger = plan.after(ledger)
+    assert "budget is spent" in str(plan.refusal(ledger))
     assert ledger.epsilon <= 3
     assert ledger.entries[0].steps <= 1050
     one = DPSGD(epsilon=3.0, delta=1e-5).plan(1000, 50, 10).sigma
