@@ -57,7 +57,7 @@ def test_a_strategy_brings_its_client_and_the_settings_keep_their_names(words: l
     assert type(client) is kind
     assert client.local.epochs == 3
     assert client.local.head_lr == 0.5
-    assert client.local.lr == pytest.approx(2e-2 if "strategy=ffalora" in words else 1e-2)
+    assert client.local.lr == pytest.approx(5e-2 if "strategy=ffalora" in words else 1e-2)
 
 
 @pytest.mark.parametrize(

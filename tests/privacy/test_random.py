@@ -81,3 +81,12 @@ def test_each_record_is_drawn_by_itself_at_the_rate(rate: float) -> None:
 def test_nothing_is_drawn_of_nothing() -> None:
     assert Source().chosen(0, 0.5) == []
     assert len(Source().normals(0)) == 0
+
+
+def test_normals_are_those_of_box_and_muller_to_the_last_digit() -> None:
+    z = Source("digits").normals(2 * PAIRS).numpy()
+    u = Source("digits").uniforms(2 * PAIRS).numpy()
+    radius, angle = np.sqrt(-2 * np.log(u[:PAIRS])), 2 * np.pi * u[PAIRS:]
+    np.testing.assert_allclose(
+        z, np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]), rtol=0, atol=1e-13
+    )
