@@ -23,14 +23,18 @@ def export(run: Path, to: Path, merged: bool) -> str:
 
     Raises:
         CheckpointError: the run has no state.
-        ConfigError: the folder is there already.
+        ConfigError: the folder is there already, or what the run trained is no LoRA of its model.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
+    _check_new(to)
     config, dataset = _read(run)
     _, state = RunFolder(run).read_state()
     base = load_base(config, dataset)
     adapter = state.whole()
+    if apart := adapter.pairs.keys() - dict(base.model.named_modules()).keys():
+        raise ConfigError(
+            f"'{run}' trained an adapter beside the model, {sorted(apart)}, which PEFT cannot load; the "
+            "clients' models are their own"
+        )
     if not merged:
         save_adapter(adapter, base, to)
         return f"adapter of {len(adapter.pairs)} modules -> {to} (peft.PeftModel.from_pretrained)"
@@ -48,8 +52,7 @@ def export_own(run: Path, client: int, to: Path) -> str:
         CheckpointError: the run has no state.
         ConfigError: the folder is there already, there is no such client, or it keeps no part of its own.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
+    _check_new(to)
     job = build(_read(run)[0])
     if not 0 <= client < len(job.ranks):
         raise ConfigError(f"--client: expected 0 to {len(job.ranks) - 1}, got {client}")
@@ -57,8 +60,8 @@ def export_own(run: Path, client: int, to: Path) -> str:
     task = job.strategy.task(state, job.peer(client, job.ranks[client]))
     if not task.own():
         raise ConfigError(
-            f"--client: {type(job.strategy).__name__} leaves clients no LoRA part of their own; "
-            "leave --client out"
+            f"--client: what a client of {type(job.strategy).__name__} keeps is no adapter that PEFT could "
+            "load; of a strategy with one global model, leave --client out"
         )
     memory = Memory(run / "checkpoint" / "clients").read(client, round + 1)
     own = Assignment(client, round + 1, job.rules.seed, task, [], memory).start
@@ -106,6 +109,11 @@ def verify(run: Path) -> str:
         f"ok: SHA-256 {found[:16]}..., logits of plain PEFT within {gap:.1e}, "
         f"loss {loss:.4f} and share of right answers {right:.4f} on {len(rows)} test rows"
     )
+
+
+def _check_new(to: Path) -> None:
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
 
 
 def _read(run: Path) -> tuple[DictConfig, Dataset]:

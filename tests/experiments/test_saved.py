@@ -81,3 +81,52 @@ def test_report_prints_and_writes(finished: Path, tmp_path: Path, capsys: Any) -
     said = capsys.readouterr().out
     assert "FlexLoRA" in said
     assert "r.html" in "".join(said.split())
+
+
+@pytest.fixture(scope="module")
+def personal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of FedSA-LoRA, whose clients keep B and the head."""
+    out = tmp_path_factory.mktemp("personal") / "run"
+    small = ("model=tiny", "data=tiny", "clients=3", "rounds=2", "ranks=4", "+data.source.rows=48")
+    main(["run", *small, "strategy=fedsalora", f"out={out}"])
+    return out
+
+
+def test_a_client_s_own_adapter_is_what_it_evaluated(personal: Path, tmp_path: Path) -> None:
+    import json
+
+    from omegaconf import DictConfig, OmegaConf
+
+    from fedlora.adapter import Adapter
+    from fedlora.experiments.build import build, load_base
+    from fedlora.models import by_peft
+    from fedlora.protocol import Task
+    from fedlora.trainer import evaluate
+
+    main(["export", str(personal), "--client", "1", "--to", str(tmp_path / "one")])
+    config = OmegaConf.load(personal / "config.yaml")
+    assert isinstance(config, DictConfig)
+    job = build(config)
+    kept = job.site._split(1)[1]
+    plain = by_peft(load_base(config, job.dataset), tmp_path / "one")
+    [(loss, right)] = evaluate(plain, [Task(Adapter({}))], [kept])
+    said = json.loads((personal / "summary.json").read_text())["own"]["1"]
+    assert (loss, right) == (pytest.approx(said["local_loss"], abs=1e-4), said["local_accuracy"])
+
+
+def test_a_personal_run_leaves_no_adapter_and_says_so(personal: Path, refused: Callable[..., str]) -> None:
+    assert not (personal / "adapter").exists()
+    assert "personal" in refused("verify", str(personal))
+
+
+@pytest.mark.parametrize("client", ["7", "-1"])
+def test_a_client_that_is_not_there_is_refused(
+    personal: Path, refused: Callable[..., str], tmp_path: Path, client: str
+) -> None:
+    assert "0 to 2" in refused("export", str(personal), "--client", client, "--to", str(tmp_path / "to"))
+
+
+def test_a_client_of_one_global_model_has_no_adapter_of_its_own(
+    finished: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    assert "FlexLoRA" in refused("export", str(finished), "--client", "0", "--to", str(tmp_path / "to"))
