@@ -159,9 +159,9 @@ class Federation(FlowerStrategy):
         if len(updates) >= self._rules.min_updates:
             rng = generator(self._rules.seed, "aggregate", 0, round)
             self.state = self.strategy.aggregate(before, updates, rng)
-            metrics = {**self.state.metrics, **sizes(self.state)}
-            if not self.strategy.personal:
-                metrics |= certificate(self.state, updates, tasks)
+            metrics = dict(self.state.metrics)
+            if not self.strategy.personal:  # else the state is only a part of every model
+                metrics |= sizes(self.state) | certificate(self.state, updates, tasks)
             if seal(self.state) == seal(before):
                 self._progress.warn(f"round {round}: the adapter did not move; is anything trained?")
         else:
