@@ -36,7 +36,7 @@ from fedlora.strategy import Strategy, cut
 
 @dataclass(frozen=True)
 class PrivateLoRA(Strategy):
-    """The least to send for its rank, and an exact mean; wants a large rank."""
+    """The least to send for its rank, and an exact mean; wants a large rank, and a rate of its own."""
 
     mixed_ranks = True
     linear = True
