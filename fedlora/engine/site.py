@@ -48,9 +48,7 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.held_out and self.client.private:
-            raise ConfigError(
-                "what a client measures on its own rows is not covered by epsilon"
-            )
+            raise ConfigError("what a client measures on its own rows is not covered by epsilon")
 
     def profile(self, message: Message, context: Context) -> Message:
         """What the server may know: the client's id and rank."""
