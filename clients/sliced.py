@@ -65,6 +65,14 @@ class SlicedTraining(Client):
         """As a configuration says it: the settings of `LocalTraining` beside its own."""
         return cls(LocalTraining(**local), cut)
 
+    def shared(self, base: Base) -> None:
+        """Nothing beside the model; but a base that cannot be cut there is refused before the first round.
+
+        Raises:
+            ModelError: the model's layers are not known, or the cut is not between two of them.
+        """
+        Cut(base, self.cut, Channel(""))
+
     def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
         """Local training, client by client, and what went over the cut.
 

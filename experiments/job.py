@@ -137,7 +137,11 @@ def _opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
     """What is about to happen, in two lines."""
     ranks = ", ".join(map(str, sorted(set(job.ranks))))
     sizes = [len(part.rows) for part in job.parts]
-    goes = f"rounds {done + 1} to {config.rounds}" if done else f"{config.rounds} rounds"
+    goes = (
+        f"rounds {done + 1} to {config.rounds}"
+        if done
+        else f"{config.rounds} round{'s' * (config.rounds > 1)}"
+    )
     who = f"{len(job.parts)} clients of {min(sizes)} to {max(sizes)} rows"
     what = f"{type(job.strategy).__name__}: {_model(config)} on {config.data.name}"
     lines = [f"{what}, {who}, rank {ranks}, {goes}", f"-> {path}"]

@@ -126,6 +126,15 @@ def _know(overrides: Sequence[str]) -> None:
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     simple = [o for o in parsed if not o.is_sweep_override() and o.key_or_group in choices]
     chosen = [o.input_line for o in simple if o.input_line and o.value() is not None]
+    for swept in (o for o in parsed if o.is_choice_sweep() and o.key_or_group in choices):
+        group, values = swept.key_or_group, list(swept.sweep_string_iterator())
+        if unknown := [value for value in values if value not in choices[group]]:
+            near = difflib.get_close_matches(unknown[0], choices[group], 1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise ConfigError(
+                f"unknown {group} '{unknown[0]}'; {hint}there are {', '.join(sorted(choices[group]))}"
+            )
+        chosen.append(f"{group}={values[0]}")
     known = OmegaConf.to_container(hydra.compose("config", chosen), resolve=False)
     for override in parsed:
         key = override.key_or_group

@@ -87,7 +87,10 @@ class Client(ABC):
     def shared(self, base: Base) -> Mapping[str, tuple[int, int]] | None:
         """The pairs that clients share where those are no part of the model: name -> (d_out, d_in).
 
-        None, the ordinary case: they are the LoRA targets.
+        None, the ordinary case: they are the LoRA targets. Asked once, before the first round.
+
+        Raises:
+            FedLoraError: the client cannot train on this base.
         """
         return None
 

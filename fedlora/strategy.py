@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import mean_tensors, normalised, pad, refill, rescale, truncate
+from fedlora.algebra import (
+    mean_extras,
+    mean_factors,
+    mean_tensors,
+    normalised,
+    pad,
+    refill,
+    rescale,
+    truncate,
+)
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
@@ -142,6 +151,15 @@ class Strategy(ABC):
                 A = torch.where((B == 0).all(dim=0)[:, None], A, mean)
             found[m] = Pair(A, B, old.scale)
         return found
+
+
+def mean_adapter(state: State, sent: Sequence[Update], weights: Sequence[float]) -> Adapter:
+    """A, B and the extras averaged each by itself, Σ_k w_k A_k and Σ_k w_k B_k, in the state's scales."""
+    pairs = {
+        m: mean_factors([u.adapter.pairs[m] for u in sent], weights, old.scale)
+        for m, old in state.adapter.pairs.items()
+    }
+    return Adapter(pairs, mean_extras([u.adapter.extra for u in sent], weights))
 
 
 def cut(adapter: Adapter, peer: Peer) -> Adapter:

@@ -72,6 +72,8 @@ class FedFold(Strategy):
         for name in ("fresh", "energy"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"FedFold.{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+        if self.energy < 1:  # a client then starts from less than D*, and the mean is not of where it ends
+            object.__setattr__(self, "exact", False)
 
     def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """D* is the adapter, in the order of its singular values; LoRA's own start, with B = 0, as it is."""

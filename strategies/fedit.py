@@ -17,10 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.adapter import Adapter
-from fedlora.algebra import mean_extras, mean_factors
 from fedlora.protocol import State, Update
-from fedlora.strategy import Strategy
+from fedlora.strategy import Strategy, mean_adapter
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,4 @@ class FedIT(Strategy):
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself."""
         sent, w = self.admit(state, updates)
-        pairs = {
-            m: mean_factors([u.adapter.pairs[m] for u in sent], w, old.scale)
-            for m, old in state.adapter.pairs.items()
-        }
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
-        return replace(state, adapter=adapter, round=state.round + 1)
+        return replace(state, adapter=mean_adapter(state, sent, w), round=state.round + 1)

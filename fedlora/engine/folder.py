@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedlora.engine.files import write_whole
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.protocol import State
 
@@ -69,18 +69,8 @@ class RunFolder:
         return (self.path / "summary.json").is_file()
 
     def write(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """Make a file or folder under a temporary name, then give it its own."""
-        final, made = self.path / name, self.path / f"{name}.tmp"
-        _remove(made)
-        make(made)
-        for file in [made] if made.is_file() else made.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        if made.is_dir():
-            _remove(final)
-        os.replace(made, final)
-        return final
+        """Make a file or folder of the run, whole or not at all."""
+        return write_whole(self.path / name, make)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write one JSON object, readable by people."""
@@ -164,10 +154,3 @@ def _cut(source: Path, round: int, target: Path) -> None:
             break
         kept.append(line)
     target.write_text("".join(kept), encoding="utf-8")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -1,16 +1,15 @@
 """What clients keep between rounds: their own trained parts on disk, and what they were sent in memory."""
 
-import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fedlora.adapter import digest
+from fedlora.engine.files import write_whole
 from fedlora.errors import CheckpointError
 from fedlora.privacy import Ledger
 
@@ -40,23 +39,25 @@ class Memory:
         versions = [(round, path) for round, path in self._versions(client) if round < before]
         if not versions:
             return {}
+        path = versions[-1][1]
         try:
-            return load_file(versions[-1][1])
+            with safe_open(path, framework="pt") as file:
+                note = file.metadata() or {}
+                kept = {name: file.get_tensor(name) for name in sorted(file.keys())}  # no mapping
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"'{versions[-1][1]}', a client's own part, is damaged: {error}") from error
+            raise CheckpointError(f"'{path}', a client's own part, is damaged: {error}") from error
+        if note.get("digest") != digest("", kept.items()):
+            raise CheckpointError(f"'{path}', a client's own part, is damaged: its digest does not match")
+        return kept
 
     def write(self, client: int, round: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep these tensors as of a round."""
         if not tensors:
             return
-        folder = self._folder / f"client-{client}"
-        folder.mkdir(parents=True, exist_ok=True)
-        final = folder / f"round-{round:06d}.safetensors"
-        made = final.with_suffix(".tmp")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, made)
-        with made.open("rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(made, final)
+        kept = {name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        note = {"digest": digest("", kept.items())}
+        final = self._folder / f"client-{client}" / f"round-{round:06d}.safetensors"
+        write_whole(final, lambda file: save_file(kept, file, note))
         for _, old in [v for v in self._versions(client) if v[0] <= round][:-KEPT]:
             old.unlink()
 
@@ -86,19 +87,8 @@ class Memory:
         before = self.ledger(client)
         if before is not None and not ledger.covers(before):
             raise CheckpointError(f"the ledger of client {client} can only grow: {before} became {ledger}")
-        folder = self._folder / f"client-{client}"
-        folder.mkdir(parents=True, exist_ok=True)
-        made = folder / f"{LEDGER}.tmp"
-        with made.open("w", encoding="utf-8") as file:
-            file.write(ledger.dump() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(made, folder / LEDGER)
-        handle = os.open(folder, os.O_RDONLY)  # the new name, too
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        text = ledger.dump() + "\n"
+        write_whole(self._folder / f"client-{client}" / LEDGER, lambda file: file.write_text(text, "utf-8"))
 
     def ledgers(self) -> dict[int, Ledger]:
         """The ledger of every client that has spent anything, by its id."""
@@ -115,7 +105,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self._held: dict[int, dict[str, Tensor]] = {}
-        self._known: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
+        self._known: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def held(self, client: int) -> dict[str, Tensor]:
         """What a client holds."""
@@ -129,6 +119,4 @@ class Shelf:
             self._held.pop(client, None)
 
     def _one(self, tensor: Tensor) -> Tensor:
-        seal = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        seal.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return self._known.setdefault(seal.digest(), tensor)
+        return self._known.setdefault(digest("", [("", tensor)]), tensor)

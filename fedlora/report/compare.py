@@ -54,7 +54,9 @@ def _suffixes(runs: Sequence[Run]) -> list[str]:
     # When a run was evaluated tells nobody what it is.
     settings = {key: row for key, row in differences(runs).items() if not key.startswith("evaluate.")}
     if 0 < len(settings) <= 3:
-        short = [key.rsplit(".", 1)[-1] for key in settings]
+        # A key that a group takes over from another, such as the seed, is told once.
+        settings = {(key.rsplit(".", 1)[-1], *row): row for key, row in settings.items()}
+        short = [key for key, *_ in settings]
         told = [
             "".join(f", {key} {value}" for key, value in zip(short, row, strict=True))
             for row in zip(*settings.values(), strict=True)

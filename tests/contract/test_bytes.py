@@ -113,7 +113,23 @@ def test_fedfold_sends_every_direction_that_there_is(make):
     assert [up for _, up in told[-1]] == [both(rank) for rank in MIXED]
 
 
+def test_fedms_sends_active_modules_then_its_expert_once_and_then_the_gate(make, rng):
+    strategy = strategies.FedMS(global_rounds=3, active=1, capacity=(1, 2, 3), threshold=9.0)
+    told, _ = rounds(strategy, make, rng, RANKS, 5)
+    order = ["square", "tall", "wide"]  # by name, since none has a number
+
+    def trained(modules):
+        return 4 * sum(sum(LAYERS[m]) for m in modules) + HEAD
+
+    # From round 2 on there is a round before to compare with, and no loss falls by 9: one more each time, of
+    # which a client trains as many as it can.
+    for line in told[:2]:
+        assert [up for _, up in line] == [trained(order[:1])] * 3
+    assert [up for _, up in told[2]] == [trained(order[:n]) for n in (1, 2, 2)]
+    gate = 4 * (LAYERS[order[0]][1] + 1) + 2 * 4
+    assert [down for down, _ in told[3]] == [both(4) + gate] * 3
+    assert told[4] == [(gate, gate)] * 3
+
+
 def test_every_strategy_has_a_formula():
-    tested_here = {"RoLoRA", "FedFold"}
-    in_its_own_test = {"FedMS"}  # by stage, in tests/strategies/test_fedms.py
-    assert set(strategies.__all__) == set(FORMULAS) | tested_here | in_its_own_test
+    assert set(strategies.__all__) == set(FORMULAS) | {"RoLoRA", "FedFold", "FedMS"}

@@ -100,8 +100,8 @@ def test_a_kill_while_writing_leaves_the_version_before(tmp_path: Path, monkeypa
     memory = Memory(tmp_path)
     memory.write(1, 1, own(1))
 
-    def torn(tensors: Any, path: Path) -> None:
-        save_file(tensors, path)
+    def torn(tensors: Any, path: Path, note: Any) -> None:
+        save_file(tensors, path, note)
         path.write_bytes(path.read_bytes()[:-3])
         raise OSError("disk full")
 
@@ -115,13 +115,16 @@ def test_a_kill_while_writing_leaves_the_version_before(tmp_path: Path, monkeypa
     assert value(memory, 1, 3) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flipped"])
 def test_a_damaged_file_is_told_and_not_taken_for_nothing(tmp_path: Path, damage: str) -> None:
     memory = Memory(tmp_path)
     for round in (1, 2):
         memory.write(1, round, own(round))
     path = max((tmp_path / "client-1").iterdir())
-    path.write_bytes({"cut": path.read_bytes()[:-1], "empty": b"", "garbage": b"\xff" * 99}[damage])
+    whole = path.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])  # the last bit of the last number
+    damaged = {"cut": whole[:-1], "empty": b"", "garbage": b"\xff" * 99, "flipped": flipped}
+    path.write_bytes(damaged[damage])
     with pytest.raises(CheckpointError, match=f"{path.name}.*damaged"):
         memory.read(1, 3)
     assert value(memory, 1, 2) == 1

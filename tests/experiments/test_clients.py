@@ -113,3 +113,11 @@ def test_a_run_over_two_models(narrow: Path, tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["model"] == f"tiny, {narrow}"
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_cut_that_the_model_does_not_have_is_refused_before_anything_is_trained(
+    no_run: Callable[..., str],
+) -> None:
+    said = no_run("client=sliced", "client.cut=9")
+    assert "client.cut" in said
+    assert "2 layers" in said

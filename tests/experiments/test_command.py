@@ -216,3 +216,18 @@ def test_odd_paths(tmp_path: Path, capsys: Any) -> None:
     main(["run", "model=tiny", "data=tiny", "clients=2", "rounds=1", f"out='{out}'"])
     assert (out / "summary.json").is_file()
     assert str(out) in capsys.readouterr().out.split("round 1/1")[0]
+
+
+def test_a_sweep_over_a_choice_that_does_not_exist_is_refused_in_one_line(refused: Refused) -> None:
+    said = refused("run", "-m", "strategy=fedfold,fedfoldd", "model=tiny", "data=tiny")
+    assert "unknown strategy 'fedfoldd'" in said
+    assert "did you mean 'fedfold'" in said
+
+
+def test_a_sweep_knows_the_keys_of_what_it_chooses() -> None:
+    from fedlora.experiments import settings
+
+    settings.register()
+    settings.check_keys(["strategy=fedfold,fedsvd", "strategy.fresh=0.2"])
+    with pytest.raises(settings.ConfigError, match="fersh"):
+        settings.check_keys(["strategy=fedfold,fedsvd", "strategy.fersh=0.2"])

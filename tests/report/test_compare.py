@@ -21,6 +21,11 @@ def test_runs_of_one_strategy_are_told_apart_by_what_differs(make_run):
     assert labels(group) == ["FlexLoRA, lr 0.001, seed 0", "FlexLoRA, lr 1e-05, seed 1", "FedIT"]
 
 
+def test_a_seed_that_a_group_takes_over_is_told_once(make_run):
+    group = runs(make_run, *({"config": {"seed": s, "data": {"source": {"seed": s}}}} for s in (0, 1)))
+    assert labels(group) == ["FlexLoRA, seed 0", "FlexLoRA, seed 1"]
+
+
 def test_repetitions_are_told_apart_by_their_folders(make_run):
     assert labels(runs(make_run, {}, {})) == ["FlexLoRA (out-0)", "FlexLoRA (out-1)"]
 

@@ -134,7 +134,7 @@ def test_thirty_still_rounds_add_no_direction_and_lose_none(make, np64, rng, dty
 
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
-@pytest.mark.parametrize("energy", [0.0, 0.5, 0.8, 0.98, 1.0])
+@pytest.mark.parametrize("energy", [0.0, 0.5, 0.85, 0.98, 1.0])
 def test_what_is_sent_holds_the_energy_in_the_fewest_directions(make, np64, rng, rank, energy):
     sigma = np.array([4.0, 3.0, 2.0, 1.0, 0.5, 0.1])
     state = State(Adapter({"m": make.spectrum(rng, 9, 8, list(sigma))}))
@@ -234,3 +234,9 @@ def test_low_precision_costs_its_rounding(make, np64, rng, dtype):
         w / 4 * (np64.delta(u.adapter.pairs["m"]) + k) for w, u, k in zip(weights, updates, kept, strict=True)
     )
     assert np64.close(np64.delta(new), want, 3 * torch.finfo(dtype).eps)
+
+
+def test_a_capped_download_is_not_called_exact():
+    assert FedFold().exact
+    assert FedFold(fresh=0.0).exact
+    assert not FedFold(energy=0.999).exact
