@@ -44,7 +44,7 @@ class LocalTraining(Client):
         warmup: share of the steps in which the rate rises from zero.
         micro_tokens: padded tokens a micro-batch holds at most; speed and memory, not the result.
         privacy: differential privacy of each row; batches are then drawn at random, of `batch_size` rows on
-            the average, `clip` is off beside the privacy's own, and no loss is reported.
+            the average, `clip` is off beside the privacy's own, and no loss is reported unless it may be.
     """
 
     lr: float
@@ -117,8 +117,11 @@ class LocalTraining(Client):
         outcomes = []
         for a, f, plan in zip(assignments, fitted, plans, strict=True):
             ledger, examples = plan.after(a.ledger), None if privacy.public_counts else 1
+            metrics = privacy.told(plan, ledger)
+            if privacy.public_metrics and f.clipped is not None:
+                metrics |= {"loss": f.loss, "clipped": f.clipped}
             made = _outcome(a, f.adapter)
-            outcomes.append(replace(made, metrics=plan.told(ledger), ledger=ledger, examples=examples))
+            outcomes.append(replace(made, metrics=metrics, ledger=ledger, examples=examples))
         return outcomes
 
     def descend(

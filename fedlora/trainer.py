@@ -6,7 +6,6 @@ its own client's batch, and a gradient reaches its own client's factors only. Ea
 optimizer, schedule and gradient clipping, and stops after its own last batch.
 """
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter
+from fedlora.batches import Micro, micro_batches
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Bank, Base
@@ -38,14 +38,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Fitted:
-    """One client's result: its adapter, the mean loss over its steps, and the number of steps."""
+    """One client's result.
+
+    Args:
+        adapter: what was trained.
+        loss: the mean over its steps.
+        steps: their number.
+        clipped: the share of the rows whose gradient was longer than the mechanism's clip; None without one.
+    """
 
     adapter: Adapter
     loss: float
     steps: int
+    clipped: float | None = None
 
 
-Micro = list[tuple[int, Example]]
 Gradients = list[tuple[nn.Parameter, Tensor | None]]
 Parameters = dict[str, list[nn.Parameter]]
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
@@ -115,7 +122,12 @@ def fit(
                     _press(factors[slot], tail)
                 _step(optimizers[slot], clip, rates[slot], schedule, step, steps[slot])
         return [
-            Fitted(bank.adapter(slot), losses[slot] / max(1, steps[slot]), steps[slot])
+            Fitted(
+                bank.adapter(slot),
+                losses[slot] / max(1, steps[slot]),
+                steps[slot],
+                private[slot].clipped / max(1, private[slot].seen) if private else None,
+            )
             for slot in range(len(jobs))
         ]
 
@@ -243,30 +255,6 @@ def _forward(base: Base, bank: Bank, micro: Micro, slots: int) -> tuple[Tensor, 
     held = Counter(slot for slot, _ in micro)
     bank.route([held[slot] for slot in range(slots)])
     return base.losses(collate([row for _, row in micro], base.pad_id))
-
-
-def micro_batches(rows: Micro, tokens: int) -> list[Micro]:
-    """Cut (slot, row) pairs into lists of like length and at most `tokens` padded tokens, slot by slot.
-
-    As few lists as possible, and of sizes as even as possible, so that no core waits for another.
-    """
-    ordered = sorted(rows, key=lambda item: -len(item[1].input_ids))
-    lengths = [len(row.input_ids) for _, row in ordered]
-    fewest, low, high = len(_cuts(lengths, tokens)), 0, tokens
-    while high - low > 1:  # the smallest budget that needs no more lists
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_cuts(lengths, middle)) <= fewest else (middle, high)
-    spans = itertools.pairwise([*_cuts(lengths, high), len(ordered)])
-    return [sorted(ordered[start:stop], key=lambda item: item[0]) for start, stop in spans]
-
-
-def _cuts(lengths: Sequence[int], tokens: int) -> list[int]:
-    """Where lists begin that take as many rows of falling length as their first, the longest, allows."""
-    cuts: list[int] = []
-    for i in range(len(lengths)):
-        if not cuts or (i - cuts[-1] + 1) * lengths[cuts[-1]] > tokens:
-            cuts.append(i)
-    return cuts
 
 
 def evaluate(

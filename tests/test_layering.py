@@ -15,7 +15,7 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
     {"fedlora.strategy"},
     {"fedlora"},  # fedlora/__init__.py itself
     {"fedlora.data", "fedlora.models", "fedlora.privacy"},
-    {"fedlora.workers"},
+    {"fedlora.batches", "fedlora.workers"},
     {"fedlora.trainer", "fedlora.client"},
     {"fedlora.engine", "fedlora.report"},
     {"fedlora.strategies", "fedlora.clients"},

@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.adapter import Adapter, Pair
+from fedlora.batches import micro_batches
 from fedlora.data import Example, collate
 from fedlora.models import Bank, Base, load, targets
 from fedlora.models.packaged import tiny
 from fedlora.protocol import Task
-from fedlora.trainer import Job, evaluate, fit, micro_batches
+from fedlora.trainer import Job, evaluate, fit
 
 
 @pytest.fixture(scope="module")

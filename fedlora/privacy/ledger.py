@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 from fedlora.errors import CheckpointError, ConfigError
 
-UNIT = "record"
-ADJACENCY = "add or remove one record of a client, whose number of records is known"
+Unit = Literal["record", "client"]
+ADJACENCY: dict[Unit, str] = {
+    "record": "add or remove one record of a client, whose number of records is known",
+    "client": "add or remove one client with all its records; how many there are is known",
+}
 MECHANISM = "Gaussian noise on Poisson samples"
 
 Accountant = Literal["prv", "rdp"]
@@ -47,19 +50,21 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All that one client has spent in a run. It only ever grows.
+    """All that one client, or for client-level privacy the server, has spent in a run. It only ever grows.
 
     Args:
         delta: at which epsilon is read.
         entries: what was spent, equal kinds merged.
         accountant: "prv" takes the smaller of the Rényi and the PRV bound, where PRV is safe; "rdp" Rényi.
         valid: whether all noise was random; a test seed makes epsilon a number without a meaning, for good.
+        unit: what is protected.
     """
 
     delta: float
     entries: tuple[Entry, ...] = ()
     accountant: Accountant = "prv"
     valid: bool = True
+    unit: Unit = "record"
 
     def plus(self, entry: Entry, valid: bool = True) -> "Ledger":
         """The ledger after more steps."""
@@ -75,7 +80,7 @@ class Ledger:
         """Whether nothing that an older state of this ledger holds is missing."""
         steps = {(e.sigma, e.q): e.steps for e in self.entries}
         kept = all(steps.get((e.sigma, e.q), 0) >= e.steps for e in older.entries)
-        return kept and self.valid <= older.valid
+        return kept and self.valid <= older.valid and self.unit == older.unit
 
     def record(self) -> dict[str, Any]:
         """All of it with its epsilon and what that means, as plain values."""
@@ -84,8 +89,8 @@ class Ledger:
             "epsilon": spent if math.isfinite(spent) else None,
             "delta": self.delta,
             "valid": self.valid,
-            "unit": UNIT,
-            "adjacency": ADJACENCY,
+            "unit": self.unit,
+            "adjacency": ADJACENCY[self.unit],
             "mechanism": MECHANISM,
             "accountant": self.accountant,
             "entries": [{"sigma": e.sigma, "q": e.q, "steps": e.steps} for e in self.entries],
@@ -105,9 +110,9 @@ class Ledger:
         try:
             read = json.loads(text)
             entries = _merged(Entry(e["sigma"], e["q"], e["steps"]) for e in read["entries"])
-            if read["unit"] != UNIT or read["mechanism"] != MECHANISM:
+            if read["unit"] not in ADJACENCY or read["mechanism"] != MECHANISM:
                 raise ValueError(f"it counts {read['unit']}s under {read['mechanism']}")
-            return cls(float(read["delta"]), entries, read["accountant"], bool(read["valid"]))
+            return cls(float(read["delta"]), entries, read["accountant"], bool(read["valid"]), read["unit"])
         except (ValueError, KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(f"this is no ledger of a client's privacy: {error!r}") from error
 

@@ -4,7 +4,7 @@ import torch
 from opacus.optimizers import DPOptimizer
 
 from fedlora.errors import ModelError
-from fedlora.privacy.settings import Mechanism
+from fedlora.privacy.plan import Mechanism
 
 MARGIN = 1e-5  # relative; more than the rounding of a norm in float32, so that no row is over the clip
 

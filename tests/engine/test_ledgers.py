@@ -41,7 +41,7 @@ class Spender(Client):
             if a.client in self.fail:
                 raise RuntimeError("no luck")
             ledger = plan.after(a.ledger)
-            found.append(replace(outcome, metrics=plan.told(ledger), ledger=ledger, examples=1))
+            found.append(replace(outcome, metrics=DPSGD().told(plan, ledger), ledger=ledger, examples=1))
         return found
 
     def step_tokens(self, rows: Sequence[Any]) -> int:
@@ -171,7 +171,7 @@ def test_a_reply_has_no_loss_and_no_count_and_a_refusal_reaches_the_log(
         (2, 1, "dropped"),
         (2, 2, "ok"),
     ]
-    assert "the client refused: its privacy budget is spent" in lines[1]["reason"]
+    assert "the client refused: the privacy budget is spent" in lines[1]["reason"]
     for line in lines:
         assert not {"loss", "accuracy", "local_loss"} & line.keys()
         if line["status"] == "ok":

@@ -129,7 +129,7 @@ def test_a_ledger_survives_json_and_says_what_it_means() -> None:
         "{}",
         "[1]",
         '{"entries": []}',
-        Ledger(1e-5).dump().replace("record", "client"),
+        Ledger(1e-5).dump().replace('"record"', '"person"'),
         Ledger(1e-5).plus(Entry(1.0, 0.1, 3)).dump().replace('"q": 0.1', '"q": 7'),
         Ledger(1e-5).plus(Entry(1.0, 0.1, 3)).dump().replace('"steps": 3', '"steps": -3'),
         Ledger(1e-5).dump()[:-9],

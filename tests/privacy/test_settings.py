@@ -113,7 +113,7 @@ def test_a_test_seed_makes_the_ledger_invalid_for_good() -> None:
     assert not ledger.valid
     assert not QUICK.plan(100, 10, 5).after(ledger).valid
     assert QUICK.plan(100, 10, 5).after(None).valid
-    assert plan.told(ledger)["epsilon_valid"] == 0
+    assert QUICK.told(plan, ledger)["epsilon_valid"] == 0
 
 
 def test_a_test_seed_is_of_one_client_and_round() -> None:
@@ -125,8 +125,9 @@ def test_a_test_seed_is_of_one_client_and_round() -> None:
 
 def test_what_is_told_depends_on_no_count_unless_counts_are_public() -> None:
     def told(rows: int, public: bool) -> dict[str, float]:
-        plan = replace(QUICK, participations=3, public_counts=public).plan(rows, 10, math.ceil(rows / 10))
-        return plan.told(plan.after(None))
+        privacy = replace(QUICK, participations=3, public_counts=public)
+        plan = privacy.plan(rows, 10, math.ceil(rows / 10))
+        return privacy.told(plan, plan.after(None))
 
     assert told(100, False) == told(55, False) == {"epsilon": 8.0, "delta": 1e-5, "epsilon_valid": 1.0}
     public = told(100, True)
