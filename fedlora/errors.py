@@ -5,7 +5,8 @@ FedLoraError
 ├── DataError             a file, a column, a row, a label or a partition
 ├── ModelError            a base model, its LoRA targets or its adapter files
 ├── IncompatibleUpdates   client updates that a strategy cannot combine
-└── CheckpointError       a run folder that cannot be continued or read
+├── CheckpointError       a run folder that cannot be continued or read
+└── PrivacyError          private training that failed; says nothing of the rows
 
 Every message says what was expected, what came, where, and what to do. The command line prints it as one
 line and exits with code 2.
@@ -34,3 +35,7 @@ class IncompatibleUpdates(FedLoraError):
 
 class CheckpointError(FedLoraError):
     """A run folder that cannot be continued or read."""
+
+
+class PrivacyError(FedLoraError):
+    """Private training that failed; says nothing of the rows."""

@@ -17,9 +17,10 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora.engine.certificate import certificate, seal, sizes
 from fedlora.engine.folder import RunFolder
+from fedlora.engine.inbox import Inbox
 from fedlora.engine.progress import Progress
-from fedlora.engine.wire import Held, read_update, size, write_task
-from fedlora.errors import ConfigError, IncompatibleUpdates
+from fedlora.engine.wire import write_task
+from fedlora.errors import ConfigError
 from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
 from fedlora.strategy import Strategy
@@ -96,8 +97,7 @@ class Federation(FlowerStrategy):
         self._peer, self._rules, self._evaluate, self._named = peer, rules, evaluate, named
         self._folder, self._progress, self._done, self._spent = folder, progress, done, spent
         self._peers: dict[int, Peer] = {}
-        self._sent: dict[int, tuple[Peer, Task, int, Held]] = {}
-        self._held: dict[int, Held] = {}
+        self._inbox = Inbox(progress.warn)
         self._began = time.perf_counter()
 
     def run(self, grid: Grid) -> None:
@@ -134,16 +134,13 @@ class Federation(FlowerStrategy):
     ) -> Iterable[Message]:
         """Sample clients and write each its own task, when the grid asks for it."""
         self._began = time.perf_counter()
-        self._sent.clear()
         round = server_round + self._done
         sampled = self._sample(round)
         self._progress.begin(round, len(sampled))
         for node in sampled:
             peer = self._peers[node]
             task = self.strategy.task(self.state, peer)
-            held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
-            content, held = write_task(task, round, self._rules.seed, held, self.state.round)
-            self._sent[node] = (peer, task, size(content), held)
+            content = self._inbox.send(node, peer, task, round, self._rules.seed, self.state.round)
             yield Message(content, node, "train", group_id=str(round))
 
     def aggregate_train(
@@ -151,7 +148,7 @@ class Federation(FlowerStrategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, combine the good ones, and record the round."""
         round = server_round + self._done
-        updates, tasks, lines = self._receive(round, replies)
+        updates, tasks, lines = self._inbox.receive(round, replies)
         before = self.state
         weights = [1.0 if self._rules.weights == "uniform" else u.weight for u in updates]
         updates = [Update(u.adapter, w, u.peer, u.metrics) for u, w in zip(updates, weights, strict=True)]
@@ -216,39 +213,6 @@ class Federation(FlowerStrategy):
         chosen = generator(self._rules.seed, "sample", 0, round).choice(len(nodes), wanted, replace=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _receive(
-        self, round: int, replies: Iterable[Message]
-    ) -> tuple[list[Update], list[Task], list[dict[str, Any]]]:
-        """The good updates in the order of clients, their tasks, and a line for the log a client."""
-        good: list[tuple[Update, Task]] = []
-        lines: list[dict[str, Any]] = []
-        for reply in replies:
-            # A client may reply once a round, and only to what it was sent.
-            sent = self._sent.pop(reply.metadata.src_node_id, None)
-            if sent is None:
-                self._progress.warn(f"round {round}: a reply that nobody asked for was dropped")
-                continue
-            peer, task, down, held = sent
-            up = size(reply.content) if reply.has_content() else 0
-            line = _line(round, peer, down, up)
-            try:
-                update = read_update(reply, task, peer, round)
-            except IncompatibleUpdates as error:
-                self._progress.warn(f"round {round}: client {peer.id} dropped: {error}")
-                lines.append(line | {"status": "dropped", "reason": str(error)})
-                continue
-            self._held[reply.metadata.src_node_id] = held
-            good.append((update, task))
-            valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
-            told = {**update.metrics, **valid, **line}
-            lines.append({**told, "examples": int(update.weight), "status": "ok"})
-        for peer, _, down, _ in self._sent.values():
-            lines.append(_line(round, peer, down, 0) | {"status": "dropped", "reason": "no reply"})
-            self._progress.warn(f"round {round}: client {peer.id} dropped: no reply")
-        good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
-        lines.sort(key=lambda line: int(line["client"]))
-        return [update for update, _ in good], [task for _, task in good], lines
-
     def _totals(self, round: int, lines: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
         """The round's line of metrics.jsonl."""
         good = [line for line in lines if line["status"] == "ok"]
@@ -272,8 +236,3 @@ class Federation(FlowerStrategy):
             "epsilon": None,
             **self._spent(),
         }
-
-
-def _line(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:
-    """What every line of clients.jsonl has."""
-    return {"round": round, "client": peer.id, "rank": peer.rank, "bytes_down": down, "bytes_up": up}

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fedlora.adapter import digest
 from fedlora.engine.files import write_whole
+from fedlora.engine.ledgers import LEDGER, read_ledger, spend
 from fedlora.errors import CheckpointError
 from fedlora.privacy import Ledger
 
-LEDGER = "ledger.json"
 KEPT = 3  # versions: of a round that was cut off, of the last checkpoint's, and of the one before that
 
 
@@ -70,13 +70,7 @@ class Memory:
         Raises:
             CheckpointError: the ledger is damaged, so that nobody knows what is left.
         """
-        path = self._folder / f"client-{client}" / LEDGER
-        try:
-            return Ledger.load(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, CheckpointError) as error:
-            raise CheckpointError(f"'{path}', what a client has spent, cannot be read: {error}") from error
+        return read_ledger(self._folder / f"client-{client}" / LEDGER)
 
     def spend(self, client: int, ledger: Ledger) -> None:
         """Write down what a client's privacy has cost; on disk when this returns, so call it before sending.
@@ -84,11 +78,7 @@ class Memory:
         Raises:
             CheckpointError: something that was spent before is missing in it.
         """
-        before = self.ledger(client)
-        if before is not None and not ledger.covers(before):
-            raise CheckpointError(f"the ledger of client {client} can only grow: {before} became {ledger}")
-        text = ledger.dump() + "\n"
-        write_whole(self._folder / f"client-{client}" / LEDGER, lambda file: file.write_text(text, "utf-8"))
+        spend(self._folder / f"client-{client}" / LEDGER, ledger)
 
     def ledgers(self) -> dict[int, Ledger]:
         """The ledger of every client that has spent anything, by its id."""

@@ -1,5 +1,6 @@
 """The client side of a run: from Flower messages to trained updates, for one client or many at once."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -12,8 +13,9 @@ from fedlora.client import Assignment, Client, Outcome
 from fedlora.data import Example
 from fedlora.engine.memory import Memory, Shelf
 from fedlora.engine.wire import REFUSED, read_task, write_update
-from fedlora.errors import ConfigError
+from fedlora.errors import CheckpointError, ConfigError, PrivacyError
 from fedlora.models import Base
+from fedlora.privacy import Ledger
 
 Result = TypeVar("Result")
 
@@ -63,7 +65,7 @@ class Site:
         if any(refused):
             return self._without(refused, messages, contexts)
         assignments = [assignment for assignment, _ in read]
-        outcomes = self._each_base(self.client.train, assignments)
+        outcomes = self._trained(assignments)
         told = [dict[str, float]()] * len(read)
         if self.held_out:
             told = self._told([_own(a, o) for a, o in zip(assignments, outcomes, strict=True)])
@@ -73,7 +75,7 @@ class Site:
             outcome = replace(outcome, metrics=outcome.metrics | more)
             examples = len(a.rows) if outcome.examples is None else outcome.examples
             replies.append(Message(write_update(outcome, a.task, a.round, examples), reply_to=message))
-        self._spend(assignments, outcomes)
+        self._spend(assignments, outcomes, contexts)
         for a, held in read:  # once nothing can fail any more: a second try starts from what was held before
             self.shelf.hold(a.client, held)
         return replies
@@ -108,6 +110,20 @@ class Site:
 
         return app
 
+    def _trained(self, assignments: Sequence[Assignment]) -> list[Outcome]:
+        """What training makes of the assignments.
+
+        Raises:
+            PrivacyError: it failed under privacy; an error's own words may tell of the rows.
+        """
+        try:
+            return self._each_base(self.client.train, assignments)
+        except Exception:
+            if not self.client.private:
+                raise
+            logging.getLogger("fedlora").exception("private training failed")
+            raise PrivacyError("private training failed; the reason is in the client's own log") from None
+
     def _each_base(
         self, work: Callable[[Base, Sequence[Assignment]], list[Result]], assignments: Sequence[Assignment]
     ) -> list[Result]:
@@ -132,8 +148,19 @@ class Site:
         client = int(context.node_config["client"])
         task, round, seed, held = read_task(message.content, self.shelf.held(client))
         memory = {} if self.memory is None else self.memory.read(client, round)
-        ledger = None if self.memory is None else self.memory.ledger(client)
+        ledger = self._ledger(client, context)
         return Assignment(client, round, seed, task, self._split(client)[0], memory, ledger), held
+
+    def _ledger(self, client: int, context: Context) -> Ledger | None:
+        """What a client has spent: the ledger on disk, which holds all that Flower's own state knows of."""
+        found = None if self.memory is None else self.memory.ledger(client)
+        known = context.state.config_records.get("ledger")
+        if known is not None and not (found and found.covers(Ledger.load(str(known["json"])))):
+            raise CheckpointError(
+                f"the ledger of client {client} lacks what it spent before in this run; put the file "
+                "back, the client cannot train without it"
+            )
+        return found
 
     def _without(
         self, refused: Sequence[str | None], messages: Sequence[Message], contexts: Sequence[Context]
@@ -147,13 +174,16 @@ class Site:
             for i, why in enumerate(refused)
         ]
 
-    def _spend(self, assignments: Sequence[Assignment], outcomes: Sequence[Outcome]) -> None:
+    def _spend(
+        self, assignments: Sequence[Assignment], outcomes: Sequence[Outcome], contexts: Sequence[Context]
+    ) -> None:
         """Write down what the outcomes cost, all that could go wrong before they leave being done."""
-        for assignment, outcome in zip(assignments, outcomes, strict=True):
+        for assignment, outcome, context in zip(assignments, outcomes, contexts, strict=True):
             if outcome.ledger is not None:
                 if self.memory is None:
                     raise ConfigError("a client has a ledger to keep, and its site has nowhere to keep it")
                 self.memory.spend(assignment.client, outcome.ledger)
+                context.state["ledger"] = ConfigRecord({"json": outcome.ledger.dump()})
 
     def _remember(self, assignment: Assignment, outcome: Outcome) -> None:
         if outcome.memory and self.memory is None:

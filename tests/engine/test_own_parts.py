@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import Message
 
-import fedlora.engine.federation as federation_module
+import fedlora.engine.inbox as inbox_module
 import fedlora.engine.site as site_module
 from fedlora.adapter import Adapter
 from fedlora.client import Assignment, Outcome
@@ -50,7 +50,7 @@ def everything(task: Any, round: int, seed: int, held: Any = None, version: Any 
     return write_task(task, round, seed)
 
 
-write_task = federation_module.write_task
+write_task = inbox_module.write_task
 
 
 def site(tmp_path: Path, name: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_a_run_is_the_same_with_nothing_held_and_costs_less_with_it(
     for name in ("held", "all"):
         client = watched(fails=lambda a: (a.round, a.client) == (3, 1))
         if name == "all":
-            monkeypatch.setattr(federation_module, "write_task", everything)
+            monkeypatch.setattr(inbox_module, "write_task", everything)
         options = {"clients_per_round": 3, "rounds": 7, "site": site(tmp_path, name)}
         runs.append(lab.run(strategy, [1] * 4, client=client, **options))
     held, every = runs

@@ -1,0 +1,72 @@
+"""What was sent to which node in a round, and what of the replies is good."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+
+from fedlora.engine.wire import Held, read_update, size, write_task
+from fedlora.errors import IncompatibleUpdates
+from fedlora.protocol import Peer, Task, Update
+
+
+class Inbox:
+    """Tasks out, updates in: each reply is checked against what its node was sent in this round.
+
+    Args:
+        warn: takes a line for the user about every client that is dropped.
+    """
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._round = 0
+        self._sent: dict[int, tuple[Peer, Task, int, Held]] = {}
+        self._held: dict[int, Held] = {}
+
+    def send(self, node: int, peer: Peer, task: Task, round: int, seed: int, version: int) -> RecordDict:
+        """The content of a node's message; a new round forgets what was sent in the one before."""
+        if round != self._round:
+            self._round, self._sent = round, {}
+        held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
+        content, held = write_task(task, round, seed, held, version)
+        self._sent[node] = (peer, task, size(content), held)
+        return content
+
+    def receive(
+        self, round: int, replies: Iterable[Message]
+    ) -> tuple[list[Update], list[Task], list[dict[str, Any]]]:
+        """The good updates in the order of clients, their tasks, and a line for the log a client."""
+        good: list[tuple[Update, Task]] = []
+        lines: list[dict[str, Any]] = []
+        for reply in replies:
+            # A client may reply once a round, and only to what it was sent.
+            sent = self._sent.pop(reply.metadata.src_node_id, None)
+            if sent is None:
+                self._warn(f"round {round}: a reply that nobody asked for was dropped")
+                continue
+            peer, task, down, held = sent
+            up = size(reply.content) if reply.has_content() else 0
+            line = _line(round, peer, down, up)
+            try:
+                update = read_update(reply, task, peer, round)
+            except IncompatibleUpdates as error:
+                self._warn(f"round {round}: client {peer.id} dropped: {error}")
+                lines.append(line | {"status": "dropped", "reason": str(error)})
+                continue
+            self._held[reply.metadata.src_node_id] = held
+            good.append((update, task))
+            valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
+            told = {**update.metrics, **valid, **line}
+            lines.append({**told, "examples": int(update.weight), "status": "ok"})
+        for peer, _, down, _ in self._sent.values():
+            lines.append(_line(round, peer, down, 0) | {"status": "dropped", "reason": "no reply"})
+            self._warn(f"round {round}: client {peer.id} dropped: no reply")
+        self._sent = {}
+        good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
+        lines.sort(key=lambda line: int(line["client"]))
+        return [update for update, _ in good], [task for _, task in good], lines
+
+
+def _line(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:
+    """What every line of clients.jsonl has."""
+    return {"round": round, "client": peer.id, "rank": peer.rank, "bytes_down": down, "bytes_up": up}
