@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -18,14 +18,14 @@ from fedlora.data import Dataset, Example, Part, encode, partition
 from fedlora.engine import Rules, Site
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.models import Base, LoRA, load, targets
-from fedlora.privacy import DPSGD
+from fedlora.privacy import DPSGD, ClientLevel, Plan, Privacy
 from fedlora.protocol import Peer, State, Task
-from fedlora.seeds import generator
 from fedlora.strategy import Strategy
 from fedlora.trainer import evaluate
 
 from . import private
 from .begin import begin
+from .ranks import deal_ranks, plain
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Job:
         start: the state before round 1.
         lora: the rule from rank to scales.
         rules: sampling, weights, evaluation.
-        privacy: that of the clients' records, if any.
+        privacy: that of the clients' records, or of the clients, if any.
     """
 
     dataset: Dataset
@@ -56,7 +56,16 @@ class Job:
     start: State
     lora: LoRA
     rules: Rules
-    privacy: DPSGD | None = None
+    privacy: Privacy | None = None
+
+    @property
+    def plans(self) -> list[Plan]:
+        """How privately each client trains, or the one plan of the server; empty without privacy."""
+        if isinstance(self.privacy, ClientLevel):
+            clients = len(self.parts)
+            return [self.privacy.plan(clients, self.rules.clients_per_round or clients)]
+        sizes = [len(part.rows) for part in self.parts]
+        return [plan for size in sizes if (plan := self.site.client.plan(size)) is not None]
 
     @property
     def metric(self) -> str:
@@ -105,7 +114,7 @@ def build(config: DictConfig) -> Job:
     """
     strategy: Strategy = make(config.strategy, "strategy")
     client: Client = make(config.client, "client")
-    privacy: DPSGD | None = None
+    privacy: Privacy | None = None
     if "_target_" in (config.get("privacy") or {}):
         privacy = make(config.privacy, "privacy")
     if strategy.client and type(client).__name__ != strategy.client:
@@ -136,7 +145,8 @@ def build(config: DictConfig) -> Job:
             "out, its clients evaluate their own models"
         )
     if privacy is not None:
-        private.check(strategy, rules, bool(config.lora.get("dora")))
+        private.check(privacy, strategy, rules, bool(config.lora.get("dora")))
+    if isinstance(privacy, DPSGD):
         client = client.privately(privacy)
     fuse_of(config.engine.fuse)
     if config.lora.head not in ("train", "freeze"):
@@ -164,7 +174,7 @@ def build(config: DictConfig) -> Job:
         )
     train_head = config.lora.head == "train"
     given_head = config.lora.adapter is not None and not train_head
-    named = [config.models] if isinstance(config.models, str) else _plain(config.models) or []
+    named = [config.models] if isinstance(config.models, str) else plain(config.models) or []
     bases = [load_base(_with_model(config, str(name)), dataset) for name in named]
     base = bases[0] if bases else load_base(config, dataset, load if given_head else _shared)
     apart = client.shared(base)  # what clients share where it is no part of the model
@@ -172,7 +182,7 @@ def build(config: DictConfig) -> Job:
     if apart is not None:
         modules, train_head = dict(apart), False
     else:
-        modules = targets(base, _plain(config.lora.targets)) if config.lora.targets else {}
+        modules = targets(base, plain(config.lora.targets)) if config.lora.targets else {}
     start = begin(config, strategy, base, lora, modules, ranks, train_head)
     rows = [
         encode(dataset.kind, dataset.train, dataset.labels, model.tokenizer, d.max_length)
@@ -182,7 +192,7 @@ def build(config: DictConfig) -> Job:
     own = [[rows[k % len(rows)][i] for i in part.rows] for k, part in enumerate(parts)]
     site = Site(base, client, own.__getitem__, None, rules.evaluate_clients, bases=bases)
     job = Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules, privacy)
-    if privacy is not None:
+    if isinstance(privacy, DPSGD):
         tasks = [strategy.task(start, job.peer(0, rank)) for rank in sorted(set(ranks))]
         private.try_out(client, base, strategy, tasks, [len(part.rows) for part in parts])
     return job
@@ -245,47 +255,6 @@ def make(config: DictConfig, group: str) -> Any:
         raise ConfigError(f"{group}: {' '.join(str(cause or error).split())}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{group}: {' '.join(str(error).split())}") from error
-
-
-def deal_ranks(ranks: Any, clients: int, seed: int) -> list[int]:
-    """Each client's rank.
-
-    Args:
-        ranks: a number for all; a list, taken in turn; or rank -> share, whose parts are dealt at random.
-        clients: how many.
-        seed: of the deal.
-    """
-    plain = _plain(ranks)
-    if isinstance(plain, Mapping):
-        try:
-            shares = {_rank(rank): float(share) for rank, share in plain.items()}
-        except (TypeError, ValueError):
-            shares = {}
-        total = sum(shares.values())
-        if not 0 < total < math.inf or min(shares.values()) < 0:
-            raise ConfigError(f"ranks: expected shares above 0, such as {{8: 0.5, 2: 0.5}}, got {plain}")
-        ends = [round(sum(list(shares.values())[: i + 1]) / total * clients) for i in range(len(shares))]
-        sizes = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
-        dealt = [rank for rank, size in zip(shares, sizes, strict=True) for _ in range(size)]
-        return [int(rank) for rank in generator(seed, "ranks").permutation(dealt)]
-    turns = [_rank(rank) for rank in (plain if isinstance(plain, list) else [plain])]
-    if not turns:
-        raise ConfigError("ranks: expected at least one rank, got an empty list")
-    return [turns[client % len(turns)] for client in range(clients)]
-
-
-def _rank(value: Any) -> int:
-    try:
-        rank = int(value)
-    except (TypeError, ValueError, OverflowError):
-        rank = 0
-    if rank < 1 or rank != float(value):
-        raise ConfigError(f"ranks: expected whole numbers of at least 1, got {value!r}")
-    return rank
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def fuse_of(value: Any) -> int | None:

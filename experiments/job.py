@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import fedlora
-from fedlora.engine import Federation, InProcessGrid, Memory, Progress, RunFolder, megabytes
+from fedlora.engine import Central, Federation, InProcessGrid, Progress, RunFolder, megabytes
 from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 from fedlora.models import save_adapter
+from fedlora.privacy import ClientLevel
 from fedlora.protocol import State
 
 from . import private
@@ -58,17 +59,27 @@ def run_job(config: DictConfig, console: Console) -> Path:
         initial = job.named(*job.evaluate([job.initial()])[0])
     startup = time.perf_counter() - began
     console.print(_opening(job, config, path, done), soft_wrap=True, highlight=False, markup=False)
-    memory = Memory(path / "checkpoint" / "clients")
-    spent = partial(_spent, job, memory)
+    private.check_ledgers(job.privacy, folder)
+    central = _central(job, folder)
     with Progress(config.rounds, done, job.metric, console, job.privacy is not None) as progress:
         federation = Federation(
-            job.strategy, state, job.peer, job.rules, job.evaluate, job.named, folder, progress, done, spent
+            job.strategy,
+            state,
+            job.peer,
+            job.rules,
+            job.evaluate,
+            job.named,
+            folder,
+            progress,
+            done,
+            partial(_spent, job, folder),
+            central,
         )
-        site = replace(job.site, memory=memory)
+        site = replace(job.site, memory=folder.memory)
         grid = InProcessGrid(site, job.nodes(), fuse_of(config.engine.fuse), progress.advance)
         federation.run(grid)
         own = federation.last_look(grid)
-    if not any(line["clients"] for line in folder.rounds()):
+    if not central and not any(line["clients"] for line in folder.rounds()):
         raise FedLoraError(
             f"no client sent a good update in any round; the reasons are in {path}/clients.jsonl"
         )
@@ -119,9 +130,16 @@ def _out(config: DictConfig) -> Path:
     return Path("runs") / f"{_name(config)}-{stamp}"
 
 
-def _spent(job: Job, memory: Memory) -> dict[str, Any]:
+def _central(job: Job, folder: RunFolder) -> Central | None:
+    """The server's mechanism, where whole clients are protected."""
+    if not isinstance(job.privacy, ClientLevel):
+        return None
+    return Central(job.privacy, job.plans[0], folder.ledger, job.peer(0, max(job.ranks)))
+
+
+def _spent(job: Job, folder: RunFolder) -> dict[str, Any]:
     """What privacy has cost so far, for the line of a round; nothing to say without any."""
-    return {} if job.privacy is None else private.spent(job.privacy, memory.ledgers())
+    return {} if job.privacy is None else private.spent(job.privacy, folder.ledgers().values())
 
 
 def _name(config: DictConfig) -> str:
@@ -146,12 +164,7 @@ def _opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
     what = f"{type(job.strategy).__name__}: {_model(config)} on {config.data.name}"
     lines = [f"{what}, {who}, rank {ranks}, {goes}", f"-> {path}"]
     if job.privacy is not None:
-        lines.insert(
-            1,
-            private.opening(
-                job.privacy, [plan.sigma for size in sizes if (plan := job.site.client.plan(size))]
-            ),
-        )
+        lines.insert(1, private.opening(job.privacy, job.plans))
     return "\n".join(lines)
 
 
@@ -180,7 +193,7 @@ def _finish(
         ends |= job.named(ends["local_loss"], ends["local_accuracy"])
     privacy: dict[str, Any] = {}
     if job.privacy is not None:
-        privacy = private.summary(job.privacy, Memory(folder.path / "checkpoint" / "clients").ledgers())
+        privacy = private.summary(job.privacy, folder.ledgers())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     summary = {
         "strategy": _name(config),

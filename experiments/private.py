@@ -1,21 +1,21 @@
 """What privacy asks of a run before it starts, and what a run says of what was spent."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig
 
 from fedlora.client import Client
-from fedlora.engine import Rules
-from fedlora.errors import ConfigError
+from fedlora.engine import SERVER, Rules, RunFolder
+from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base
-from fedlora.privacy import DPSGD, Ledger, self_test, worst
+from fedlora.privacy import DPSGD, ClientLevel, Ledger, Plan, Privacy, self_test, worst
 from fedlora.protocol import Task
 from fedlora.strategy import Strategy
 
 
-def check(strategy: Strategy, rules: Rules, dora: bool) -> None:
-    """Refuse what cannot be done under differential privacy of records, or would not be covered by it.
+def check(privacy: Privacy, strategy: Strategy, rules: Rules, dora: bool) -> None:
+    """Refuse what cannot be done under differential privacy, or would not be covered by it.
 
     Raises:
         ConfigError: says what, and why.
@@ -31,9 +31,35 @@ def check(strategy: Strategy, rules: Rules, dora: bool) -> None:
             "evaluate.clients: what clients measure on their own rows is not covered by epsilon; leave it "
             "out, or use privacy=none"
         )
-    if dora:
+    if isinstance(privacy, DPSGD) and dora:
         raise ConfigError(
             "lora.dora: has no gradient for each record here; leave it out, or use privacy=none"
+        )
+    if isinstance(privacy, ClientLevel):
+        _check_central(privacy, strategy, rules)
+
+
+def _check_central(privacy: ClientLevel, strategy: Strategy, rules: Rules) -> None:
+    name = type(strategy).__name__
+    if not (strategy.linear or strategy.products):
+        raise ConfigError(
+            f"privacy: strategy {name} needs more of its clients' updates than their mean, such as norms or "
+            "which directions each has, and one client could change that without bound; use ffalora, fedit, "
+            "fedsvd, rolora, slora or flexlora, or privacy=dp_sgd, which every strategy allows"
+        )
+    if rules.evaluate_updates:
+        raise ConfigError(
+            "evaluate.updates: what a client would have reached alone is not covered by epsilon; leave it "
+            "out, or use privacy=none"
+        )
+    if rules.min_updates > 1:
+        raise ConfigError(
+            f"min_updates: under client-level privacy every round is released, however few took part, got "
+            f"{rules.min_updates}; leave it out"
+        )
+    if rules.rounds > privacy.rounds:
+        raise ConfigError(
+            f"privacy.rounds: the noise would be for {privacy.rounds} rounds, the run has {rules.rounds}"
         )
 
 
@@ -60,60 +86,129 @@ def try_out(
         self_test(base, task)
 
 
-def opening(privacy: DPSGD, sigmas: Sequence[float]) -> str:
-    """What is promised, in a line."""
+def check_ledgers(privacy: Privacy | None, folder: RunFolder) -> None:
+    """Refuse to go on with a run that has let out more than its ledgers say.
+
+    Raises:
+        CheckpointError: a ledger was deleted or put back to an older one.
+    """
+    let_out: dict[int, float] = {}
+    if isinstance(privacy, ClientLevel):
+        let_out[SERVER] = min(len(folder.rounds()), privacy.rounds)
+    elif privacy is not None:
+        for line in folder.clients():
+            if line["status"] == "ok":  # where counts are no one's business, no less than a step
+                let_out[line["client"]] = let_out.get(line["client"], 0) + line.get("steps", 1)
+    ledgers = folder.ledgers()
+    for client, steps in let_out.items():
+        known = sum(e.steps for e in ledgers[client].entries) if client in ledgers else 0
+        if known < steps:
+            who = "the server" if client == SERVER else f"client {client}"
+            raise CheckpointError(
+                f"resume: {who} has let out {steps:g} private steps, its ledger knows of {known}; put the "
+                "ledgers in checkpoint/ back, or start the run again on other rows"
+            )
+
+
+def opening(privacy: Privacy, plans: Sequence[Plan]) -> str:
+    """What is promised, in a line; a second one where it is not."""
+    sigmas = [plan.sigma for plan in plans]
     low, high = min(sigmas), max(sigmas)
     noise = f"{high:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
-    text = (
-        f"privacy: epsilon {privacy.epsilon:g} a client over the whole run, for one record more or less; "
-        f"clip {privacy.clip:g}, sigma {noise}, Poisson batches, for {privacy.participations} rounds a client"
-    )
+    if isinstance(privacy, ClientLevel):
+        whom = "over the whole run, for one client more or less"
+        rest = f"each client in a round with probability {plans[0].q:.3g}, for {privacy.rounds} rounds"
+    else:
+        whom = "a client over the whole run, for one record more or less"
+        rest = f"Poisson batches, for {_planned(privacy)} rounds a client"
+    text = f"privacy: epsilon {privacy.epsilon:g} {whom}; clip {privacy.clip:g}, sigma {noise}, {rest}"
     return text if privacy.valid else f"{text}\nprivacy: NOT VALID, the noise comes from insecure_test_seed"
 
 
-def spent(privacy: DPSGD, ledgers: Mapping[int, Ledger]) -> dict[str, Any]:
-    """What all clients have spent, for the line of a round: the largest epsilon, never the mean."""
-    found = worst(ledgers.values())
-    epsilon, delta = 0.0 if found is None else found.epsilon, privacy.delta
-    if ledgers:
-        delta = max(ledger.delta for ledger in ledgers.values())
-    if not privacy.public_counts:
-        epsilon, delta = privacy.epsilon, 1e-5 if privacy.delta is None else privacy.delta
-    valid = privacy.valid and all(ledger.valid for ledger in ledgers.values())
-    return {"epsilon": epsilon, "delta": delta, "epsilon_valid": valid}
+def spent(privacy: Privacy, ledgers: Iterable[Ledger]) -> dict[str, Any]:
+    """What was spent, for the line of a round: the largest epsilon of all clients, never the mean."""
+    found = list(ledgers)
+    top = worst(found)
+    epsilon, delta = 0.0 if top is None else top.epsilon, privacy.delta
+    if found:
+        delta = max(ledger.delta for ledger in found)
+    told: dict[str, Any] = {"epsilon": epsilon, "delta": delta}
+    if _hidden(privacy):
+        told = {"epsilon": privacy.epsilon, "delta": 1e-5 if privacy.delta is None else privacy.delta}
+    elif found:
+        told["sigma"] = min((e.sigma for ledger in found for e in ledger.entries), default=None)
+    valid = privacy.valid and all(ledger.valid for ledger in found)
+    return told | {"clip": privacy.clip, "epsilon_valid": valid}
 
 
-def summary(privacy: DPSGD, ledgers: Mapping[int, Ledger]) -> dict[str, Any]:
-    """What all clients have spent and what it means, for the summary of a run."""
-    told = spent(privacy, ledgers)
-    clients: dict[str, Any] = {}
-    if privacy.public_counts:
-        names = ("epsilon", "delta", "valid", "entries")
-        clients = {str(k): {n: ledger.record()[n] for n in names} for k, ledger in ledgers.items()}
-    form = Ledger(1.0, accountant=privacy.accountant).record()
-    rest = {name: form[name] for name in ("unit", "adjacency", "mechanism", "accountant")}
+def summary(privacy: Privacy, ledgers: Mapping[int, Ledger]) -> dict[str, Any]:
+    """What was spent and what it means, for the summary of a run.
+
+    Args:
+        privacy: the settings.
+        ledgers: by client; for client-level privacy the server's alone.
+    """
+    told = spent(privacy, ledgers.values())
+    form = Ledger(1.0, accountant=privacy.accountant, unit=privacy.unit).record()
+    names = ("epsilon", "delta", "valid", "entries")
+    each = {str(k): {n: ledger.record()[n] for n in names} for k, ledger in ledgers.items()}
+    server = each.pop(str(SERVER), None)
     return {
-        **told,
-        "ledger": {"budget": privacy.epsilon, "clip": privacy.clip, "valid": told["epsilon_valid"], **rest}
-        | {"clients": clients},
+        "epsilon": told["epsilon"],
+        "delta": told["delta"],
+        "epsilon_valid": told["epsilon_valid"],
+        "ledger": {
+            "budget": privacy.epsilon,
+            "clip": privacy.clip,
+            "valid": told["epsilon_valid"],
+            **{name: form[name] for name in ("unit", "adjacency", "mechanism", "accountant")},
+            "not_covered": not_covered(privacy),
+            **({"server": server} if server else {}),
+            "clients": {} if _hidden(privacy) else each,
+        },
     }
+
+
+def not_covered(privacy: Privacy) -> list[str]:
+    """What a run lets out beside what its epsilon is of."""
+    found = ["settings that were chosen by looking at the private rows", "that a client failed"]
+    if isinstance(privacy, DPSGD) and privacy.public_counts:
+        found.append("how many records a client has (privacy.public_counts)")
+    if isinstance(privacy, DPSGD) and privacy.public_metrics:
+        found.append("training losses and shares of clipped records (privacy.public_metrics)")
+    if isinstance(privacy, ClientLevel):
+        found.append("who took part, in clients.jsonl, and how many, in metrics.jsonl and report.html")
+        found.append("what the server itself sees: every update in the clear")
+    return found
 
 
 def closing(summary: Mapping[str, Any]) -> str:
     """What a finished run has spent, for the terminal."""
     ledger = summary["ledger"]
+    whose = "of the server's releases" if ledger["unit"] == "client" else "the largest of all clients"
     text = (
-        f"epsilon {summary['epsilon']:.3f} of {ledger['budget']:g} at delta {summary['delta']:g}, the "
-        f"largest of all clients; to {ledger['adjacency']}; Poisson batches"
+        f"epsilon {summary['epsilon']:.3f} of {ledger['budget']:g} at delta {summary['delta']:g}, {whose}; "
+        f"to {ledger['adjacency']}; Poisson samples"
     )
-    return text if ledger["valid"] else f"{text}; NOT VALID, the noise came from insecure_test_seed"
+    text = text if ledger["valid"] else f"{text}; NOT VALID, the noise came from insecure_test_seed"
+    return f"{text}\nnot covered: {'; '.join(ledger['not_covered'])}"
 
 
 def more_rounds(config: DictConfig, rounds: int) -> None:
     """Refuse to add rounds to a run whose noise was made for fewer."""
-    planned = (config.get("privacy") or {}).get("participations")
+    privacy = config.get("privacy") or {}
+    planned = privacy.get("participations") or privacy.get("rounds")
     if planned is not None and rounds > max(planned, config.rounds):
         raise ConfigError(
-            f"resume: the noise of this run is for {planned} rounds a client, more would break its epsilon "
+            f"resume: the noise of this run is for {planned} rounds, more would break its epsilon "
             f"of {config.privacy.epsilon:g}; start a new run with rounds={rounds}"
         )
+
+
+def _planned(privacy: Privacy) -> int:
+    return privacy.participations if isinstance(privacy, DPSGD) else 0
+
+
+def _hidden(privacy: Privacy) -> bool:
+    """Whether what is spent so far would tell how many records a client has."""
+    return isinstance(privacy, DPSGD) and not privacy.public_counts

@@ -37,6 +37,7 @@ class Strategy(ABC):
         mixed_ranks: may clients hold different ranks?
         linear: does the new state depend on the updates through their weighted mean alone, so that a server
             which sees nothing but a sum could run it?
+        products: is the weighted mean of the products s·B·A, and of the extras, enough for it?
         exact: is the new ΔW the weighted mean of the clients' own, fold and s_k B_k A_k together?
         personal: do clients keep a trained part, so that the global state alone is nobody's model?
         start: the initial adapter that the paper asks for, a value of `lora.init`.
@@ -46,6 +47,7 @@ class Strategy(ABC):
     mixed_ranks: ClassVar[bool]
     linear: ClassVar[bool]
     exact: ClassVar[bool]
+    products: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     start: ClassVar[str] = "lora"
     client: ClassVar[str] = ""

@@ -32,6 +32,7 @@ class FlexLoRA(Strategy):
     mixed_ranks = True
     linear = False
     exact = True
+    products = True
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D*; where D* has fewer than the client's rank, fresh ones with B = 0."""

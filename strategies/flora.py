@@ -37,6 +37,7 @@ class FLoRA(Strategy):
     mixed_ranks = True
     linear = False
     exact = True
+    products = True
 
     def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """An adapter that has learned something (B ≠ 0) is merged too, and a fresh one takes its place."""

@@ -78,7 +78,12 @@ class SLoRA(Strategy):
             raise ConfigError(f"strategy.second: expected fedit or flexlora, got '{self.second}'")
         if self.second == "flexlora":
             # The facts follow the second stage: D* of any ranks, by an SVD; exact if the hand-over is.
-            facts = {"mixed_ranks": True, "linear": False, "exact": self.keep_residual}
+            facts = {
+                "mixed_ranks": True,
+                "linear": False,
+                "products": True,
+                "exact": self.keep_residual,
+            }
             for fact, value in facts.items():
                 object.__setattr__(self, fact, value)
 

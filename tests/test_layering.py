@@ -12,7 +12,7 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
     {"fedlora.adapter"},
     {"fedlora.algebra", "fedlora.sparse"},
     {"fedlora.protocol"},
-    {"fedlora.strategy"},
+    {"fedlora.strategy", "fedlora.linear"},
     {"fedlora"},  # fedlora/__init__.py itself
     {"fedlora.data", "fedlora.models", "fedlora.privacy"},
     {"fedlora.batches", "fedlora.workers"},

@@ -1,10 +1,22 @@
 """Running a strategy over clients: Flower's messages, the rounds, the run's folder, the display."""
 
+from fedlora.engine.central import Central
 from fedlora.engine.federation import Federation, Rules
-from fedlora.engine.folder import RunFolder
+from fedlora.engine.folder import SERVER, RunFolder
 from fedlora.engine.grid import InProcessGrid
 from fedlora.engine.memory import Memory
 from fedlora.engine.progress import Progress, megabytes
 from fedlora.engine.site import Site
 
-__all__ = ["Federation", "InProcessGrid", "Memory", "Progress", "Rules", "RunFolder", "Site", "megabytes"]
+__all__ = [
+    "SERVER",
+    "Central",
+    "Federation",
+    "InProcessGrid",
+    "Memory",
+    "Progress",
+    "Rules",
+    "RunFolder",
+    "Site",
+    "megabytes",
+]

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedlora.engine.central import Central
 from fedlora.engine.certificate import certificate, seal, sizes
 from fedlora.engine.folder import RunFolder
 from fedlora.engine.inbox import Inbox
@@ -77,7 +78,8 @@ class Federation(FlowerStrategy):
         folder: where every round is recorded.
         progress: what the user sees.
         done: how many rounds were finished before (a resumed run).
-        spent: what all clients' privacy has cost, for the round's line: "epsilon" and what belongs to it.
+        spent: what privacy has cost, for the round's line: "epsilon" and what belongs to it.
+        central: client-level privacy; it samples, and the strategy then sees no update but its noised mean.
     """
 
     def __init__(
@@ -92,10 +94,13 @@ class Federation(FlowerStrategy):
         progress: Progress,
         done: int = 0,
         spent: Callable[[], Mapping[str, Any]] = dict,
+        central: Central | None = None,
     ) -> None:
         self.strategy, self.state = strategy, state
         self._peer, self._rules, self._evaluate, self._named = peer, rules, evaluate, named
         self._folder, self._progress, self._done, self._spent = folder, progress, done, spent
+        self._central = central
+        self._over: str | None = None  # why no round may change the state any more
         self._peers: dict[int, Peer] = {}
         self._inbox = Inbox(progress.warn)
         self._began = time.perf_counter()
@@ -135,7 +140,8 @@ class Federation(FlowerStrategy):
         """Sample clients and write each its own task, when the grid asks for it."""
         self._began = time.perf_counter()
         round = server_round + self._done
-        sampled = self._sample(round)
+        self._over = self._central.refusal() if self._central else None
+        sampled = [] if self._over else self._sample(round)
         self._progress.begin(round, len(sampled))
         for node in sampled:
             peer = self._peers[node]
@@ -149,23 +155,7 @@ class Federation(FlowerStrategy):
         """Check the replies, combine the good ones, and record the round."""
         round = server_round + self._done
         updates, tasks, lines = self._inbox.receive(round, replies)
-        before = self.state
-        weights = [1.0 if self._rules.weights == "uniform" else u.weight for u in updates]
-        updates = [Update(u.adapter, w, u.peer, u.metrics) for u, w in zip(updates, weights, strict=True)]
-        metrics: dict[str, Any] = {}
-        if len(updates) >= self._rules.min_updates:
-            rng = generator(self._rules.seed, "aggregate", 0, round)
-            self.state = self.strategy.aggregate(before, updates, rng)
-            metrics = dict(self.state.metrics)
-            if not self.strategy.personal:  # else the state is only a part of every model
-                metrics |= sizes(self.state) | certificate(self.state, updates, tasks)
-            if seal(self.state) == seal(before):
-                self._progress.warn(f"round {round}: the adapter did not move; is anything trained?")
-        else:
-            self._progress.warn(
-                f"round {round}: {len(updates)} good updates, {self._rules.min_updates} needed; "
-                "the state stays as it was"
-            )
+        metrics = self._combine(round, updates, tasks)
         if self._rules.evaluate_updates and updates:
             alone = self._evaluate(
                 [replace(t, adapter=u.adapter) for u, t in zip(updates, tasks, strict=True)]
@@ -181,6 +171,27 @@ class Federation(FlowerStrategy):
         self._folder.finish_round(round, self.state, metrics, lines)
         self._progress.end(metrics)
         return ArrayRecord(), None
+
+    def _combine(self, round: int, updates: list[Update], tasks: list[Task]) -> dict[str, Any]:
+        """Let the strategy make the next state; what there is to say of it."""
+        before, rng = self.state, generator(self._rules.seed, "aggregate", 0, round)
+        if self._over or (len(updates) < self._rules.min_updates and not self._central):
+            few = f"{len(updates)} good updates, {self._rules.min_updates} needed"
+            self._progress.warn(f"round {round}: {self._over or few}; the state stays as it was")
+            return {}
+        if self._central:  # the strategy sees one noised mean; how far it is from the updates is secret
+            self.state = self.strategy.aggregate(
+                before, [self._central.release(self.strategy, before, updates, tasks)], rng
+            )
+            return {**self.state.metrics, **sizes(self.state)}
+        if self._rules.weights == "uniform":
+            updates = [replace(update, weight=1.0) for update in updates]
+        self.state = self.strategy.aggregate(before, updates, rng)
+        if seal(self.state) == seal(before):
+            self._progress.warn(f"round {round}: the adapter did not move; is anything trained?")
+        if self.strategy.personal:  # the state is only a part of every model
+            return dict(self.state.metrics)
+        return {**self.state.metrics, **sizes(self.state), **certificate(self.state, updates, tasks)}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -208,6 +219,8 @@ class Federation(FlowerStrategy):
         """This round's nodes, in the order of their clients' ids."""
         nodes = sorted(self._peers, key=lambda node: self._peers[node].id)
         wanted = self._rules.clients_per_round
+        if self._central:
+            return self._central.sample(nodes, round)
         if wanted is None or wanted >= len(nodes):
             return nodes
         chosen = generator(self._rules.seed, "sample", 0, round).choice(len(nodes), wanted, replace=False)
@@ -216,7 +229,7 @@ class Federation(FlowerStrategy):
     def _totals(self, round: int, lines: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
         """The round's line of metrics.jsonl."""
         good = [line for line in lines if line["status"] == "ok"]
-        told = [line for line in good if "loss" in line]
+        told = [line for line in good if "loss" in line] if not self._central else []
         examples = sum(line["examples"] for line in told)
         own = [line for line in good if line.keys() >= {"local_accuracy", "local_loss"}]
         if own:
@@ -224,6 +237,8 @@ class Federation(FlowerStrategy):
             metrics["local_loss"] = statistics.fmean(line["local_loss"] for line in own)
             if self.strategy.personal:  # the clients' own models are the result
                 metrics |= self._named(metrics["local_loss"], metrics["local_accuracy"])
+        if clipped := [line["clipped"] for line in good if "clipped" in line]:
+            metrics["clipped"] = statistics.fmean(clipped)
         return {
             "round": round,
             **metrics,

@@ -13,10 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedlora.engine.files import write_whole
+from fedlora.engine.ledgers import LEDGER, read_ledger
+from fedlora.engine.memory import Memory
 from fedlora.errors import CheckpointError, ConfigError
+from fedlora.privacy import Ledger
 from fedlora.protocol import State
 
 KEPT = 2  # checkpoints; the one before the last serves when the last is damaged
+SERVER = -1  # in the place of a client's id
 
 
 class RunFolder:
@@ -117,11 +121,35 @@ class RunFolder:
 
     def rounds(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
-        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return _lines(self.path / "metrics.jsonl")
+
+    @property
+    def memory(self) -> Memory:
+        """What clients keep, where they all live on this machine."""
+        return Memory(self.path / "checkpoint" / "clients")
+
+    @property
+    def ledger(self) -> Path:
+        """The file of the server's own ledger."""
+        return self.path / "checkpoint" / LEDGER
+
+    def ledgers(self) -> dict[int, Ledger]:
+        """What every client has spent, by its id; of client-level privacy the server's, as SERVER."""
+        server = read_ledger(self.ledger)
+        return self.memory.ledgers() | ({SERVER: server} if server else {})
+
+    def clients(self) -> list[dict[str, Any]]:
+        """The lines of clients.jsonl."""
+        return _lines(self.path / "clients.jsonl")
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoint").glob("round-*.safetensors"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; a torn last one is left out."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _seal(round: int, header: str, state: State) -> str:

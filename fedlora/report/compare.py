@@ -55,11 +55,11 @@ def _suffixes(runs: Sequence[Run]) -> list[str]:
     settings = {key: row for key, row in differences(runs).items() if not key.startswith("evaluate.")}
     if 0 < len(settings) <= 3:
         # A key that a group takes over from another, such as the seed, is told once.
-        settings = {(key.rsplit(".", 1)[-1], *row): row for key, row in settings.items()}
-        short = [key for key, *_ in settings]
+        once = {(key.rsplit(".", 1)[-1], *row): row for key, row in settings.items()}
+        short = [key for key, *_ in once]
         told = [
             "".join(f", {key} {value}" for key, value in zip(short, row, strict=True))
-            for row in zip(*settings.values(), strict=True)
+            for row in zip(*once.values(), strict=True)
         ]
         if len(set(told)) == len(told):
             return told

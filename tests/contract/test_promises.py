@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from fedlora.adapter import Adapter, Pair
+from fedlora.algebra import dense, of_dense
+from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Update
 from fedlora.strategy import cut
 
@@ -108,6 +110,30 @@ def test_linear_means_that_the_mean_of_what_was_sent_is_enough(
         news = aggregate(strategy, state, sent), aggregate(strategy, state, [Update(one, 1.0, peers[0])])
         found.append(same_model(np64, *news, 1e-11))
     assert all(found) == strategy.linear
+
+
+def test_products_means_that_the_mean_of_the_products_is_enough(
+    strategy, make, np64, rng, states, aggregate, same_model, largest
+):
+    """Of clients of one rank, since who holds which direction is no part of a mean."""
+    found = []
+    for state, ranks in itertools.product(states(), [(largest,) * 3, (2, 2, 2)]):
+        if ranks[0] < largest and not strategy.mixed_ranks:
+            continue
+        peers = [Peer(id, rank) for id, rank in zip((7, 2, 5), ranks, strict=True)]
+        sent = make.round(rng, strategy, state, peers, [3.0, 1.0, 2.0])
+        w, heads = [0.5, 1 / 6, 1 / 3], [u.adapter.extra for u in sent]
+        own = [u.adapter.pairs for u in sent]
+        mean = {m: sum(x * dense(p[m]) for x, p in zip(w, own, strict=True)) for m in own[0]}
+        extra = {n: sum(x * head[n] for x, head in zip(w, heads, strict=True)) for n in heads[0]}
+        one = Adapter({m: of_dense(delta) for m, delta in mean.items()}, extra)
+        try:
+            news = [aggregate(strategy, state, got) for got in (sent, [Update(one, 1.0, Peer(0, 1))])]
+        except IncompatibleUpdates:
+            found.append(False)
+            continue
+        found.append(same_model(np64, *news, 1e-9))
+    assert all(found) == strategy.products
 
 
 def test_a_shared_head_is_averaged_with_the_weights_and_an_own_one_stays(

@@ -13,7 +13,7 @@ from flwr.app import Context, Message, RecordDict
 from fedlora.client import Assignment, Client, Outcome
 from fedlora.engine import Memory, Site
 from fedlora.engine.wire import write_task
-from fedlora.errors import CheckpointError, ConfigError
+from fedlora.errors import CheckpointError, ConfigError, PrivacyError
 from fedlora.privacy import DPSGD, Entry, Ledger, Plan
 from fedlora.protocol import Task
 
@@ -189,3 +189,34 @@ def test_a_private_client_tells_nothing_of_rows_it_keeps_back(lab: Any, noise: A
 
     with pytest.raises(ConfigError, match="not covered by epsilon"):
         replace(lab.site(Private()), held_out=True)
+
+
+def test_a_ledger_that_is_deleted_while_the_run_goes_on_is_missed(
+    lab: Any, noise: Any, memory: Memory
+) -> None:
+    place, (asked, context) = site(lab, noise, memory), message(lab, 0, 1)
+    place.train([asked], [context])
+    path = next(memory._folder.glob("*/ledger.json"))
+    kept = path.read_text()
+    for text in (None, Ledger(1e-5).plus(Entry(1.0, 0.1, 1)).dump()):
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(CheckpointError, match="lacks what it spent before"):
+            place.train([message(lab, 0, 2)[0]], [context])
+        path.write_text(kept)
+    assert not place.train([message(lab, 0, 2)[0]], [context])[0].has_error()
+
+
+def test_why_private_training_failed_stays_with_the_client(
+    lab: Any, noise: Any, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Teller(Spender):
+        private = True
+
+    place = replace(lab.site(Teller(noise(), fail=(0,))), memory=memory)
+    with pytest.raises(PrivacyError) as told:
+        train(lab, place, [0], 1)
+    assert "no luck" not in str(told.value)
+    assert told.value.__cause__ is None
+    assert told.value.__suppress_context__
+    assert "no luck" in caplog.text
+    assert memory.ledger(0) is None

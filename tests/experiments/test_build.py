@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from fedlora.errors import ConfigError
-from fedlora.experiments.build import deal_ranks
+from fedlora.experiments.ranks import deal_ranks
 
 
 def test_one_rank_for_all() -> None:

@@ -156,3 +156,27 @@ def test_what_epsilon_would_not_cover_is_refused_before_the_first_round(
 def test_a_key_of_privacy_without_privacy_is_refused(run: Any) -> None:
     with pytest.raises(ConfigError, match=r"unknown key 'epsilon'.*dp_sgd"):
         run("privacy.epsilon=8")
+
+
+def test_metrics_that_may_be_known_come_and_are_said_not_to_be_covered(run: Any) -> None:
+    done = run(*DP, "strategy=ffalora", "privacy.epsilon=6", "privacy.public_metrics=true")
+    assert all(0 <= line["clipped"] <= 1 and line["loss"] > 0 for line in done.clients)
+    assert all(0 <= line["clipped"] <= 1 and line["train_loss"] > 0 for line in done.metrics)
+    assert any("public_metrics" in said for said in done.summary["ledger"]["not_covered"])
+
+
+def test_a_resumed_run_notices_a_ledger_that_is_gone_or_older(private: Any, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from fedlora.errors import CheckpointError
+    from fedlora.experiments.job import continued, run_job
+
+    for name, text in (("gone", None), ("older", Ledger(1e-5).plus(Entry(1.0, 0.1, 1)).dump())):
+        path = tmp_path / name
+        shutil.copytree(private.path, path)
+        (path / "checkpoint" / "round-000002.safetensors").unlink()
+        (path / "summary.json").unlink()
+        ledger = path / "checkpoint" / "clients" / "client-1" / "ledger.json"
+        ledger.unlink() if text is None else ledger.write_text(text)
+        with pytest.raises(CheckpointError, match="client 1 has let out"):
+            run_job(continued(path, []), Console(file=io.StringIO()))
