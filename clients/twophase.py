@@ -104,7 +104,7 @@ class TwoPhase(Client):
         """The client's model as it is before it trains; gradients reach it if `train`."""
         modules = targets(base, self.targets if isinstance(self.targets, str) else list(self.targets))
         peer = LoRA().peer(assignment.client, self.rank, modules)
-        fresh = fresh_adapter(base, modules, peer, True, assignment.seed)
+        fresh = fresh_adapter(base, modules, peer, base.heads, assignment.seed)
         return Personal(base, assignment, fresh, self.mu, train)
 
     def _train(self, base: Base, assignment: Assignment) -> Outcome:

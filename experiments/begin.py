@@ -23,7 +23,7 @@ def begin(
     lora: LoRA,
     modules: Mapping[str, tuple[int, int]],
     ranks: Sequence[int],
-    train_head: bool,
+    heads: Sequence[str],
 ) -> State:
     """The state before round 1, from `lora.adapter`, or else by `lora.init` or the start of the strategy.
 
@@ -34,7 +34,7 @@ def begin(
         lora: the rule from rank to scales.
         modules: what is adapted, module -> (d_out, d_in).
         ranks: the clients' ranks.
-        train_head: whether the heads are trained.
+        heads: those that are trained.
 
     Raises:
         FedLoraError: settings that cannot work together, or a rank that the strategy cannot serve.
@@ -47,7 +47,7 @@ def begin(
         )
     fold: dict[str, Pair] = {}
     if config.lora.adapter is None:
-        fresh = fresh_adapter(base, modules, lora.peer(0, max(ranks), modules), train_head, config.seed)
+        fresh = fresh_adapter(base, modules, lora.peer(0, max(ranks), modules), heads, config.seed)
         adapter, fold = taken_out(base, fresh, init, config.seed)
     elif init != "lora":
         raise ConfigError(
@@ -55,7 +55,7 @@ def begin(
             "lora.init=lora goes on from the adapter, lora.adapter=null starts from the base"
         )
     else:
-        adapter = _given(Path(config.lora.adapter), base, train_head, dora)
+        adapter = _given(Path(config.lora.adapter), base, heads, dora)
     if not adapter.pairs and not adapter.extra:
         raise ConfigError("lora.targets is empty and no head is trained: there is nothing to train")
     if dora:
@@ -65,15 +65,16 @@ def begin(
     return start
 
 
-def _given(folder: Path, base: Base, train_head: bool, dora: bool) -> Adapter:
+def _given(folder: Path, base: Base, heads: Sequence[str], dora: bool) -> Adapter:
     """An adapter that PEFT wrote, with a head if one is trained."""
     adapter = load_adapter(folder, base)
     magnitudes, head = split(adapter)
     if magnitudes and not dora:
         raise ConfigError(f"lora.adapter: '{folder}' is an adapter of DoRA; say lora.dora=true")
-    if head and not train_head:  # the base keeps that head, nobody trains or sends it
-        merge(base, Adapter({}, head))
-    kept = (head or base.head_state()) if train_head else {}
+    kept = base.head_state(heads)
+    if frozen := {name: value for name, value in head.items() if name not in kept}:
+        merge(base, Adapter({}, frozen))  # the base keeps what nobody trains or sends
+    kept |= {name: head[name] for name in kept if name in head}
     return Adapter(adapter.pairs, kept | {name + MAGNITUDE: value for name, value in magnitudes.items()})
 
 

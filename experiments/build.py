@@ -149,8 +149,8 @@ def build(config: DictConfig) -> Job:
     if isinstance(privacy, DPSGD):
         client = client.privately(privacy)
     fuse_of(config.engine.fuse)
-    if config.lora.head not in ("train", "freeze"):
-        raise ConfigError(f"lora.head: expected train or freeze, got '{config.lora.head}'")
+    if config.lora.head not in ("train", "last", "freeze"):
+        raise ConfigError(f"lora.head: expected train, last or freeze, got '{config.lora.head}'")
     dataset: Dataset = make(config.data.source, "data")
     d = config.data
     parts = partition(
@@ -172,18 +172,18 @@ def build(config: DictConfig) -> Job:
             f"strategy {type(strategy).__name__} combines clients of one rank only, ranks are "
             f"{sorted(set(ranks))}; use strategy=flexlora, or one rank"
         )
-    train_head = config.lora.head == "train"
-    given_head = config.lora.adapter is not None and not train_head
+    given_head = config.lora.adapter is not None and config.lora.head != "train"
     named = [config.models] if isinstance(config.models, str) else plain(config.models) or []
     bases = [load_base(_with_model(config, str(name)), dataset) for name in named]
     base = bases[0] if bases else load_base(config, dataset, load if given_head else _shared)
     apart = client.shared(base)  # what clients share where it is no part of the model
     _check_apart(config, strategy, client, apart is not None)
     if apart is not None:
-        modules, train_head = dict(apart), False
+        modules = dict(apart)
     else:
         modules = targets(base, plain(config.lora.targets)) if config.lora.targets else {}
-    start = begin(config, strategy, base, lora, modules, ranks, train_head)
+    heads = {"train": base.heads, "last": base.last, "freeze": ()}[config.lora.head]
+    start = begin(config, strategy, base, lora, modules, ranks, heads if apart is None else ())
     rows = [
         encode(dataset.kind, dataset.train, dataset.labels, model.tokenizer, d.max_length)
         for model in bases or [base]

@@ -272,10 +272,10 @@ def _magnitudes(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Par
 
 
 def _copies(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Module]:
-    """The adapter's own copy of every head of the base, or of none where the adapter has no extras."""
+    """The adapter's own copy of every head of which it has tensors; the base's own serves for the others."""
     extra = {key: value for key, value in split(adapter)[1].items() if not key.endswith(SPARSE)}
     copies = {}
-    for name in base.heads if extra else ():
+    for name in (n for n in base.heads if any(key.startswith(f"{n}.") for key in extra)):
         twin = copy.deepcopy(base.model.get_submodule(name))
         for key, parameter in twin.named_parameters():
             given = extra.get(f"{name}.{key}")

@@ -81,11 +81,16 @@ class Base:
         right = (chosen.argmax(-1) == wanted).to(each.dtype)
         return empty.index_add(0, rows, each * share), empty.index_add(0, rows, right * share)
 
-    def head_state(self) -> dict[str, Tensor]:
-        """A copy of the heads' parameters as loaded, in float32 at least."""
+    @property
+    def last(self) -> tuple[str, ...]:
+        """The head that gives the output, alone: the last in the model's own order; none without heads."""
+        return tuple([name for name, _ in self.model.named_modules() if name in self.heads][-1:])
+
+    def head_state(self, heads: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """A copy of the parameters of these heads as loaded, of all by default; in float32 at least."""
         return {
             f"{head}.{name}": _precise(p.detach().clone())
-            for head in self.heads
+            for head in (self.heads if heads is None else heads)
             for name, p in self.model.get_submodule(head).named_parameters()
         }
 

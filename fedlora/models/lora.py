@@ -115,7 +115,7 @@ def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> fl
 
 
 def fresh_adapter(
-    base: Base, modules: Mapping[str, tuple[int, int]], peer: Peer, train_head: bool, seed: int = 0
+    base: Base, modules: Mapping[str, tuple[int, int]], peer: Peer, heads: Sequence[str], seed: int = 0
 ) -> Adapter:
     """LoRA's initial adapter: A uniform in ±1/√d_in (PEFT's Kaiming with a = √5), B zero; the head as loaded.
 
@@ -123,7 +123,7 @@ def fresh_adapter(
         base: the model.
         modules: module -> (d_out, d_in), from `targets`.
         peer: whose ranks and scales to take; a run starts with those of its largest client.
-        train_head: whether the heads are part of the adapter.
+        heads: those that are part of the adapter.
         seed: of A.
     """
     rng = generator(seed, "adapter")
@@ -132,7 +132,7 @@ def fresh_adapter(
         rank, bound = peer.ranks.get(name, peer.rank), d_in**-0.5
         A = torch.from_numpy(rng.uniform(-bound, bound, (rank, d_in))).float()
         pairs[name] = Pair(A, torch.zeros(d_out, rank), peer.scales[name])
-    extra = {name: value.cpu() for name, value in base.head_state().items()} if train_head else {}
+    extra = {name: value.cpu() for name, value in base.head_state(heads).items()}
     return Adapter(pairs, extra)
 
 

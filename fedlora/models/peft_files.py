@@ -61,7 +61,7 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
     for name, value in magnitudes.items():
         tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = value.contiguous()
-    for name, value in (heads or base.head_state()).items():
+    for name, value in (base.head_state() | heads).items():
         tensors[_PREFIX + name] = value.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))

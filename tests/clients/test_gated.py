@@ -38,7 +38,7 @@ def moved(adapter: Adapter, seed: int) -> Adapter:
 
 def expert(base: Base, seed: int = 0, head: bool = True) -> Adapter:
     shapes = targets(base, "all-linear" if base.kind == "instruction" else ["query", "value"])
-    return moved(fresh_adapter(base, shapes, LoRA().peer(0, 2, shapes), head), seed)
+    return moved(fresh_adapter(base, shapes, LoRA().peer(0, 2, shapes), base.heads if head else ()), seed)
 
 
 def gate(width: int, seed: int = 0, large: float = 0.0) -> Adapter:

@@ -26,7 +26,7 @@ def assignment(number: int, client: int = 0, round: int = 1, seed: int = 0, task
 
 def start(base: Base, rank: int, **more: Any) -> Task:
     shapes = targets(base, ["query", "value"])
-    return Task(fresh_adapter(base, shapes, LoRA().peer(0, rank, shapes), True), **more)
+    return Task(fresh_adapter(base, shapes, LoRA().peer(0, rank, shapes), base.heads), **more)
 
 
 def gap(one: Adapter, other: Adapter) -> float:

@@ -23,7 +23,7 @@ CLIENT = LocalTraining(lr=0.1, batch_size=4, steps=200).privately(PRIVACY)
 
 def assignment(base: Any, rows: int = 40, **more: Any) -> Assignment:
     modules = targets(base, "query")
-    adapter = fresh_adapter(base, modules, LoRA().peer(0, 2, modules), True)
+    adapter = fresh_adapter(base, modules, LoRA().peer(0, 2, modules), base.heads)
     own = [Example([5 + i % 7, 6, 7 + i % 3], i % 2) for i in range(rows)]
     return replace(Assignment(0, 1, 0, Task(adapter), own), **more)
 

@@ -27,7 +27,7 @@ def rows(number: int, seed: int = 0) -> list[Example]:
 def start(base: Base, rank: int, seed: int = 0) -> Adapter:
     """With B of its own, so that every factor has a gradient."""
     shapes = targets(base, ["query", "value"])
-    adapter = fresh_adapter(base, shapes, LoRA().peer(0, rank, shapes), True, seed)
+    adapter = fresh_adapter(base, shapes, LoRA().peer(0, rank, shapes), base.heads, seed)
     made = torch.Generator().manual_seed(seed)
     pairs = {m: replace(p, B=0.05 * torch.randn(p.B.shape, generator=made)) for m, p in adapter.pairs.items()}
     return Adapter(pairs, adapter.extra)

@@ -94,7 +94,7 @@ def rows(base: Base, number: int, seed: int = 0) -> list[Example]:
 
 def work(base: Base, client: int = 0, names: Any = "all-linear") -> Assignment:
     shapes = targets(base, names)
-    start = fresh_adapter(base, shapes, LoRA().peer(0, 2, shapes), base.kind == "classification")
+    start = fresh_adapter(base, shapes, LoRA().peer(0, 2, shapes), base.heads)
     return Assignment(client, 1, 0, Task(start), rows(base, 9, client))
 
 

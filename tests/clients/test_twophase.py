@@ -98,7 +98,7 @@ def test_with_mu_zero_phase_1_knows_nothing_of_the_shared_adapter(base: Base) ->
     assert same(local(0.0, 0), local(0.0, 1))
     assert not same(local(0.5, 0), local(0.5, 1))
     modules = targets(base, TARGETS)
-    start = fresh_adapter(base, modules, LoRA().peer(0, 2, modules), True)
+    start = fresh_adapter(base, modules, LoRA().peer(0, 2, modules), base.heads)
     plain = LocalTraining(**OWN).train(base, [dataclasses.replace(work(), task=Task(start))])[0]
     for name, tensor in plain.adapter.tensors():
         assert torch.allclose(local(0.0, 0)[f"local/{name}"], tensor, atol=1e-5), name
@@ -116,7 +116,7 @@ def test_the_personal_prediction_is_the_weighted_mean_of_both(base: Base, mu: fl
     outcome = client(mu).train(base, [work()])[0]
     job = dataclasses.replace(work(7, outcome.adapter), memory=outcome.memory)
     modules = targets(base, TARGETS)
-    fresh = fresh_adapter(base, modules, LoRA().peer(0, 2, modules), True)
+    fresh = fresh_adapter(base, modules, LoRA().peer(0, 2, modules), base.heads)
     found = {n: outcome.memory[f"local/{n}"] for n, _ in fresh.tensors()}
     pairs = {m: Pair(found[f"{m}.A"], found[f"{m}.B"], 2.0) for m in fresh.pairs}
     own = Adapter(pairs, {name: found[name] for name in fresh.extra})

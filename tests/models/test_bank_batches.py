@@ -19,7 +19,7 @@ from fedlora.trainer import Job, fit
 def test_a_bfloat16_base_trains_float32_adapters(zoo: Any, name: str) -> None:
     base = zoo.base(name, dtype="bfloat16")
     shapes = targets(base, "all-linear")
-    start = fresh_adapter(base, shapes, LoRA().peer(0, 3, shapes), True)
+    start = fresh_adapter(base, shapes, LoRA().peer(0, 3, shapes), base.heads)
     jobs = [Job(Task(start), [zoo.rows(base, 4, seed)]) for seed in range(2)]
     for one in fit(
         base, jobs, lambda groups: torch.optim.SGD([p for found in groups.values() for p in found], lr=0.1)

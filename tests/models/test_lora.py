@@ -117,12 +117,12 @@ def test_patterns_that_cannot_work_are_refused(zoo: Any, settings: dict[str, Any
     base = zoo.base("bert")
     shapes = targets(base, "query")
     with pytest.raises(FedLoraError):
-        fresh_adapter(base, shapes, LoRA(**settings).peer(0, 4, shapes), False)
+        fresh_adapter(base, shapes, LoRA(**settings).peer(0, 4, shapes), ())
 
 
 def fresh(base: Any, rank: int = 4, seed: int = 0, head: bool = True, **lora: Any) -> Adapter:
     shapes = targets(base, "all-linear")
-    return fresh_adapter(base, shapes, LoRA(**lora).peer(0, rank, shapes), head, seed)
+    return fresh_adapter(base, shapes, LoRA(**lora).peer(0, rank, shapes), base.heads if head else (), seed)
 
 
 def test_a_fresh_adapter_changes_nothing_and_fills_the_bounds_of_its_rows(zoo: Any) -> None:
@@ -165,7 +165,7 @@ def test_another_process_draws_the_same_head_and_adapter(zoo: Any) -> None:
         "from fedlora.models import load, targets, fresh_adapter, LoRA\n"
         f"base = load({base.path!r}, 'classification', {zoo.labels!r}, seed=5)\n"
         "shapes = targets(base, 'all-linear')\n"
-        "print(fresh_adapter(base, shapes, LoRA().peer(0, 4, shapes), True, 0).digest())\n"
+        "print(fresh_adapter(base, shapes, LoRA().peer(0, 4, shapes), base.heads, 0).digest())\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == fresh(base).digest()

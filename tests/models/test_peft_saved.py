@@ -135,7 +135,7 @@ def test_a_merged_bfloat16_model_is_rounded_once(zoo: Any) -> None:
 def test_a_fresh_adapter_is_the_plain_model_with_our_head(zoo: Any, tmp_path: Path) -> None:
     base = zoo.base("roberta")
     shapes = targets(base, SOME["roberta"])
-    adapter = fresh_adapter(base, shapes, LoRA().peer(0, 4, shapes), True)
+    adapter = fresh_adapter(base, shapes, LoRA().peer(0, 4, shapes), base.heads)
     save_adapter(adapter, base, tmp_path)
     model = PeftModel.from_pretrained(zoo.plain(base), str(tmp_path))
     rows = zoo.batch(base)

@@ -23,7 +23,7 @@ STARTS = ("pissa", "olora")
 
 def start(base: Any, init: str, rank: int = 3, alpha: float = 5.0, head: bool = True) -> Any:
     shapes = targets(base, "all-linear")
-    fresh = fresh_adapter(base, shapes, LoRA(alpha=alpha).peer(0, rank, shapes), head)
+    fresh = fresh_adapter(base, shapes, LoRA(alpha=alpha).peer(0, rank, shapes), base.heads if head else ())
     return taken_out(base, fresh, init)
 
 
