@@ -79,7 +79,7 @@ class LocalTraining(Client):
         if self.privacy is not None:
             return self._train_privately(base, assignments, self.privacy)
         jobs = [Job(replace(a.task, adapter=a.start), self.batches(a)) for a in assignments]
-        fitted = fit(base, jobs, self._make_optimizer, self._factor, self.clip, self.micro_tokens)
+        fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, self.clip, self.micro_tokens)
         return [
             replace(_outcome(a, f.adapter), metrics={"loss": f.loss, "steps": float(f.steps)})
             for a, f in zip(assignments, fitted, strict=True)
@@ -113,7 +113,7 @@ class LocalTraining(Client):
             mechanism = plan.mechanism(a.client, a.round)
             drawn = [mechanism.source.chosen(len(a.rows), plan.q) for _ in range(plan.steps)]
             jobs.append(Job(task, [[a.rows[i] for i in batch] for batch in drawn], mechanism))
-        fitted = fit(base, jobs, self._make_optimizer, self._factor, None, self.micro_tokens)
+        fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, None, self.micro_tokens)
         outcomes = []
         for a, f, plan in zip(assignments, fitted, plans, strict=True):
             ledger, examples = plan.after(a.ledger), None if privacy.public_counts else 1
@@ -132,8 +132,8 @@ class LocalTraining(Client):
         batches: Sequence[Sequence[Example]],
     ) -> tuple[float, int]:
         """The same kind of steps for one client, on a loss of the caller's; see `trainer.descend`."""
-        made, tokens = self._make_optimizer, self.micro_tokens
-        return descend(base, parameters, losses, batches, made, self._factor, self.clip, tokens)
+        made, tokens = self.make_optimizer, self.micro_tokens
+        return descend(base, parameters, losses, batches, made, self.rate_factor, self.clip, tokens)
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
         """Rows of a step times the mean length of a row."""
@@ -158,14 +158,16 @@ class LocalTraining(Client):
         """The steps of a round of a client of so many rows."""
         return self.steps if self.steps is not None else math.ceil(rows / self.batch_size) * self.epochs
 
-    def _make_optimizer(self, parameters: Parameters) -> torch.optim.Optimizer:
+    def make_optimizer(self, parameters: Parameters) -> torch.optim.Optimizer:
+        """The optimizer of a client's parameters, grouped as "A", "B" and "head", at their rates."""
         rates = {"B": self.lr * self.lr_ratio, "head": self.head_lr or self.lr}
         groups: list[dict[str, Any]] = [
             {"params": found, "lr": rates.get(name, self.lr)} for name, found in parameters.items()
         ]
         return self.optimizer(groups)
 
-    def _factor(self, step: int, steps: int) -> float:
+    def rate_factor(self, step: int, steps: int) -> float:
+        """What the rates are multiplied with in a step, from 0, of so many."""
         rising = self.warmup * steps
         if step < rising:
             return (step + 1) / (rising + 1)

@@ -1,4 +1,4 @@
-"""The `fedlora` command: run, report, export, verify, demo.
+"""The `fedlora` command: run, report, export, verify, privacy, demo.
 
 A wrong key, value, file or column ends in one line on standard error and exit code 2; anything unexpected
 leaves its traceback in a file, one line that names it, and exit code 1.
@@ -32,6 +32,7 @@ USAGE = """fedlora: federated LoRA, in one process by default
   fedlora report DIR... [--to FILE]     one HTML page about a run, or several
   fedlora export RUN --to DIR [--merge] the adapter in PEFT's files, or a merged model
   fedlora verify RUN                    load a run's adapter with plain PEFT and compare
+  fedlora privacy plan|show|audit       what privacy costs, has cost, and whether training keeps its word
 
 fedlora VERB --help says more about each.
 """
@@ -50,7 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `fedlora` command."""
     words = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = _notice
-    verbs = {"run": _run, "report": _report, "export": _export, "verify": _verify, "demo": _demo}
+    verbs = {
+        "run": _run,
+        "report": _report,
+        "export": _export,
+        "verify": _verify,
+        "privacy": _privacy,
+        "demo": _demo,
+    }
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return
@@ -189,6 +197,12 @@ def _verify(words: list[str]) -> None:
     from .saved import verify
 
     print(verify(given.run))
+
+
+def _privacy(words: list[str]) -> None:
+    from .privacy_command import privacy
+
+    privacy(words)
 
 
 def _demo(words: list[str]) -> None:

@@ -41,7 +41,7 @@ def epoch(built: Built, assignments: Sequence[Assignment], private: bool) -> Non
         Job(a.task, client.batches(a), Mechanism(0.7, 1.0, client.batch_size, Source()) if private else None)
         for a in assignments
     ]
-    fit(built.base, jobs, client._make_optimizer, None, None if private else client.clip, client.micro_tokens)
+    fit(built.base, jobs, client.make_optimizer, None, None if private else client.clip, client.micro_tokens)
 
 
 def main() -> None:

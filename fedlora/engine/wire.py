@@ -157,7 +157,7 @@ def _count(record: Any) -> int:
     if isinstance(record, ArrayRecord):
         return record.count_bytes()
     # Flower fails on an empty list or string; their names count.
-    full = {name: value for name, value in record.items() if value not in ([], "")}
+    full = {name: value for name, value in record.items() if value not in ([], "", b"")}
     return int(type(record)(full).count_bytes()) + sum(len(name) for name in record if name not in full)
 
 

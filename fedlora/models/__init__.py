@@ -3,7 +3,7 @@
 from fedlora.models.bank import Bank
 from fedlora.models.base import Base, load
 from fedlora.models.dora import with_magnitudes
-from fedlora.models.lora import LoRA, fresh_adapter, targets
+from fedlora.models.lora import LoRA, fresh_adapter, layer_weight, targets
 from fedlora.models.peft_files import by_peft, load_adapter, merge, save_adapter
 from fedlora.models.starts import taken_out
 from fedlora.models.tap import Tap
@@ -15,6 +15,7 @@ __all__ = [
     "Tap",
     "by_peft",
     "fresh_adapter",
+    "layer_weight",
     "load",
     "load_adapter",
     "merge",

@@ -166,7 +166,7 @@ def test_one_pass_trains_clients_with_their_own_factors_frozen(base: Base) -> No
 
 def factors(steps: int, **settings: Any) -> list[float]:
     client = LocalTraining(lr=1.0, **settings)
-    return [client._factor(step, steps) for step in range(steps)]
+    return [client.rate_factor(step, steps) for step in range(steps)]
 
 
 def test_schedules() -> None:
