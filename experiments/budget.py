@@ -22,6 +22,7 @@ from fedlora.trainer import Job as Work
 from fedlora.trainer import fit
 
 from .build import Job, build, make
+from .private import planned
 from .settings import compose
 
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
@@ -146,7 +147,8 @@ def _outlook(name: str, job: Job, privacy: Privacy, plans: Sequence[tuple[int, P
             if isinstance(privacy, ClientLevel):
                 central = Central(privacy, worst, Path(folder) / "ledger.json", job.peer(0, max(job.ranks)))
                 central.sample([], round)
-                updates = [central.release(job.strategy, state, [], [])]
+                total = central.total(job.strategy, state, [], [])
+                updates = [central.release(job.strategy, state, total)]
             else:
                 updates = list(_noise(job, state, [own for _, own in plans][:n], round))
             state = job.strategy.aggregate(state, updates, rng)
@@ -194,7 +196,7 @@ def _plans_table(privacy: Privacy, plans: Sequence[tuple[int, Plan]]) -> Table:
     rows = []
     for size in shown:
         own = next(plan for n, plan in plans if n == size)
-        total = own.steps * (privacy.rounds if isinstance(privacy, ClientLevel) else privacy.participations)
+        total = own.steps * planned(privacy)
         spent = Ledger(own.delta, (Entry(own.sigma, own.q, total),), privacy.accountant).epsilon
         count = sum(n == size for n, _ in plans)
         cells = [str(size), str(count), f"{own.q:.4f}", str(total), f"{own.delta:g}", f"{own.sigma:.3f}"]
@@ -217,7 +219,8 @@ def _outlooks_table(found: Iterable[Outlook], rounds: int) -> Table:
     ]
     note = (
         f"At best: every record pulls one way at the clip. Below {HOPELESS:g} nothing was learned where it "
-        f"was measured, below {HARD:g} little. Noise: ‖ΔW‖ of rounds of nothing else. What helps: more records a client, larger batches, fewer trained "
-        "numbers (ffalora, smaller ranks, lora.head=last or freeze), more clients a round, a larger epsilon."
+        f"was measured, below {HARD:g} little. Noise: ‖ΔW‖ of rounds of nothing else. What helps: more "
+        "records a client, larger batches, fewer trained numbers (ffalora, smaller ranks, lora.head=last or "
+        "freeze), more clients a round, a larger epsilon."
     )
     return Table("What that noise does", header, rows, note)

@@ -138,12 +138,15 @@ def build(config: DictConfig) -> Job:
         config.evaluate.every,
         config.evaluate.updates,
         config.evaluate.clients or strategy.personal,
+        config.secure_sum,
     )
     if rules.evaluate_updates and strategy.personal:
         raise ConfigError(
             f"evaluate.updates: what a client of {type(strategy).__name__} sends is no whole model; leave it "
             "out, its clients evaluate their own models"
         )
+    if rules.secure_sum:
+        private.check_sum(strategy, rules)
     if privacy is not None:
         private.check(privacy, strategy, rules, bool(config.lora.get("dora")))
     if isinstance(privacy, DPSGD):

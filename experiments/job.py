@@ -193,7 +193,7 @@ def _finish(
         ends |= job.named(ends["local_loss"], ends["local_accuracy"])
     privacy: dict[str, Any] = {}
     if job.privacy is not None:
-        privacy = private.summary(job.privacy, folder.ledgers())
+        privacy = private.summary(job.privacy, folder.ledgers(), job.rules.secure_sum)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     summary = {
         "strategy": _name(config),

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from fedlora.client import Client
 from fedlora.engine import SERVER, Rules, RunFolder
+from fedlora.engine.secure import LEAST
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base
 from fedlora.privacy import DPSGD, ClientLevel, Ledger, Plan, Privacy, self_test, worst
@@ -59,7 +60,28 @@ def _check_central(privacy: ClientLevel, strategy: Strategy, rules: Rules) -> No
         )
     if rules.rounds > privacy.rounds:
         raise ConfigError(
-            f"privacy.rounds: the noise would be for {privacy.rounds} rounds, the run has {rules.rounds}"
+            f"privacy.rounds: the noise would be for {planned(privacy)} rounds, the run has {rules.rounds}"
+        )
+
+
+def check_sum(strategy: Strategy, rules: Rules) -> None:
+    """Refuse secure sums where a sum is not enough, or would show what it should hide.
+
+    Raises:
+        ConfigError: says what, and why.
+    """
+    if strategy.personal or not strategy.linear:
+        raise ConfigError(
+            f"secure_sum: strategy {type(strategy).__name__} needs more of its clients' updates than the "
+            "mean of their factors, which is all that such a sum shows; use ffalora, fedit, fedsvd, rolora, "
+            "slora or privatelora"
+        )
+    if rules.evaluate_updates:
+        raise ConfigError("evaluate.updates: under secure_sum nobody sees a single update; leave it out")
+    if rules.clients_per_round is not None and rules.clients_per_round < LEAST:
+        raise ConfigError(
+            f"secure_sum: expected clients_per_round of at least {LEAST}, got {rules.clients_per_round}: of "
+            "two clients each knows the other's update from the sum"
         )
 
 
@@ -110,6 +132,14 @@ def check_ledgers(privacy: Privacy | None, folder: RunFolder) -> None:
             )
 
 
+def planned(privacy: Privacy) -> int:
+    """For how many rounds the noise is made: of a client, or of the run."""
+    if isinstance(privacy, DPSGD):
+        return privacy.participations
+    assert isinstance(privacy, ClientLevel)
+    return privacy.rounds
+
+
 def opening(privacy: Privacy, plans: Sequence[Plan]) -> str:
     """What is promised, in a line; a second one where it is not."""
     sigmas = [plan.sigma for plan in plans]
@@ -117,10 +147,10 @@ def opening(privacy: Privacy, plans: Sequence[Plan]) -> str:
     noise = f"{high:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
     if isinstance(privacy, ClientLevel):
         whom = "over the whole run, for one client more or less"
-        rest = f"each client in a round with probability {plans[0].q:.3g}, for {privacy.rounds} rounds"
+        rest = f"each client in a round with probability {plans[0].q:.3g}, for {planned(privacy)} rounds"
     else:
         whom = "a client over the whole run, for one record more or less"
-        rest = f"Poisson batches, for {_planned(privacy)} rounds a client"
+        rest = f"Poisson batches, for {planned(privacy)} rounds a client"
     text = f"privacy: epsilon {privacy.epsilon:g} {whom}; clip {privacy.clip:g}, sigma {noise}, {rest}"
     return text if privacy.valid else f"{text}\nprivacy: NOT VALID, the noise comes from insecure_test_seed"
 
@@ -141,12 +171,13 @@ def spent(privacy: Privacy, ledgers: Iterable[Ledger]) -> dict[str, Any]:
     return told | {"clip": privacy.clip, "epsilon_valid": valid}
 
 
-def summary(privacy: Privacy, ledgers: Mapping[int, Ledger]) -> dict[str, Any]:
+def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -> dict[str, Any]:
     """What was spent and what it means, for the summary of a run.
 
     Args:
         privacy: the settings.
         ledgers: by client; for client-level privacy the server's alone.
+        secure_sum: whether the server saw sums only.
     """
     told = spent(privacy, ledgers.values())
     form = Ledger(1.0, accountant=privacy.accountant, unit=privacy.unit).record()
@@ -162,14 +193,14 @@ def summary(privacy: Privacy, ledgers: Mapping[int, Ledger]) -> dict[str, Any]:
             "clip": privacy.clip,
             "valid": told["epsilon_valid"],
             **{name: form[name] for name in ("unit", "adjacency", "mechanism", "accountant")},
-            "not_covered": not_covered(privacy),
+            "not_covered": not_covered(privacy, secure_sum),
             **({"server": server} if server else {}),
             "clients": {} if _hidden(privacy) else each,
         },
     }
 
 
-def not_covered(privacy: Privacy) -> list[str]:
+def not_covered(privacy: Privacy, secure_sum: bool = False) -> list[str]:
     """What a run lets out beside what its epsilon is of."""
     found = ["settings that were chosen by looking at the private rows", "that a client failed"]
     if isinstance(privacy, DPSGD) and privacy.public_counts:
@@ -178,7 +209,10 @@ def not_covered(privacy: Privacy) -> list[str]:
         found.append("training losses and shares of clipped records (privacy.public_metrics)")
     if isinstance(privacy, ClientLevel):
         found.append("who took part, in clients.jsonl, and how many, in metrics.jsonl and report.html")
-        found.append("what the server itself sees: every update in the clear")
+        if not secure_sum:
+            found.append(
+                "what the server itself sees: every update in the clear (secure_sum=true hides them)"
+            )
     return found
 
 
@@ -203,10 +237,6 @@ def more_rounds(config: DictConfig, rounds: int) -> None:
             f"resume: the noise of this run is for {planned} rounds, more would break its epsilon "
             f"of {config.privacy.epsilon:g}; start a new run with rounds={rounds}"
         )
-
-
-def _planned(privacy: Privacy) -> int:
-    return privacy.participations if isinstance(privacy, DPSGD) else 0
 
 
 def _hidden(privacy: Privacy) -> bool:

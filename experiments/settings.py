@@ -64,6 +64,7 @@ class Schema:
     ranks: Any = 8
     weights: str = "examples"
     min_updates: int = 1
+    secure_sum: bool = False
     seed: int = 0
     lora: Lora = field(default_factory=Lora)
     evaluate: Evaluate = field(default_factory=Evaluate)

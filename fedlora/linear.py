@@ -5,6 +5,7 @@ them as from one update, the mean. So a server may be shown no more than a sum: 
 privacy) or under masks (secure sums). The widest task is that of a client of the largest ranks.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from fedlora.algebra import compress, dense, of_dense
 from fedlora.protocol import Task
 
 Form = Mapping[str, tuple[int, ...]]
+MARGIN = 1e-9  # relative, more than the rounding of a norm in float64
 
 
 def form(task: Task) -> dict[str, tuple[int, ...]]:
@@ -80,6 +82,14 @@ def with_shared(wide: Task, shared: Mapping[str, Tensor]) -> Adapter:
         for name, pair in old.pairs.items()
     }
     return Adapter(pairs, {name: new(name, tensor) for name, tensor in old.extra.items()})
+
+
+def clipped(change: Tensor, clip: float) -> Tensor:
+    """A vector of norm at most `clip`; zero where it is not finite."""
+    norm = float(torch.linalg.vector_norm(change))
+    if not math.isfinite(norm):
+        return torch.zeros_like(change)
+    return change * min(1.0, clip / max(norm * (1 + MARGIN), 1e-300))
 
 
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,11 +1,12 @@
 """Running a strategy over clients: Flower's messages, the rounds, the run's folder, the display."""
 
 from fedlora.engine.central import Central
-from fedlora.engine.federation import Federation, Rules
+from fedlora.engine.federation import Federation
 from fedlora.engine.folder import SERVER, RunFolder
 from fedlora.engine.grid import InProcessGrid
 from fedlora.engine.memory import Memory
 from fedlora.engine.progress import Progress, megabytes
+from fedlora.engine.rules import Rules
 from fedlora.engine.site import Site
 
 __all__ = [

@@ -5,15 +5,17 @@ https://arxiv.org/abs/1710.06963, their fixed-denominator estimator.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fedlora.engine.ledgers import read_ledger, spend
 from fedlora.linear import (
+    Form,
+    clipped,
     embed,
     factor_change,
     flat,
@@ -28,7 +30,6 @@ from fedlora.protocol import Peer, State, Task, Update
 from fedlora.strategy import Strategy
 
 Node = TypeVar("Node")
-MARGIN = 1e-9  # relative, more than the rounding of a norm in float64
 
 
 class Central:
@@ -54,6 +55,11 @@ class Central:
         """What all rounds so far have cost; None for nothing."""
         return read_ledger(self._path)
 
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What clients that send under masks have to do themselves, for `SecureSum`."""
+        return {"clip": self._privacy.clip, "cap": self._privacy.example_cap}
+
     def refusal(self) -> str | None:
         """Why there must not be another round; None if there may."""
         return self._plan.refusal(self.ledger)
@@ -63,10 +69,10 @@ class Central:
         self._mechanism = self._plan.mechanism(-1, round)
         return [nodes[i] for i in self._mechanism.source.chosen(len(nodes), self._plan.q)]
 
-    def release(
+    def total(
         self, strategy: Strategy, state: State, updates: Sequence[Update], tasks: Sequence[Task]
-    ) -> Update:
-        """The noised mean of a round's updates, as the one update that the strategy needs; paid for first.
+    ) -> Tensor:
+        """Σ_k w_k clip(Δ_k) of what came, (n,), float64; of factors or, where it is they, of products.
 
         Args:
             strategy: linear in factors, or in products.
@@ -74,48 +80,43 @@ class Central:
             updates: those that came; there may be none.
             tasks: what each was sent.
         """
+        wide = strategy.task(state, self._widest)
+        total = torch.zeros(
+            sum(math.prod(shape) for shape in _sizes(strategy, wide).values()), dtype=torch.float64
+        )
+        for task, update in zip(tasks, updates, strict=True):
+            if strategy.linear:
+                change = factor_change(task.adapter, update.adapter, wide)
+            else:
+                change = product_change(task.adapter, update.adapter)
+            bounded = clipped(flat(change), self._privacy.clip)
+            total += self._privacy.weight(update.weight) * bounded.to(total)
+        return total
+
+    def release(self, strategy: Strategy, state: State, total: Tensor) -> Update:
+        """The noised mean of a round, as the one update that the strategy needs; paid for first.
+
+        Args:
+            strategy: as for `total`.
+            state: the state that the updates answered to.
+            total: the sum of clipped changes.
+        """
         mechanism, wide = self._mechanism, strategy.task(state, self._widest)
         assert mechanism is not None, "a round begins with its sample"
         self._mechanism = None  # its noise is drawn once
         spend(self._path, self._plan.after(self.ledger))
-        changes = [self._change(strategy, t, u, wide) for t, u in zip(tasks, updates, strict=True)]
-        weights = [self._privacy.weight(update.weight) for update in updates]
-        if strategy.linear:
-            sizes = form(wide)
-        else:
-            whole = {name: pair.shape for name, pair in wide.adapter.pairs.items()}
-            sizes = whole | {name: tuple(tensor.shape) for name, tensor in wide.adapter.extra.items()}
-        mean = split(noised_mean([flat(c) for c in changes], weights, mechanism, sizes), sizes)
+        noise = mechanism.source.normals(len(total)) * (mechanism.sigma * mechanism.clip)
+        sizes = _sizes(strategy, wide)
+        mean = split((total + noise) / mechanism.batch_size, sizes)
         if not strategy.linear:
             return Update(moved_products(wide, mean))
-        scales = {name: pair.scale for name, pair in wide.adapter.pairs.items()}
-        start = embed(wide.adapter, sizes, scales)
+        start = embed(wide.adapter, sizes, {name: pair.scale for name, pair in wide.adapter.pairs.items()})
         return Update(with_shared(wide, {name: start[name] + mean[name] for name in sizes}))
 
-    def _change(self, strategy: Strategy, task: Task, update: Update, wide: Task) -> Mapping[str, Tensor]:
-        if strategy.linear:
-            return factor_change(task.adapter, update.adapter, wide)
-        return product_change(task.adapter, update.adapter)
 
-
-def noised_mean(
-    changes: Sequence[Tensor],
-    weights: Sequence[float],
-    mechanism: Mechanism,
-    sizes: Mapping[str, Sequence[int]],
-) -> Tensor:
-    """(Σ_k w_k clip(Δ_k) + noise) / denominator, float64.
-
-    Args:
-        changes: one vector a client, (n,); one that is not finite counts as zero.
-        weights: from 0 to 1.
-        mechanism: σ, the clip, the denominator as its batch size, and the noise.
-        sizes: the shapes that make up n.
-    """
-    total = mechanism.source.normals(sum(math.prod(shape) for shape in sizes.values()))
-    total *= mechanism.sigma * mechanism.clip
-    for change, weight in zip(changes, weights, strict=True):
-        norm = float(torch.linalg.vector_norm(change))
-        if math.isfinite(norm) and norm > 0:
-            total += change.to(total) * (weight * min(1.0, mechanism.clip / (norm * (1 + MARGIN))))
-    return total / mechanism.batch_size
+def _sizes(strategy: Strategy, wide: Task) -> Form:
+    """The names and shapes of what is summed."""
+    if strategy.linear:
+        return form(wide)
+    whole = {name: pair.shape for name, pair in wide.adapter.pairs.items()}
+    return whole | {name: tuple(tensor.shape) for name, tensor in wide.adapter.extra.items()}

@@ -8,9 +8,10 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
@@ -18,51 +19,19 @@ from flwr.serverapp.strategy import Strategy as FlowerStrategy
 from fedlora.engine.central import Central
 from fedlora.engine.certificate import certificate, seal, sizes
 from fedlora.engine.folder import RunFolder
-from fedlora.engine.inbox import Inbox
+from fedlora.engine.inbox import Inbox, line_of
 from fedlora.engine.progress import Progress
-from fedlora.engine.wire import write_task
-from fedlora.errors import ConfigError
+from fedlora.engine.rules import Rules
+from fedlora.engine.secure import SecureRound
+from fedlora.engine.secure_sum import SecureSum
+from fedlora.engine.wire import read_update, write_task
+from fedlora.errors import ConfigError, IncompatibleUpdates
 from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
 from fedlora.strategy import Strategy
 
 Evaluate = Callable[[Sequence[Task]], list[tuple[float, float]]]
 Named = Callable[[float, float], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a federation is run, whatever the algorithm.
-
-    Args:
-        rounds: in all, those before a resume included.
-        seed: of sampling, and of all that clients draw.
-        clients_per_round: how many are sampled without replacement; None takes all.
-        weights: what a client counts, "examples" or "uniform".
-        min_updates: with fewer good updates a round ends without changing the state.
-        evaluate_every: rounds between evaluations on the server's test rows; 0 never.
-        evaluate_updates: whether each client's update is also evaluated by itself on those rows, which shows
-            what the client would have reached alone.
-        evaluate_clients: whether clients evaluate their own models, before they train and at the end.
-    """
-
-    rounds: int
-    seed: int
-    clients_per_round: int | None = None
-    weights: Literal["examples", "uniform"] = "examples"
-    min_updates: int = 1
-    evaluate_every: int = 1
-    evaluate_updates: bool = False
-    evaluate_clients: bool = False
-
-    def __post_init__(self) -> None:
-        least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate_every": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
-        if self.weights not in ("examples", "uniform"):
-            raise ConfigError(f"weights: expected examples or uniform, got '{self.weights}'")
 
 
 class Federation(FlowerStrategy):
@@ -100,6 +69,7 @@ class Federation(FlowerStrategy):
         self._peer, self._rules, self._evaluate, self._named = peer, rules, evaluate, named
         self._folder, self._progress, self._done, self._spent = folder, progress, done, spent
         self._central = central
+        self._sum: SecureSum | None = None  # of the round that goes on
         self._over: str | None = None  # why no round may change the state any more
         self._peers: dict[int, Peer] = {}
         self._inbox = Inbox(progress.warn)
@@ -138,24 +108,45 @@ class Federation(FlowerStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Sample clients and write each its own task, when the grid asks for it."""
-        self._began = time.perf_counter()
+        self._began, self._sum = time.perf_counter(), None
         round = server_round + self._done
         self._over = self._central.refusal() if self._central else None
         sampled = [] if self._over else self._sample(round)
         self._progress.begin(round, len(sampled))
-        for node in sampled:
+        if self._rules.secure_sum and not self._over:
+            sampled = self._agree(grid, sampled, round)
+        return self._tasks(sampled, round)
+
+    def _tasks(self, nodes: Sequence[int], round: int) -> Iterable[Message]:
+        for node in nodes:
             peer = self._peers[node]
             task = self.strategy.task(self.state, peer)
             content = self._inbox.send(node, peer, task, round, self._rules.seed, self.state.round)
+            if self._sum:
+                self._sum.attach(node, content)
             yield Message(content, node, "train", group_id=str(round))
+
+    def _agree(self, grid: Grid, nodes: Sequence[int], round: int) -> list[int]:
+        """Let the clients of a round agree on masks; those that did, and none if they are too few."""
+        widest = self._peer(0, max(peer.rank for peer in self._peers.values()))
+        terms = self._central.terms if self._central else {"uniform": self._rules.weights == "uniform"}
+        try:
+            self._sum = SecureSum(grid, nodes, round, self.strategy.task(self.state, widest), **terms)
+        except (ConfigError, IncompatibleUpdates) as error:
+            self._progress.warn(f"round {round}: {error}")
+            return []
+        return self._sum.nodes
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, combine the good ones, and record the round."""
         round = server_round + self._done
-        updates, tasks, lines = self._inbox.receive(round, replies)
+        read = self._sum.read if self._sum else read_update
+        updates, tasks, lines = self._inbox.receive(round, replies, read)
         metrics = self._combine(round, updates, tasks)
+        if self._sum:
+            self._count(round, self._sum.exchange, lines)
         if self._rules.evaluate_updates and updates:
             alone = self._evaluate(
                 [replace(t, adapter=u.adapter) for u, t in zip(updates, tasks, strict=True)]
@@ -179,11 +170,8 @@ class Federation(FlowerStrategy):
             few = f"{len(updates)} good updates, {self._rules.min_updates} needed"
             self._progress.warn(f"round {round}: {self._over or few}; the state stays as it was")
             return {}
-        if self._central:  # the strategy sees one noised mean; how far it is from the updates is secret
-            self.state = self.strategy.aggregate(
-                before, [self._central.release(self.strategy, before, updates, tasks)], rng
-            )
-            return {**self.state.metrics, **sizes(self.state)}
+        if self._central or self._rules.secure_sum:
+            return self._combine_sum(round, updates, tasks, rng)
         if self._rules.weights == "uniform":
             updates = [replace(update, weight=1.0) for update in updates]
         self.state = self.strategy.aggregate(before, updates, rng)
@@ -192,6 +180,43 @@ class Federation(FlowerStrategy):
         if self.strategy.personal:  # the state is only a part of every model
             return dict(self.state.metrics)
         return {**self.state.metrics, **sizes(self.state), **certificate(self.state, updates, tasks)}
+
+    def _combine_sum(
+        self, round: int, updates: list[Update], tasks: list[Task], rng: np.random.Generator
+    ) -> dict[str, Any]:
+        """The same where the strategy is shown one mean; how far that is from the updates is not known."""
+        central, total, mean = self._central, None, None
+        try:
+            if self._sum and central:
+                total = self._sum.total()
+            elif self._sum:
+                mean = self._sum.mean()
+        except IncompatibleUpdates as error:
+            self._progress.warn(f"round {round}: {error}")
+        if central:  # releases in any case: whether there was anything to release is a secret, too
+            if total is None:
+                clear = ([], []) if self._rules.secure_sum else (updates, tasks)
+                total = central.total(self.strategy, self.state, *clear)
+            mean = central.release(self.strategy, self.state, total)
+        if mean is None:
+            self._progress.warn(f"round {round}: nothing to combine; the state stays as it was")
+            return {}
+        self.state = self.strategy.aggregate(self.state, [mean], rng)
+        return {**self.state.metrics, **sizes(self.state)}
+
+    def _count(self, round: int, exchange: SecureRound, lines: list[dict[str, Any]]) -> None:
+        """Put the bytes of agreeing on masks into the clients' lines, and a line for those that did not."""
+        known = {line["client"]: line for line in lines}
+        for node, down in exchange.bytes_down.items():
+            peer, up = self._peers[node], exchange.bytes_up[node]
+            if peer.id in known:
+                known[peer.id]["bytes_down"] += down
+                known[peer.id]["bytes_up"] += up
+                continue
+            why = exchange.dropped.get(node, "no reply")
+            lines.append(line_of(round, peer, down, up) | {"status": "dropped", "reason": why})
+            self._progress.warn(f"round {round}: client {peer.id} dropped: {why}")
+        lines.sort(key=lambda line: int(line["client"]))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -15,10 +15,9 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.engine.site import Site
-from fedlora.engine.wire import size
+from fedlora.engine.wire import FAILED, size
 from fedlora.errors import FedLoraError
 
-CLIENT_FAILED = 2  # flwr's error code for a ClientApp that raised
 TOKENS = 2048  # a step of a group: beyond this, more clients make it no faster
 MEMORY = 512 * 2**20  # bytes of a group's adapters with their gradients and optimizer states
 FIRST_NODE = 1000
@@ -95,7 +94,8 @@ class InProcessGrid(Grid):
             for message in group:
                 message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
             yield from self._answers(group)
-            self._done(len(group))
+            if group[0].metadata.message_type == "train":
+                self._done(len(group))
 
     def _groups(self, messages: Iterable[Message]) -> Iterator[list[Message]]:
         """Training messages together, as many as fit; every other message alone."""
@@ -137,7 +137,7 @@ class InProcessGrid(Grid):
             if not isinstance(error, FedLoraError):
                 logging.getLogger("fedlora").exception("a client raised what nobody expected")
             reason = f"{type(error).__name__}: {error}"
-            replies = [Message(Error(CLIENT_FAILED, reason), reply_to=requests[0])]
+            replies = [Message(Error(FAILED, reason), reply_to=requests[0])]
         for reply in replies:
             reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         return replies

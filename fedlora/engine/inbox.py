@@ -9,6 +9,8 @@ from fedlora.engine.wire import Held, read_update, size, write_task
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task, Update
 
+Read = Callable[[Message, Task, Peer, int], Update]
+
 
 class Inbox:
     """Tasks out, updates in: each reply is checked against what its node was sent in this round.
@@ -33,9 +35,15 @@ class Inbox:
         return content
 
     def receive(
-        self, round: int, replies: Iterable[Message]
+        self, round: int, replies: Iterable[Message], read: Read = read_update
     ) -> tuple[list[Update], list[Task], list[dict[str, Any]]]:
-        """The good updates in the order of clients, their tasks, and a line for the log a client."""
+        """The good updates in the order of clients, their tasks, and a line for the log a client.
+
+        Args:
+            round: the round, from 1.
+            replies: what came.
+            read: from a reply, the task that it answers, who sent it, and the round, to an update.
+        """
         good: list[tuple[Update, Task]] = []
         lines: list[dict[str, Any]] = []
         for reply in replies:
@@ -46,9 +54,9 @@ class Inbox:
                 continue
             peer, task, down, held = sent
             up = size(reply.content) if reply.has_content() else 0
-            line = _line(round, peer, down, up)
+            line = line_of(round, peer, down, up)
             try:
-                update = read_update(reply, task, peer, round)
+                update = read(reply, task, peer, round)
             except IncompatibleUpdates as error:
                 self._warn(f"round {round}: client {peer.id} dropped: {error}")
                 lines.append(line | {"status": "dropped", "reason": str(error)})
@@ -59,7 +67,7 @@ class Inbox:
             told = {**update.metrics, **valid, **line}
             lines.append({**told, "examples": int(update.weight), "status": "ok"})
         for peer, _, down, _ in self._sent.values():
-            lines.append(_line(round, peer, down, 0) | {"status": "dropped", "reason": "no reply"})
+            lines.append(line_of(round, peer, down, 0) | {"status": "dropped", "reason": "no reply"})
             self._warn(f"round {round}: client {peer.id} dropped: no reply")
         self._sent = {}
         good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
@@ -67,6 +75,6 @@ class Inbox:
         return [update for update, _ in good], [task for _, task in good], lines
 
 
-def _line(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:
+def line_of(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:
     """What every line of clients.jsonl has."""
     return {"round": round, "client": peer.id, "rank": peer.rank, "bytes_down": down, "bytes_up": up}

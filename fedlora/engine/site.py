@@ -11,9 +11,11 @@ from torch import Tensor
 
 from fedlora.client import Assignment, Client, Outcome
 from fedlora.data import Example
+from fedlora.engine import secure
 from fedlora.engine.memory import Memory, Shelf
-from fedlora.engine.wire import REFUSED, read_task, write_update
-from fedlora.errors import CheckpointError, ConfigError, PrivacyError
+from fedlora.engine.secure_sum import SUM, write_masked
+from fedlora.engine.wire import FAILED, REFUSED, read_task, write_update
+from fedlora.errors import CheckpointError, ConfigError, IncompatibleUpdates, PrivacyError
 from fedlora.models import Base
 from fedlora.privacy import Ledger
 
@@ -69,16 +71,17 @@ class Site:
         told = [dict[str, float]()] * len(read)
         if self.held_out:
             told = self._told([_own(a, o) for a, o in zip(assignments, outcomes, strict=True)])
-        replies = []
-        for message, a, outcome, more in zip(messages, assignments, outcomes, told, strict=True):
+        outcomes = [replace(o, metrics=o.metrics | more) for o, more in zip(outcomes, told, strict=True)]
+        plain = [_reply(m, a, o) for m, a, o in zip(messages, assignments, outcomes, strict=True)]
+        for a, outcome in zip(assignments, outcomes, strict=True):
             self._remember(a, outcome)
-            outcome = replace(outcome, metrics=outcome.metrics | more)
-            examples = len(a.rows) if outcome.examples is None else outcome.examples
-            replies.append(Message(write_update(outcome, a.task, a.round, examples), reply_to=message))
         self._spend(assignments, outcomes, contexts)
         for a, held in read:  # once nothing can fail any more: a second try starts from what was held before
             self.shelf.hold(a.client, held)
-        return replies
+        return [
+            reply or _masked(m, a, o, c)
+            for reply, m, a, o, c in zip(plain, messages, assignments, outcomes, contexts, strict=True)
+        ]
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """The client's model on the rows that it keeps back, without training."""
@@ -103,6 +106,10 @@ class Site:
         @app.evaluate()
         def evaluate(message: Message, context: Context) -> Message:
             return self.evaluate(message, context)
+
+        app.query("keys")(secure.keys)
+        app.query("shares")(secure.shares)
+        app.query("unmask")(secure.unmask)
 
         @app.query("profile")
         def profile(message: Message, context: Context) -> Message:
@@ -199,6 +206,28 @@ class Site:
             {"local_loss": loss, "local_accuracy": right} if a.rows else {}
             for a, (loss, right) in zip(kept, scores, strict=True)
         ]
+
+
+def _reply(message: Message, assignment: Assignment, outcome: Outcome) -> Message | None:
+    """The reply in the clear; None where the server is to see no more than a sum."""
+    if SUM in message.content:
+        return None
+    content = write_update(outcome, assignment.task, assignment.round, _examples(assignment, outcome))
+    return Message(content, reply_to=message)
+
+
+def _masked(message: Message, assignment: Assignment, outcome: Outcome, context: Context) -> Message:
+    """The reply under masks, which are used once: what goes wrong now is this client's alone."""
+    try:
+        examples = _examples(assignment, outcome)
+        content = write_masked(message, assignment.task, outcome, examples, context)
+    except IncompatibleUpdates as error:
+        return Message(Error(FAILED, str(error)), reply_to=message)
+    return Message(content, reply_to=message)
+
+
+def _examples(assignment: Assignment, outcome: Outcome) -> int:
+    return len(assignment.rows) if outcome.examples is None else outcome.examples
 
 
 def _own(assignment: Assignment, outcome: Outcome) -> Assignment:

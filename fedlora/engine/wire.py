@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
@@ -22,6 +23,7 @@ from fedlora.protocol import Peer, Task, Update
 
 MOST_EXAMPLES = 1e12  # more rows than any client has; sums of such weights stay exact enough
 HEADER = 1024  # bytes that an array's own header may take
+FAILED = 2  # flwr's error code for a ClientApp that raised
 REFUSED = 1000  # code of the error with which a client replies that it must not train
 LARGEST = 1e6  # a trained tensor's norm beyond this is a diverged or hostile client, never a useful update
 
@@ -111,17 +113,12 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
             dtypes, numbers that are not finite or absurdly large, or a number of rows that is none. The
             message says what and where; the caller knows who.
     """
-    if reply.has_error():
-        what = "the client refused: " if reply.error.code == REFUSED else "the client failed: "
-        raise IncompatibleUpdates(f"{what}{reply.error.reason}")
+    numbers = told(reply, round)
     try:
         arrays = reply.content.array_records["arrays"]
-        numbers = dict(reply.content.metric_records["metrics"])
         scales = reply.content.config_records["config"].get("scales", [])
     except KeyError as error:
         raise IncompatibleUpdates(f"the reply lacks the record {error}") from error
-    if numbers.get("round") != round:
-        raise IncompatibleUpdates(f"the reply belongs to round {numbers.get('round')}, expected {round}")
     weight = numbers.pop("num-examples", None)
     if not isinstance(weight, int | float) or not 1 <= weight <= MOST_EXAMPLES:
         raise IncompatibleUpdates(
@@ -140,12 +137,33 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
         for name, pair in sent.pairs.items()
     }
     adapter = Adapter(pairs, {name: found.get(name, tensor) for name, tensor in sent.extra.items()})
-    metrics = {
+    return Update(adapter, float(weight), peer, metrics_of(numbers))
+
+
+def told(reply: Message, round: int) -> dict[str, Any]:
+    """The numbers of a client's reply, which must be of this round.
+
+    Raises:
+        IncompatibleUpdates: the client failed or refused, or its reply is of another round or has no numbers.
+    """
+    if reply.has_error():
+        what = "the client refused: " if reply.error.code == REFUSED else "the client failed: "
+        raise IncompatibleUpdates(f"{what}{reply.error.reason}")
+    if "metrics" not in reply.content.metric_records:
+        raise IncompatibleUpdates("the reply lacks the record 'metrics'")
+    numbers = dict(reply.content.metric_records["metrics"])
+    if numbers.get("round") != round:
+        raise IncompatibleUpdates(f"the reply belongs to round {numbers.get('round')}, expected {round}")
+    return numbers
+
+
+def metrics_of(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """What of a reply's numbers goes into the logs."""
+    return {
         name: float(value)
         for name, value in numbers.items()
         if name != "round" and isinstance(value, int | float) and abs(value) < 1e300
     }
-    return Update(adapter, float(weight), peer, metrics)
 
 
 def size(content: RecordDict) -> int:
@@ -161,24 +179,33 @@ def _count(record: Any) -> int:
     return int(type(record)(full).count_bytes()) + sum(len(name) for name in record if name not in full)
 
 
+def array_of(name: str, array: Array, kind: str, shape: tuple[int, ...]) -> Any:
+    """A copy of a client's array as numpy's, which must be of this dtype and shape; hostile bytes are none.
+
+    Raises:
+        IncompatibleUpdates: it is another one, or its bytes are no array.
+    """
+    if tuple(array.shape) != shape or array.dtype != kind:
+        raise IncompatibleUpdates(
+            f"'{name}': expected {kind} {shape}, got {array.dtype} {tuple(array.shape)}"
+        )
+    # np.load would open a zip archive, and allocate whatever a header asks for.
+    most = math.prod(shape) * np.dtype(kind).itemsize
+    if not array.data.startswith(b"\x93NUMPY") or len(array.data) > most + HEADER:
+        raise IncompatibleUpdates(f"'{name}': its bytes are no array of {most} bytes")
+    try:
+        value = array.numpy().copy()
+    except Exception as error:  # numpy raises a dozen kinds over hostile bytes, MemoryError among them
+        raise IncompatibleUpdates(f"'{name}': its bytes are no array: {error}") from error
+    if value.shape != shape or str(value.dtype) != kind:
+        raise IncompatibleUpdates(f"'{name}': said {kind} {shape}, holds {value.dtype} {value.shape}")
+    return value
+
+
 def _checked(name: str, array: Array, want: Tensor) -> Tensor:
     """The tensor of an array, which must be like the one that was sent."""
     kind = str(want.dtype).removeprefix("torch.")
-    if tuple(array.shape) != tuple(want.shape) or array.dtype != kind:
-        raise IncompatibleUpdates(
-            f"'{name}': expected {kind} {tuple(want.shape)}, got {array.dtype} {tuple(array.shape)}"
-        )
-    # np.load would open a zip archive, and allocate whatever a header asks for.
-    if not array.data.startswith(b"\x93NUMPY") or len(array.data) > want.nbytes + HEADER:
-        raise IncompatibleUpdates(f"'{name}': its bytes are no array of {want.nbytes} bytes")
-    try:
-        value = torch.from_numpy(array.numpy().copy())
-    except Exception as error:  # numpy raises a dozen kinds over hostile bytes, MemoryError among them
-        raise IncompatibleUpdates(f"'{name}': its bytes are no array: {error}") from error
-    if tuple(value.shape) != tuple(want.shape) or value.dtype != want.dtype:
-        raise IncompatibleUpdates(
-            f"'{name}': said {kind} {tuple(want.shape)}, holds {value.dtype} {tuple(value.shape)}"
-        )
+    value = torch.from_numpy(array_of(name, array, kind, tuple(want.shape)))
     length = float(value.double().norm())
     if not length <= LARGEST:
         what = f"a norm of {length:.3g}" if math.isfinite(length) else "numbers that are not finite"

@@ -55,7 +55,7 @@ def central(tmp_path):
 def released(central, strategy, state, updates):
     central.sample(list(updates), 1)
     tasks = [strategy.task(state, u.peer) for u in updates]
-    return central.release(strategy, state, updates, tasks).adapter
+    return central.release(strategy, state, central.total(strategy, state, updates, tasks)).adapter
 
 
 def moved(strategy, state, adapter):

@@ -42,7 +42,7 @@ def test_a_missing_record_is_named(record: str, wire: Any) -> None:
     assert record in wire.refused(content)
     content[record] = ConfigRecord() if record != "config" else MetricRecord()  # of another type
     wire.refused(content)
-    assert "arrays" in wire.refused(RecordDict())
+    assert "metrics" in wire.refused(RecordDict())
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,24 @@ def test_a_run_takes_no_more_rounds_than_its_noise_is_for(central: Any) -> None:
 
     with pytest.raises(ConfigError, match="noise of this run is for 2 rounds"):
         continued(central.path, ["rounds=3"])
+
+
+@pytest.mark.parametrize("strategy", ["ffalora", "fedit"])
+def test_secure_sums_give_the_same_release_and_hide_the_updates(run: Any, strategy: str) -> None:
+    """The same clients and noise by the test seed; clients clip themselves, and the server sees sums."""
+    words = (*CENTRAL, f"strategy={strategy}", "privacy.insecure_test_seed=3", "privacy.clip=0.5")
+    plain, secure = run(*words), run(*words, "secure_sum=true")
+    for name in ("loss", "delta_norm"):
+        for a, b in zip(plain.metrics, secure.metrics, strict=True):
+            assert b[name] == pytest.approx(a[name], rel=1e-5)
+    assert secure.summary["epsilon"] == plain.summary["epsilon"]
+    assert not any("the server itself" in said for said in secure.summary["ledger"]["not_covered"])
+    capped = run(*words, "secure_sum=true", "privacy.example_cap=20")
+    assert capped.metrics[0]["delta_norm"] != secure.metrics[0]["delta_norm"]
+
+
+def test_secure_sums_of_too_few_clients_still_release_noise(run: Any) -> None:
+    done = run(*CENTRAL, "secure_sum=true", "clients=2", "strategy=ffalora")
+    assert [line["clients"] for line in done.metrics] == [0, 0]
+    assert done.metrics[0]["delta_norm"] > 0
+    assert done.summary["ledger"]["server"]["entries"][0]["steps"] == 2

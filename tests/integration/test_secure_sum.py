@@ -1,0 +1,35 @@
+"""Whole runs with secure sums, and what they refuse."""
+
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedlora.errors import ConfigError
+
+
+def test_a_private_run_under_masks_is_the_same_run(run: Any) -> None:
+    words = ("strategy=ffalora", "ranks=[2,4,8]", "privacy=dp_sgd", "privacy.accountant=rdp")
+    words += ("client.batch_size=4", "privacy.insecure_test_seed=1")
+    plain, secure = run(*words), run(*words, "secure_sum=true")
+    one, other = (load_file(r.path / "adapter" / "adapter_model.safetensors") for r in (plain, secure))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+    assert secure.summary["epsilon"] == plain.summary["epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["strategy=flexlora"], "more of its clients' updates than the mean of their factors"),
+        (["strategy=hetlora"], "more of its clients' updates"),
+        (["strategy=fedms"], "more of its clients' updates"),
+        (["evaluate.updates=true"], "nobody sees a single update"),
+        (["clients_per_round=2"], "clients_per_round of at least 3"),
+    ],
+    ids=str,
+)
+def test_what_a_sum_is_not_enough_for_is_refused(run: Any, overrides: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        run("secure_sum=true", *overrides)
