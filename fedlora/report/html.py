@@ -17,6 +17,7 @@ from fedlora.report.tables import (
     clients_table,
     differences_table,
     megabytes,
+    privacy_table,
     provenance_table,
     runs_table,
     score,
@@ -145,6 +146,8 @@ def _pictures(runs: Sequence[Run]) -> list[str]:
         over_traffic = f"{word} against all that was sent until then, to and from all clients."
         shown.append(_picture(plots.metric_over_rounds(runs, metric), over_rounds, _ends(runs, metric)))
         shown.append(_picture(plots.metric_over_traffic(runs, metric), over_traffic, _ends(runs, metric)))
+        over_epsilon = f"{word} on the test rows against ε, which is of the whole run and never of a round."
+        shown.append(_picture(plots.metric_over_epsilon(runs, metric), over_epsilon, _ends(runs, "epsilon")))
     loss = "Loss after each round, on the test rows and, dashed, in the clients’ training."
     error = (
         "How far the server’s update is from the exact weighted sum of the clients’, relative to that sum."
@@ -178,6 +181,8 @@ def _tables(runs: Sequence[Run]) -> list[str]:
     over = seeds_table(runs)
     shown = [] if over is None else [_section(over)]
     shown.append(_section(runs_table(runs)))
+    if (private := privacy_table(runs)) is not None:
+        shown.append(_section(private))
     differs = differences_table(runs)
     if len(differs.header) > 1:
         shown.append(_section(differs))

@@ -7,6 +7,7 @@ stays text, drawn by the reader's own fonts, so that names in any script are rea
 
 import io
 import itertools
+import statistics
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fedlora.report.compare import labels, words
 from fedlora.report.read import Run, number
+from fedlora.report.seeds import groups
 
 Series = list[tuple[float, float]]
 
@@ -77,6 +79,39 @@ def metric_over_traffic(runs: Sequence[Run], metric: str) -> bytes | None:
 def error_over_rounds(runs: Sequence[Run]) -> bytes | None:
     """How far each round's aggregate was from the exact weighted sum of the clients' updates."""
     return _draw(runs, [[*run.series("aggregation_error")] for run in runs], "round", "aggregation error")
+
+
+def metric_over_epsilon(runs: Sequence[Run], metric: str) -> bytes | None:
+    """The headline metric against epsilon: at the end of runs that differ in it, else round by round.
+
+    Runs that differ in nothing but epsilon and seed are one line, a point an epsilon, the mean over seeds.
+    """
+    private = [run for run in runs if number(run.summary.get("epsilon")) and run.metric == metric]
+    together = groups(private, but=("epsilon",))
+    if not any(len({_epsilon(run) for run in group}) > 1 for group in together):
+        lines = [_spent(run, metric) for run in private]
+        return _draw(private, lines, "ε spent so far", words(metric))
+    lines = []
+    for group in together:
+        found: dict[float, list[float]] = {}
+        for run in group:
+            if (value := number(run.summary.get(metric))) is not None:
+                found.setdefault(_epsilon(run), []).append(value)
+        lines.append([(at, statistics.fmean(values)) for at, values in sorted(found.items())])
+    firsts = [min(group, key=_epsilon) for group in together]
+    return _draw(firsts, lines, "ε of the whole run, at most", words(metric))
+
+
+def _epsilon(run: Run) -> float:
+    """What a run was allowed to spend."""
+    ledger = run.summary.get("ledger")
+    allowed = number(ledger.get("budget")) if isinstance(ledger, dict) else None
+    return allowed or number(run.summary.get("epsilon")) or 0.0
+
+
+def _spent(run: Run, metric: str) -> Series:
+    measured = dict(run.series(metric))
+    return [(at, measured[round]) for round, at in run.series("epsilon") if round in measured]
 
 
 def _draw(

@@ -12,11 +12,17 @@ from fedlora.report.tables import Table, amounts, megabytes, score
 _NOT_SETTINGS = ("seed", "out", "resume")
 
 
-def groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs, those together that differ in seed and folder alone, in the order of the first of each."""
+def groups(runs: Sequence[Run], but: Sequence[str] = ()) -> list[list[Run]]:
+    """The runs, those together that differ in seed and folder alone, in the order of the first of each.
+
+    Args:
+        runs: any.
+        but: further keys in which those of a group may differ, whatever group they are of.
+    """
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(json.dumps(_settings(run.config), sort_keys=True, default=str), []).append(run)
+        settings = _settings(run.config, (*_NOT_SETTINGS, *but))
+        found.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
     return list(found.values())
 
 
@@ -37,6 +43,7 @@ def seeds_table(runs: Sequence[Run]) -> Table | None:
         columns[words(metric)] = [
             _spread([run.summary.get(metric) for run in group], metric) for group in together
         ]
+    columns["ε"] = amounts([_mean(run.summary.get("epsilon") for run in group) for group in together])
     for way in ("down", "up"):
         columns[f"MB {way}"] = megabytes(
             [_mean(run.summary.get(f"bytes_{way}") for run in group) for group in together]
@@ -60,11 +67,11 @@ def seeds_table(runs: Sequence[Run]) -> Table | None:
     return Table("Over seeds", [*shown], [list(row) for row in zip(*shown.values(), strict=True)], note)
 
 
-def _settings(config: Any) -> Any:
-    """A configuration without its seed, which several groups take over, and without its folder."""
+def _settings(config: Any, without: Sequence[str]) -> Any:
+    """A configuration without some keys, the seed among them, which several groups take over."""
     if not isinstance(config, dict):
         return config
-    return {key: _settings(value) for key, value in config.items() if key not in _NOT_SETTINGS}
+    return {key: _settings(value, without) for key, value in config.items() if key not in without}
 
 
 def _end(run: Run, key: str, at: int) -> float | None:

@@ -119,6 +119,9 @@ def clients_table(run: Run) -> Table:
         "rank": [_setting(row.get("rank")) for row in rows],
         "examples": [_setting(row.get("examples")) for row in rows],
         "steps": [_setting(row.get("steps")) for row in rows],
+        "ε": amounts([row.get("epsilon") for row in rows]),
+        "σ": amounts([row.get("sigma") for row in rows]),
+        "clipped": [score(row.get("clipped"), "loss") for row in rows],
         "training loss": [score(row.get("loss"), "loss") for row in rows],
         "alone on test rows": [score(row.get("test_accuracy"), "accuracy") for row in rows],
         "local accuracy": [score(row.get("local_accuracy"), "accuracy") for row in rows],
@@ -129,6 +132,34 @@ def clients_table(run: Run) -> Table:
     shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
     marked = frozenset(at for at, row in enumerate(rows) if row.get("status") == "dropped")
     return Table(f"Clients in round {last}", [*shown], _turned(shown), marked=marked)
+
+
+def privacy_table(runs: Sequence[Run]) -> Table | None:
+    """What each private run protects, and at what price; None where none is private."""
+    private = [run for run in runs if isinstance(run.summary.get("ledger"), dict)]
+    if not private:
+        return None
+    ledgers = [run.summary["ledger"] for run in private]
+    columns = {
+        "run": [name for name, run in zip(labels(runs), runs, strict=True) if run in private],
+        "protects each": [_setting(ledger.get("unit")) for ledger in ledgers],
+        "ε": amounts([run.summary.get("epsilon") for run in private]),
+        "of": amounts([ledger.get("budget") for ledger in ledgers]),
+        "δ": [f"{run.summary.get('delta') or 0:g}" for run in private],
+        "clip": [_setting(ledger.get("clip")) for ledger in ledgers],
+        "σ, least": amounts([_last(run, "sigma") for run in private]),
+        "clipped, share": [score(_last(run, "clipped"), "loss") for run in private],
+        "noise": ["random" if ledger.get("valid") else "NOT VALID, from a test seed" for ledger in ledgers],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
+    said = sorted({f"to {ledger.get('adjacency')}" for ledger in ledgers})
+    left = sorted({clean(item) for ledger in ledgers for item in ledger.get("not_covered") or []})
+    note = (
+        f"ε of the whole run, {'; '.join(map(clean, said))}; of several ledgers the largest. "
+        f"Not covered: {'; '.join(left)}."
+    )
+    marked = frozenset(at for at, ledger in enumerate(ledgers) if not ledger.get("valid"))
+    return Table("Privacy", [*shown], _turned(shown), note, marked)
 
 
 def provenance_table(runs: Sequence[Run]) -> Table:

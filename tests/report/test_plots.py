@@ -69,3 +69,54 @@ def test_any_folder_name_is_drawn_as_it_is(make_run, name):
 def test_exact_and_inexact_aggregation_share_a_picture(make_run):
     rounds = [{"round": at, "aggregation_error": error} for at, error in [(1, 0.0), (2, 1e-16), (3, 0.5)]]
     assert plots.error_over_rounds([read_run(make_run(metrics=rounds))]) is not None
+
+
+def private(epsilon, seed=0, accuracy=0.5, target="fedlora.strategies.FlexLoRA"):
+    """The settings, rounds and summary of a run under privacy."""
+    rounds = [
+        {"round": 1, "accuracy": 0.3, "epsilon": epsilon / 2},
+        {"round": 2, "accuracy": accuracy, "epsilon": epsilon},
+    ]
+    config = {"strategy": {"_target_": target}, "privacy": {"epsilon": epsilon}, "seed": seed}
+    ledger = {"budget": epsilon, "unit": "record", "valid": True, "not_covered": ["tuning"], "adjacency": "x"}
+    return {"metrics": rounds, "config": config, "epsilon": epsilon, "accuracy": accuracy, "ledger": ledger}
+
+
+def drawn(monkeypatch):
+    found = []
+    draw = plots._draw
+    monkeypatch.setattr(
+        plots, "_draw", lambda runs, lines, x, y: (found.append((lines, x)), draw(runs, lines, x, y))[1]
+    )
+    return found
+
+
+def test_one_private_run_is_drawn_round_by_round_over_what_is_spent(make_run, monkeypatch):
+    found = drawn(monkeypatch)
+    run = read_run(make_run(**private(8.0)))
+    assert {"ε spent so far", "accuracy"} <= set(words(plots.metric_over_epsilon([run], "accuracy")))
+    assert found[0][0] == [[(4.0, 0.3), (8.0, 0.5)]]
+
+
+def test_runs_of_several_epsilons_are_a_line_over_epsilon_with_means_over_seeds(make_run, monkeypatch):
+    found = drawn(monkeypatch)
+    runs = [
+        read_run(
+            make_run(
+                f"{t}-{e}-{s}",
+                target=f"fedlora.strategies.{t}",
+                **private(e, s, e / 10 + s / 50, f"fedlora.strategies.{t}"),
+            )
+        )
+        for t in ("FlexLoRA", "FedIT")
+        for e in (8.0, 1.0)
+        for s in (0, 1)
+    ]
+    shown = set(words(plots.metric_over_epsilon([*runs, read_run(make_run("open"))], "accuracy")))
+    assert {"ε of the whole run, at most", "FlexLoRA", "FedIT"} <= shown
+    want = [(1.0, pytest.approx(0.11)), (8.0, pytest.approx(0.81))]
+    assert found[0][0] == [want, want]
+
+
+def test_without_privacy_there_is_nothing_to_draw_over_epsilon(make_run):
+    assert plots.metric_over_epsilon([read_run(make_run())], "accuracy") is None

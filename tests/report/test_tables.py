@@ -3,7 +3,14 @@ import io
 from rich.console import Console
 
 from fedlora.report import read_run, runs_table
-from fedlora.report.tables import amounts, clients_table, differences_table, megabytes, provenance_table
+from fedlora.report.tables import (
+    amounts,
+    clients_table,
+    differences_table,
+    megabytes,
+    privacy_table,
+    provenance_table,
+)
 
 
 def column(table, name):
@@ -116,3 +123,21 @@ def test_the_terminal_shows_names_as_they_are(make_run):
     Console(file=shown, width=200).print(table)
     assert "[red]x[/nope]" in shown.getvalue()
     assert "\x1b" not in shown.getvalue()
+
+
+def test_private_runs_say_what_they_protect_at_what_price_and_what_they_do_not(make_run):
+    ledger = {"budget": 8.0, "clip": 0.5, "unit": "record", "valid": True, "adjacency": "one record more"}
+    rounds = [{"round": 1, "epsilon": 7.9, "sigma": 1.25, "clipped": 0.75}]
+    good = make_run(
+        "a", metrics=rounds, epsilon=7.9, delta=1e-5, ledger={**ledger, "not_covered": ["tuning"]}
+    )
+    bad = make_run("b", metrics=rounds, epsilon=7.9, delta=1e-5, ledger={**ledger, "valid": False})
+    table = privacy_table([read_run(good), read_run(make_run("open")), read_run(bad)])
+    assert [row[1:] for row in table.rows] == [
+        ["record", "7.90", "8.00", "1e-05", "0.5", "1.25", "0.750", noise]
+        for noise in ("random", "NOT VALID, from a test seed")
+    ]
+    assert table.marked == {1}
+    assert "one record more" in table.note
+    assert "tuning" in table.note
+    assert privacy_table([read_run(make_run("c"))]) is None
