@@ -1,4 +1,4 @@
-"""`fedlora privacy`: plans before anything is spent, ledgers after, one line where there is nothing to say."""
+"""`fedlora privacy`: plans before anything is spent, ledgers after, one line where there is nothing."""
 
 import math
 from pathlib import Path
