@@ -65,9 +65,10 @@ def plan(words: Sequence[str], records: int | None = None) -> list[Table]:
     Raises:
         FedLoraError: the run itself would be refused.
     """
-    if not any(word.startswith("privacy=") for word in words):
-        words = [*words, "privacy=dp_sgd"]
     config = compose(words)
+    if "_target_" not in config.privacy and not any(word.startswith("privacy=") for word in words):
+        words = [*words, "privacy=dp_sgd"]
+        config = compose(words)
     if "_target_" not in config.privacy:
         raise ConfigError("privacy plan: there is nothing to plan for privacy=none; say privacy=dp_sgd")
     privacy: Privacy = make(config.privacy, "privacy")
@@ -75,11 +76,12 @@ def plan(words: Sequence[str], records: int | None = None) -> list[Table]:
     plans = _plans(job, privacy, records)
     asked = next((word.partition("=")[2] for word in words if word.startswith("strategy=")), "fedit")
     found = [_outlook(asked, job, privacy, plans)]
-    others = [word for word in words if not word.startswith("strategy")]
+    others = [word for word in words if not word.startswith(("strategy", "privacy="))]
+    group = "client_level" if isinstance(privacy, ClientLevel) else "dp_sgd"
     for name in COMPARED:
         if name != asked:
             try:
-                found.append(_outlook(name, _bare(compose([*others, f"strategy={name}"])), privacy, plans))
+                found.append(_outlook(name, _bare(compose([*others, f"privacy={group}", f"strategy={name}"])), privacy, plans))
             except FedLoraError:  # it would be refused with these ranks, or this privacy
                 continue
     return [_plans_table(privacy, plans), _outlooks_table(found, min(job.rules.rounds, ROUNDS))]
