@@ -26,7 +26,7 @@ from .private import planned
 from .settings import compose
 
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
-ROUNDS = 10  # of nothing but noise; more grow alike and take longer
+ROUNDS = 3  # of nothing but noise; more grow alike and take longer
 # Signal over noise of a whole run, at best: what was measured is in experiments/results/privacy.
 HOPELESS, HARD = 5.0, 15.0
 
@@ -65,10 +65,9 @@ def plan(words: Sequence[str], records: int | None = None) -> list[Table]:
     Raises:
         FedLoraError: the run itself would be refused.
     """
-    config = compose(words)
-    if "_target_" not in config.privacy and not any(word.startswith("privacy=") for word in words):
+    if not any(word.startswith("privacy=") for word in words):
         words = [*words, "privacy=dp_sgd"]
-        config = compose(words)
+    config = compose(words)
     if "_target_" not in config.privacy:
         raise ConfigError("privacy plan: there is nothing to plan for privacy=none; say privacy=dp_sgd")
     privacy: Privacy = make(config.privacy, "privacy")
@@ -81,7 +80,14 @@ def plan(words: Sequence[str], records: int | None = None) -> list[Table]:
     for name in COMPARED:
         if name != asked:
             try:
-                found.append(_outlook(name, _bare(compose([*others, f"privacy={group}", f"strategy={name}"])), privacy, plans))
+                found.append(
+                    _outlook(
+                        name,
+                        _bare(compose([*others, f"privacy={group}", f"strategy={name}"])),
+                        privacy,
+                        plans,
+                    )
+                )
             except FedLoraError:  # it would be refused with these ranks, or this privacy
                 continue
     return [_plans_table(privacy, plans), _outlooks_table(found, min(job.rules.rounds, ROUNDS))]

@@ -1,6 +1,6 @@
 """What the framework costs beside training: milliseconds a message, in one process.
 
-    python experiments/benchmarks/messages.py [--clients 100] [--rounds 5]
+    python experiments/benchmarks/messages.py [--clients 100] [--rounds 5] [--secure]
 
 Every client answers at once with what it was sent; all that is left is sampling, records, checks, aggregation
 by FedIT, certificate, logs and checkpoints. MiniLM-sized factors: 12 modules of 384 x 384 at rank 8.
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--secure", action="store_true", help="under masks, so that the server sees a sum")
     given = parser.parse_args()
     base = Base(torch.nn.Linear(1, 1), None, "classification", (), "none")
     site = Site(base, Echo(), lambda client: [Example([1], 0)])
@@ -55,7 +56,7 @@ def main() -> None:
                 strategy,
                 strategy.init(Adapter(pairs)),
                 Peer,
-                Rules(given.rounds, 0, evaluate_every=0),
+                Rules(given.rounds, 0, evaluate_every=0, secure_sum=given.secure),
                 lambda tasks: [(0.0, 0.0) for _ in tasks],
                 lambda loss, right: {},
                 folder,
@@ -64,10 +65,10 @@ def main() -> None:
             began = time.perf_counter()
             federation.run(InProcessGrid(site, nodes))
             taken = time.perf_counter() - began
-        size = folder.rounds()[0]["bytes_down"] / given.clients
+        down, up = (folder.rounds()[0][f"bytes_{way}"] / given.clients for way in ("down", "up"))
     messages = given.clients * given.rounds
     print(
-        f"{messages} messages of {size / 1e3:.0f} kB each way in {taken:.2f} s: "
+        f"{messages} messages of {down / 1e3:.0f} kB down and {up / 1e3:.0f} kB up in {taken:.2f} s: "
         f"{1e3 * taken / messages:.2f} ms a message, {taken / given.rounds:.2f} s a round"
     )
 

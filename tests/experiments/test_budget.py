@@ -68,6 +68,13 @@ def test_a_strategy_that_would_be_refused_is_left_out_of_the_comparison() -> Non
     assert cells(plan(mixed, records=400)[1], "strategy") == ["ffalora", "fedsvd", "flexlora"]
 
 
+def test_a_plan_is_of_records_unless_it_says_otherwise_and_knows_presets() -> None:
+    words = [word for word in TINY if not word.startswith(("privacy=", "strategy="))]
+    found = plan([*words, "strategy=dplora", "privacy.epsilon=3"], records=400)
+    assert cells(found[1], "strategy")[:2] == ["dplora", "fedit"]
+    assert "epsilon 3" in found[0].title
+
+
 def test_there_is_nothing_to_plan_without_privacy() -> None:
     with pytest.raises(ConfigError, match="nothing to plan"):
         plan(["model=tiny", "data=tiny", "privacy=none"])
