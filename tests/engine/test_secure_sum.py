@@ -1,5 +1,6 @@
 """Rounds whose updates the server sees as a sum only: the same model, and nothing else of a client."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,11 @@ from flwr.app import Array, ArrayRecord, Message
 
 import fedlora.engine.inbox as inbox_module
 from fedlora import strategies
+from fedlora.adapter import Adapter
 from fedlora.engine.masks import decode
+from fedlora.engine.secure_sum import Terms
+from fedlora.linear import form
+from fedlora.protocol import Task
 
 LINEAR = ["FedIT", "FFALoRA", "RoLoRA", "FedSVD", "FeDeRA", "SLoRA", "PrivateLoRA"]
 
@@ -81,6 +86,23 @@ def test_bytes_of_agreeing_on_masks_are_counted(lab: Any) -> None:
     for a, b in zip(plain, secure, strict=True):
         assert b["bytes_down"] > a["bytes_down"] + 400  # keys and letters
         assert 8 * (values + 1) < b["bytes_up"] < 8 * (values + 1) + 2500
+
+
+@pytest.mark.parametrize(
+    ("cap", "examples", "share"), [(None, 7, 1.0), (20, 10, 0.5), (20, 20, 1.0), (20, 10**9, 1.0)]
+)
+def test_under_client_level_privacy_a_client_bounds_what_it_adds_itself(
+    lab: Any, cap: int | None, examples: int, share: float
+) -> None:
+    sent, scales = lab.adapter(4), {"a.q": 2.0, "b.v": 2.0}
+    far = Adapter({m: replace(p, B=p.B + 30.0) for m, p in sent.pairs.items()}, sent.extra)
+    near = Adapter({m: replace(p, B=p.B + 1e-3) for m, p in sent.pairs.items()}, sent.extra)
+    terms = Terms(form(Task(sent)), scales, 5, clip=0.5, cap=cap)
+    again = Terms.read(terms.write())
+    for got, norm in ((far, 0.5), (near, 1e-3 * (4 * 14) ** 0.5)):
+        found = again.vector(sent, got, examples)
+        assert float(found.norm()) == pytest.approx(share * norm, rel=1e-5)
+        assert found[-1] == 0  # how many rows, and whether there are any, is nobody's business
 
 
 def swap(change: Any) -> Any:
