@@ -141,3 +141,20 @@ def test_secure_sums_of_too_few_clients_still_release_noise(run: Any) -> None:
     assert [line["clients"] for line in done.metrics] == [0, 0]
     assert done.metrics[0]["delta_norm"] > 0
     assert done.summary["ledger"]["server"]["entries"][0]["steps"] == 2
+
+
+def test_a_sum_that_cannot_be_known_counts_as_none_and_is_still_noised(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fedlora.engine.secure_sum import SecureSum
+    from fedlora.errors import IncompatibleUpdates
+
+    def torn(self: SecureSum) -> Any:
+        raise IncompatibleUpdates("shares are wrong")
+
+    monkeypatch.setattr(SecureSum, "total", torn)
+    done = run(*CENTRAL, "secure_sum=true", "strategy=ffalora")
+    assert [line["clients"] for line in done.metrics] == [6, 6]
+    assert done.metrics[0]["delta_norm"] > 0
+    assert "shares are wrong" in capsys.readouterr().out
+    assert done.summary["ledger"]["server"]["entries"][0]["steps"] == 2
