@@ -5,7 +5,7 @@ from typing import Any
 
 from flwr.app import Message, RecordDict
 
-from fedlora.engine.wire import Held, read_update, size, write_task
+from fedlora.engine.wire import Held, size, write_task
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task, Update
 
@@ -35,7 +35,7 @@ class Inbox:
         return content
 
     def receive(
-        self, round: int, replies: Iterable[Message], read: Read = read_update
+        self, round: int, replies: Iterable[Message], read: Read
     ) -> tuple[list[Update], list[Task], list[dict[str, Any]]]:
         """The good updates in the order of clients, their tasks, and a line for the log a client.
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message
 
-import fedlora.engine.inbox as inbox_module
 from fedlora import strategies
 from fedlora.adapter import Adapter
 from fedlora.engine.masks import decode
@@ -67,7 +66,7 @@ def test_no_reply_holds_anything_but_a_vector_that_says_nothing(lab: Any, monkey
         return read(self, reply, *rest)
 
     monkeypatch.setattr(module.SecureSum, "read", watched)
-    monkeypatch.setattr(inbox_module, "read_update", None)
+    monkeypatch.setattr(module, "read_update", None)
     ran = lab.run(strategies.FedIT(), (4,) * 4, rounds=1, secure_sum=True)
     assert len(seen) == 4
     for reply in seen:

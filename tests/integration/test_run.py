@@ -131,7 +131,7 @@ def test_ffalora_sends_no_a_and_keeps_it(run: Callable[..., Any]) -> None:
 @pytest.fixture
 def payloads(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The names of what each reply carries."""
-    import fedlora.engine.inbox as module
+    import fedlora.engine.federation as module
 
     seen: list[set[str]] = []
     read = module.read_update
