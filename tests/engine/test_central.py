@@ -151,7 +151,7 @@ def test_a_client_counts_by_its_examples_up_to_the_cap(central, make, rng):
 
 def test_a_round_is_paid_for_before_it_is_released_and_the_budget_ends_the_run(central, tmp_path):
     strategy, state = strategies.FedIT(), None
-    made = central(sigma=2.0, sampled=2)
+    made = central(sigma=1.0, sampled=2)
     state = strategy.init(Adapter({"m": Pair(torch.ones(4, 9), torch.zeros(5, 4), 1.0)}))
     ledgers = []
     while made.refusal() is None:
@@ -162,7 +162,7 @@ def test_a_round_is_paid_for_before_it_is_released_and_the_budget_ends_the_run(c
     assert {x.unit for x in ledgers} == {"client"}
     assert ledgers[-1].epsilon <= 5 < replace(ledgers[-1]).plus(ledgers[0].entries[0]).epsilon
     assert "privacy budget is spent" in str(made.refusal())
-    again = central(sigma=2.0, sampled=2)  # as after a restart
+    again = central(sigma=1.0, sampled=2)  # as after a restart
     assert again.ledger == ledgers[-1]
     (tmp_path / "ledger.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):

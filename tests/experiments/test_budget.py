@@ -13,7 +13,15 @@ from fedlora.experiments.budget import ledgers, plan
 from fedlora.experiments.run import main
 from fedlora.privacy import DPSGD, Entry, Ledger
 
-TINY = ("model=tiny", "data=tiny", "clients=3", "rounds=2", "ranks=4", "client.batch_size=4")
+TINY = (
+    "model=tiny",
+    "data=tiny",
+    "clients=3",
+    "rounds=2",
+    "ranks=4",
+    "client.batch_size=4",
+    "client.steps=4",
+)
 TINY += ("privacy.accountant=rdp", "privacy=dp_sgd", "strategy=ffalora")
 
 
@@ -28,28 +36,28 @@ def planned() -> Any:
 
 
 def test_a_plan_is_the_one_that_training_follows(planned: Any) -> None:
-    own = DPSGD(epsilon=5, participations=2, accountant="rdp").plan(400, 4, 100)
+    own = DPSGD(epsilon=5, participations=2, accountant="rdp").plan(400, 4, 4)
     [row] = planned[0].rows
     assert row[:2] == ["400", "3"]
     assert cells(planned[0], "sigma") == [f"{own.sigma:.3f}"]
-    assert cells(planned[0], "steps") == ["200"]
+    assert cells(planned[0], "steps") == ["8"]
     assert 4.5 < float(cells(planned[0], "epsilon")[0]) <= 5
 
 
 def test_signal_over_noise_is_that_of_the_best_case(planned: Any) -> None:
-    own = DPSGD(epsilon=5, participations=2, accountant="rdp").plan(400, 4, 100)
+    own = DPSGD(epsilon=5, participations=2, accountant="rdp").plan(400, 4, 4)
     names = cells(planned[1], "strategy")
     assert names == ["ffalora", "fedit", "fedsvd", "flexlora"]
     for trained, signal in zip(cells(planned[1], "trained"), cells(planned[1], "signal"), strict=True):
         d = int(trained.replace(",", ""))
-        assert float(signal) == pytest.approx(4 * math.sqrt(200 * 3) / (own.sigma * math.sqrt(d)), abs=0.01)
+        assert float(signal) == pytest.approx(4 * math.sqrt(8 * 3) / (own.sigma * math.sqrt(d)), abs=0.01)
     d = [int(x.replace(",", "")) for x in cells(planned[1], "trained")]
     assert d[0] == d[2] < d[1] == d[3]
 
 
 def test_more_epsilon_is_less_noise_in_the_weights(planned: Any) -> None:
     """With SGD, whose steps are as long as its noise; Adam's are not."""
-    sgd = [*TINY, "client.optimizer._target_=torch.optim.SGD", "client.steps=3"]
+    sgd = [*TINY, "client.optimizer._target_=torch.optim.SGD"]
     noise = [float(cells(plan([*sgd, f"privacy.epsilon={e}"], records=400)[1], "noise")[0]) for e in (1, 30)]
     assert noise[0] > 1.5 * noise[1] > 0
 
