@@ -28,7 +28,7 @@ from .settings import compose
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
 ROUNDS = 3  # of nothing but noise; more grow alike and take longer
 # Signal over noise of a whole run, at best: what was measured is in experiments/results/privacy.
-HOPELESS, HARD = 5.0, 15.0
+HOPELESS, HARD = 10.0, 50.0
 
 
 @dataclass(frozen=True)

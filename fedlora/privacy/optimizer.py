@@ -33,6 +33,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         for p in self.params:
             p.grad_sample = None
         self.steps = 0  # released so far
+        self._total = torch.zeros(0)  # of the clipped rows, all parameters in one vector
         self.clipped = self.seen = 0  # rows; how many were clipped is the client's own business, never sent
 
     def release(self, rows: int) -> None:
@@ -47,7 +48,7 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self.scale_grad()
         self.steps += 1
         for p in self.params:
-            p.grad_sample = p.summed_grad = None
+            p.grad_sample = None
 
     @property
     def accumulated_iterations(self) -> int:
@@ -55,28 +56,30 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         return 1
 
     def clip_and_accumulate(self) -> None:
-        """Sum the rows' gradients, each with its joint norm over all parameters at most the clip."""
-        for p in self.params:
-            p.summed_grad = torch.zeros_like(p, dtype=torch.float64)
+        """Sum the rows' gradients, each with its joint norm over all parameters at most the clip.
+
+        All parameters side by side in one matrix a micro-batch: few large operations, where many small ones
+        of several clients' threads would wait for each other.
+        """
+        self._total = torch.zeros(sum(p.numel() for p in self.params), dtype=torch.float64)
         for chunk in zip(*(p.grad_sample or [] for p in self.params), strict=True):
-            flat = [g.reshape(len(g), -1) for g in chunk]
-            norms = torch.stack([torch.linalg.vector_norm(g, dim=1).double() for g in flat]).norm(dim=0)
+            rows = torch.cat([g.reshape(len(g), -1) for g in chunk], dim=1)
+            norms = torch.linalg.vector_norm(rows, dim=1).double()
             finite = norms.isfinite()
             if not finite.all():
-                flat = [torch.where(finite[:, None], g, torch.zeros_like(g)) for g in flat]
+                rows = torch.where(finite[:, None], rows, torch.zeros_like(rows))
                 norms = torch.where(finite, norms, torch.zeros_like(norms))
             factor = (self.max_grad_norm / (norms * (1 + MARGIN)).clamp_min(1e-300)).clamp_max(1.0)
-            for p, g in zip(self.params, flat, strict=True):
-                p.summed_grad += (factor.to(g) @ g).view_as(p)
+            self._total += (factor.to(rows) @ rows).to(self._total)
             self.seen += len(norms)
             self.clipped += int((factor < 1).sum())
 
     def add_noise(self) -> None:
         """Add one draw of noise over all parameters, of σ times the clip in every coordinate."""
-        sizes = [p.numel() for p in self.params]
-        noise = self._source.normals(sum(sizes)).mul_(self.noise_multiplier * self.max_grad_norm)
-        for p, own in zip(self.params, torch.split(noise, sizes), strict=True):
-            p.grad = (p.summed_grad + own.view(p.shape).to(p.device)).to(p.dtype)
+        noise = self._source.normals(len(self._total)).mul_(self.noise_multiplier * self.max_grad_norm)
+        noised = torch.split(noise.add_(self._total), [p.numel() for p in self.params])
+        for p, own in zip(self.params, noised, strict=True):
+            p.grad = own.view(p.shape).to(p)
 
     def _check(self, rows: int) -> None:
         """Every parameter has one gradient for each row that went in, micro-batch by micro-batch."""
