@@ -145,8 +145,6 @@ def build(config: DictConfig) -> Job:
             f"evaluate.updates: what a client of {type(strategy).__name__} sends is no whole model; leave it "
             "out, its clients evaluate their own models"
         )
-    if rules.secure_sum:
-        private.check_sum(strategy, rules)
     if privacy is not None:
         private.check(privacy, strategy, rules, bool(config.lora.get("dora")))
     if isinstance(privacy, DPSGD):
@@ -167,6 +165,8 @@ def build(config: DictConfig) -> Job:
         config.seed,
         kind=dataset.kind,
     )
+    if rules.secure_sum:
+        private.check_sum(strategy, rules, len(parts))
     ranks = deal_ranks(config.ranks, len(parts), config.seed)
     if rules.min_updates > len(parts):
         raise ConfigError(f"min_updates: expected at most {len(parts)}, the clients; got {rules.min_updates}")

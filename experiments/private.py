@@ -60,12 +60,18 @@ def _check_central(privacy: ClientLevel, strategy: Strategy, rules: Rules) -> No
         )
     if rules.rounds > privacy.rounds:
         raise ConfigError(
-            f"privacy.rounds: the noise would be for {planned(privacy)} rounds, the run has {rules.rounds}"
+            f"privacy.rounds: expected at least the run's {rules.rounds}, for which noise has to be enough, "
+            f"got {privacy.rounds}; leave it out"
         )
 
 
-def check_sum(strategy: Strategy, rules: Rules) -> None:
+def check_sum(strategy: Strategy, rules: Rules, clients: int) -> None:
     """Refuse secure sums where a sum is not enough, or would show what it should hide.
+
+    Args:
+        strategy: the algorithm.
+        rules: those of the run.
+        clients: how many there are.
 
     Raises:
         ConfigError: says what, and why.
@@ -78,10 +84,10 @@ def check_sum(strategy: Strategy, rules: Rules) -> None:
         )
     if rules.evaluate_updates:
         raise ConfigError("evaluate.updates: under secure_sum nobody sees a single update; leave it out")
-    if rules.clients_per_round is not None and rules.clients_per_round < LEAST:
+    if (sampled := min(rules.clients_per_round or clients, clients)) < LEAST:
         raise ConfigError(
-            f"secure_sum: expected clients_per_round of at least {LEAST}, got {rules.clients_per_round}: of "
-            "two clients each knows the other's update from the sum"
+            f"secure_sum: expected at least {LEAST} clients a round, got {sampled}: of two clients each "
+            "knows the other's update from the sum; raise clients and clients_per_round"
         )
 
 

@@ -26,7 +26,8 @@ def test_a_private_run_under_masks_is_the_same_run(run: Any) -> None:
         (["strategy=hetlora"], "more of its clients' updates"),
         (["strategy=fedms"], "more of its clients' updates"),
         (["evaluate.updates=true"], "nobody sees a single update"),
-        (["clients_per_round=2"], "clients_per_round of at least 3"),
+        (["clients_per_round=2"], "at least 3 clients a round, got 2"),
+        (["clients=2"], "at least 3 clients a round, got 2"),
     ],
     ids=str,
 )
