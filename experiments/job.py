@@ -165,6 +165,8 @@ def _opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
     lines = [f"{what}, {who}, rank {ranks}, {goes}", f"-> {path}"]
     if job.privacy is not None:
         lines.insert(1, private.opening(job.privacy, job.plans))
+    if job.rules.secure_sum:
+        lines.insert(1, "secure_sum: clients send under masks, the server sees their weighted sum alone")
     return "\n".join(lines)
 
 

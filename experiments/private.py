@@ -46,7 +46,7 @@ def _check_central(privacy: ClientLevel, strategy: Strategy, rules: Rules) -> No
         raise ConfigError(
             f"privacy: strategy {name} needs more of its clients' updates than their mean, such as norms or "
             "which directions each has, and one client could change that without bound; use ffalora, fedit, "
-            "fedsvd, rolora, slora or flexlora, or privacy=dp_sgd, which every strategy allows"
+            "fedsvd, rolora, slora or flexlora, or privacy=dp_sgd, for which one global model is enough"
         )
     if rules.evaluate_updates:
         raise ConfigError(

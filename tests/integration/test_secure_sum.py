@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fedlora.errors import ConfigError
 
 
-def test_a_private_run_under_masks_is_the_same_run(run: Any) -> None:
+def test_a_private_run_under_masks_is_the_same_run(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("strategy=ffalora", "ranks=[2,4,8]", "privacy=dp_sgd", "privacy.accountant=rdp")
     words += ("client.batch_size=4", "privacy.insecure_test_seed=1")
     plain, secure = run(*words), run(*words, "secure_sum=true")
@@ -17,6 +17,7 @@ def test_a_private_run_under_masks_is_the_same_run(run: Any) -> None:
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
     assert secure.summary["epsilon"] == plain.summary["epsilon"]
+    assert capsys.readouterr().out.count("the server sees their weighted sum alone") == 1
 
 
 @pytest.mark.parametrize(
