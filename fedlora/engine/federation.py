@@ -121,9 +121,8 @@ class Federation(FlowerStrategy):
         for node in nodes:
             peer = self._peers[node]
             task = self.strategy.task(self.state, peer)
-            content = self._inbox.send(node, peer, task, round, self._rules.seed, self.state.round)
-            if self._sum:
-                self._sum.attach(node, content)
+            more = self._sum.records(node) if self._sum else {}
+            content = self._inbox.send(node, peer, task, round, self._rules.seed, self.state.round, more)
             yield Message(content, node, "train", group_id=str(round))
 
     def _agree(self, grid: Grid, nodes: Sequence[int], round: int) -> list[int]:

@@ -1,9 +1,9 @@
 """What was sent to which node in a round, and what of the replies is good."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedlora.engine.wire import Held, size, write_task
 from fedlora.errors import IncompatibleUpdates
@@ -25,12 +25,22 @@ class Inbox:
         self._sent: dict[int, tuple[Peer, Task, int, Held]] = {}
         self._held: dict[int, Held] = {}
 
-    def send(self, node: int, peer: Peer, task: Task, round: int, seed: int, version: int) -> RecordDict:
-        """The content of a node's message; a new round forgets what was sent in the one before."""
+    def send(
+        self,
+        node: int,
+        peer: Peer,
+        task: Task,
+        round: int,
+        seed: int,
+        version: int,
+        more: Mapping[str, ConfigRecord],
+    ) -> RecordDict:
+        """The content of a node's message, `more` records in it; a new round forgets what was sent before."""
         if round != self._round:
             self._round, self._sent = round, {}
         held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
         content, held = write_task(task, round, seed, held, version)
+        content.update(more)
         self._sent[node] = (peer, task, size(content), held)
         return content
 

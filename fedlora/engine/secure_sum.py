@@ -124,9 +124,9 @@ class SecureSum:
         self._terms = Terms(form(wide), scales, len(self.nodes), uniform, clip, cap)
         self._wide, self._vectors = wide, dict[int, Words]()
 
-    def attach(self, node: int, content: RecordDict) -> None:
-        """Put into a node's training message what it needs for the sum."""
-        content[SUM], content[RECORD] = self._terms.write(), self.exchange.attachment(node)
+    def records(self, node: int) -> dict[str, ConfigRecord]:
+        """What a node needs for the sum, for its training message."""
+        return {SUM: self._terms.write(), RECORD: self.exchange.attachment(node)}
 
     def read(self, reply: Message, task: Task, peer: Peer, round: int) -> Update:
         """Take a node's vector; an update without tensors, since nobody knows them.

@@ -1,5 +1,6 @@
 """Rounds whose updates the server sees as a sum only: the same model, and nothing else of a client."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,10 @@ from flwr.app import Array, ArrayRecord, Message
 
 from fedlora import strategies
 from fedlora.adapter import Adapter
+from fedlora.engine import InProcessGrid
 from fedlora.engine.masks import decode
 from fedlora.engine.secure_sum import Terms
+from fedlora.engine.wire import size
 from fedlora.linear import form
 from fedlora.protocol import Task
 
@@ -78,13 +81,25 @@ def test_no_reply_holds_anything_but_a_vector_that_says_nothing(lab: Any, monkey
     assert "aggregation_error" not in ran.lines("metrics.jsonl")[0]
 
 
-def test_bytes_of_agreeing_on_masks_are_counted(lab: Any) -> None:
-    plain = lab.run(strategies.FedIT(), (4,) * 5, rounds=1).lines("clients.jsonl")
-    secure = lab.run(strategies.FedIT(), (4,) * 5, rounds=1, secure_sum=True).lines("clients.jsonl")
-    values = 4 * (6 + 8 + 8 + 8) + 8
-    for a, b in zip(plain, secure, strict=True):
-        assert b["bytes_down"] > a["bytes_down"] + 400  # keys and letters
-        assert 8 * (values + 1) < b["bytes_up"] < 8 * (values + 1) + 2500
+@pytest.mark.parametrize("secure", [False, True])
+def test_every_byte_of_every_message_of_a_round_is_in_the_log(
+    lab: Any, monkeypatch: Any, secure: bool
+) -> None:
+    sent: Counter[str] = Counter()
+    answers = InProcessGrid._answers
+
+    def watched(self: Any, group: list[Message]) -> list[Message]:
+        replies = answers(self, group)
+        for way, messages in (("bytes_down", group), ("bytes_up", replies)):
+            for message in messages:
+                if message.metadata.message_type != "query.profile":  # once a run, before any round
+                    sent[way] += size(message.content)
+        return replies
+
+    monkeypatch.setattr(InProcessGrid, "_answers", watched)
+    ran = lab.run(strategies.FFALoRA(), (4, 1, 3, 2), rounds=2, secure_sum=secure)
+    lines = ran.lines("clients.jsonl")
+    assert {way: sum(line[way] for line in lines) for way in sent} == sent
 
 
 @pytest.mark.parametrize(
