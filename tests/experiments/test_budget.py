@@ -1,17 +1,23 @@
 """`fedlora privacy`: plans before anything is spent, ledgers after, one line where there is nothing."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from fedlora.adapter import Adapter, Pair
 from fedlora.engine import Memory
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.experiments import audit as audit_module
-from fedlora.experiments.budget import ledgers, plan
+from fedlora.experiments.budget import _moved, ledgers, plan
+from fedlora.experiments.build import build
 from fedlora.experiments.run import main
-from fedlora.privacy import DPSGD, Entry, Ledger
+from fedlora.experiments.settings import compose
+from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger
 
 TINY = (
     "model=tiny",
@@ -69,6 +75,28 @@ def test_a_plan_of_clients_has_one_ledger_and_the_server_s_noise() -> None:
     assert cells(found[0], "q") == ["0.5000"]
     assert set(cells(found[1], "outlook")) == {"hopeless"}
     assert "fedit" in cells(found[1], "strategy")
+    sigma = ClientLevel(rounds=2, accountant="rdp").plan(6, 3).sigma
+    for trained, signal in zip(cells(found[1], "trained"), cells(found[1], "signal"), strict=True):
+        d = int(trained.replace(",", ""))
+        assert float(signal) == pytest.approx(3 * math.sqrt(2) / (sigma * math.sqrt(d)), abs=0.01)
+
+
+def test_noise_in_the_weights_is_measured_against_them() -> None:
+    """‖ΔW_now − ΔW_start‖ / ‖W‖ over all adapted modules, by plain dense matrices."""
+    job = build(compose(["model=tiny", "data=tiny", "clients=3", "ranks=4"]))
+    rng = np.random.default_rng(5)
+    pairs = {
+        m: Pair(*(torch.from_numpy(rng.normal(size=tuple(t.shape))).float() for t in (p.A, p.B)), p.scale)
+        for m, p in job.start.adapter.pairs.items()
+    }
+    now = replace(job.start, adapter=Adapter(pairs, job.start.adapter.extra))
+    modules = dict(job.base.model.named_modules())
+    gap = sum(float((now.delta(m) - job.start.delta(m)).double().square().sum()) for m in pairs)
+    weights = sum(float(modules[m].weight.double().square().sum()) for m in pairs)
+    assert _moved(job, now) == pytest.approx(math.sqrt(gap / weights), rel=1e-5)
+    moved = replace(job, start=now)
+    assert _moved(moved, job.start) == pytest.approx(_moved(job, now), rel=1e-5)
+    assert _moved(moved, now) < 1e-6
 
 
 def test_a_strategy_that_would_be_refused_is_left_out_of_the_comparison() -> None:
