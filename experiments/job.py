@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 import fedlora
-from fedlora.engine import Central, Federation, InProcessGrid, Progress, RunFolder, megabytes
+from fedlora.engine import Central, Federation, InProcessGrid, Progress, Roster, RunFolder, megabytes
 from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 from fedlora.models import save_adapter
 from fedlora.privacy import ClientLevel
@@ -65,7 +65,7 @@ def run_job(config: DictConfig, console: Console) -> Path:
         federation = Federation(
             job.strategy,
             state,
-            job.peer,
+            Roster(job.peer, max(job.ranks), progress.warn),
             job.rules,
             job.evaluate,
             job.named,

@@ -19,7 +19,7 @@ from rich.console import Console
 from fedlora.adapter import Adapter, Pair
 from fedlora.client import Assignment, Client, Outcome
 from fedlora.data import Example
-from fedlora.engine import Federation, InProcessGrid, Progress, Rules, RunFolder, Site
+from fedlora.engine import Federation, InProcessGrid, Progress, Roster, Rules, RunFolder, Site
 from fedlora.models import Base
 from fedlora.protocol import Peer
 from fedlora.strategies import FedIT
@@ -55,7 +55,7 @@ def main() -> None:
             federation = Federation(
                 strategy,
                 strategy.init(Adapter(pairs)),
-                Peer,
+                Roster(Peer, 8, progress.warn),
                 Rules(given.rounds, 0, evaluate_every=0, secure_sum=given.secure),
                 lambda tasks: [(0.0, 0.0) for _ in tasks],
                 lambda loss, right: {},

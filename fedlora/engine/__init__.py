@@ -5,7 +5,9 @@ from fedlora.engine.federation import Federation
 from fedlora.engine.folder import SERVER, RunFolder
 from fedlora.engine.grid import InProcessGrid
 from fedlora.engine.memory import Memory
+from fedlora.engine.patience import Patience
 from fedlora.engine.progress import Progress, megabytes
+from fedlora.engine.roster import Roster
 from fedlora.engine.rules import Rules
 from fedlora.engine.site import Site
 
@@ -15,7 +17,9 @@ __all__ = [
     "Federation",
     "InProcessGrid",
     "Memory",
+    "Patience",
     "Progress",
+    "Roster",
     "Rules",
     "RunFolder",
     "Site",

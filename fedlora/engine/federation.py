@@ -12,19 +12,22 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
+from fedlora.engine.asked import Asked
 from fedlora.engine.central import Central
 from fedlora.engine.certificate import certificate, seal, sizes
 from fedlora.engine.folder import RunFolder
 from fedlora.engine.inbox import Inbox, line_of
+from fedlora.engine.patience import Patience
 from fedlora.engine.progress import Progress
+from fedlora.engine.roster import Roster
 from fedlora.engine.rules import Rules
 from fedlora.engine.secure import SecureRound
 from fedlora.engine.secure_sum import SecureSum
-from fedlora.engine.wire import read_update, write_task
+from fedlora.engine.wire import metrics_of, read_update, write_task
 from fedlora.errors import ConfigError, IncompatibleUpdates
 from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
@@ -40,7 +43,7 @@ class Federation(FlowerStrategy):
     Args:
         strategy: the algorithm.
         state: where to start.
-        peer: from a client's id and rank to what the strategy knows of it.
+        roster: who takes part.
         rules: sampling, weights, evaluation.
         evaluate: loss and share of right answers of tasks' adapters, as they are, on the server's test rows.
         named: from those two to the metrics of what is trained for.
@@ -55,7 +58,7 @@ class Federation(FlowerStrategy):
         self,
         strategy: Strategy,
         state: State,
-        peer: Callable[[int, int], Peer],
+        roster: Roster,
         rules: Rules,
         evaluate: Evaluate,
         named: Named,
@@ -66,40 +69,47 @@ class Federation(FlowerStrategy):
         central: Central | None = None,
     ) -> None:
         self.strategy, self.state = strategy, state
-        self._peer, self._rules, self._evaluate, self._named = peer, rules, evaluate, named
+        self._roster, self._rules, self._evaluate, self._named = roster, rules, evaluate, named
         self._folder, self._progress, self._done, self._spent = folder, progress, done, spent
         self._central = central
         self._sum: SecureSum | None = None  # of the round that goes on
+        self._least = rules.min_updates  # good updates that the round needs
         self._over: str | None = None  # why no round may change the state any more
-        self._peers: dict[int, Peer] = {}
-        self._inbox = Inbox(progress.warn)
+        self._inbox = Inbox(progress.warn, rules.timeout)
         self._began = time.perf_counter()
 
     def run(self, grid: Grid) -> None:
         """Run the rounds that are left."""
         logging.getLogger("flwr").setLevel(logging.WARNING)  # the run has its own display
-        self._meet(grid)
-        self.start(grid, ArrayRecord(), num_rounds=self._rules.rounds - self._done)
+        self._roster.gather(grid, self._rules.clients, self._rules.wait)
+        left = self._rules.rounds - self._done
+        self.start(grid, ArrayRecord(), num_rounds=left, timeout=self._rules.timeout)  # type: ignore[arg-type]
 
     def last_look(self, grid: Grid) -> dict[int, dict[str, float]]:
         """Every client's evaluation of its own model after the last round, where the rules ask for it."""
         if not self._rules.evaluate_clients:
             return {}
-        found: dict[int, dict[str, float]] = {}
-        for reply in grid.send_and_receive(self._questions()):
-            if reply.has_error():
-                self._progress.warn(f"a client could not evaluate its model: {reply.error.reason}")
+        found, asked = dict[int, dict[str, float]](), Asked()
+        questions = (asked.note(message) for message in self._questions(self._roster.gather(grid)))
+        for reply in grid.send_and_receive(questions, timeout=self._rules.timeout):
+            if (node := asked.node(reply)) is None or self._peers[node].id in found:
                 continue
-            numbers = dict(reply.content.metric_records["metrics"])
-            peer = self._peers[reply.metadata.src_node_id]
-            finite = {n: x for n, x in numbers.items() if isinstance(x, int | float) and abs(x) < 1e300}
-            found[peer.id] = {name: float(x) for name, x in finite.items()}
+            if reply.has_error() or "metrics" not in reply.content.metric_records:
+                why = reply.error.reason if reply.has_error() else "its reply has no metrics"
+                self._progress.warn(f"client {self._peers[node].id} could not evaluate its model: {why}")
+                continue
+            found[self._peers[node].id] = metrics_of(dict(reply.content.metric_records["metrics"]))
         return dict(sorted(found.items()))
 
-    def _questions(self) -> Iterable[Message]:
-        for node, peer in self._peers.items():
-            task = self.strategy.task(self.state, peer)
-            yield Message(write_task(task, self._rules.rounds + 1, self._rules.seed)[0], node, "evaluate")
+    def _questions(self, nodes: Iterable[int]) -> Iterable[Message]:
+        for node in nodes:
+            task = self.strategy.task(self.state, self._peers[node])
+            content = write_task(task, self._rules.rounds + 1, self._rules.seed)[0]
+            yield Message(content, node, "evaluate", ttl=self._rules.timeout)
+
+    @property
+    def _peers(self) -> Mapping[int, Peer]:
+        return self._roster.peers
 
     def summary(self) -> None:
         """Nothing: the run's own display says it."""
@@ -111,8 +121,9 @@ class Federation(FlowerStrategy):
         self._began, self._sum = time.perf_counter(), None
         round = server_round + self._done
         self._over = self._central.refusal() if self._central else None
-        sampled = [] if self._over else self._sample(round)
-        self._progress.begin(round, len(sampled))
+        sampled = [] if self._over else self._sample(grid, round)
+        self._least = self._rules.least(len(sampled))
+        self._progress.begin(round, self._rules.enough(len(sampled)))
         if self._rules.secure_sum and not self._over:
             sampled = self._agree(grid, sampled, round)
         return self._tasks(sampled, round)
@@ -122,12 +133,11 @@ class Federation(FlowerStrategy):
             peer = self._peers[node]
             task = self.strategy.task(self.state, peer)
             more = self._sum.records(node) if self._sum else {}
-            content = self._inbox.send(node, peer, task, round, self._rules.seed, self.state.round, more)
-            yield Message(content, node, "train", group_id=str(round))
+            yield self._inbox.send(node, peer, task, round, self._rules.seed, self.state.round, more)
 
     def _agree(self, grid: Grid, nodes: Sequence[int], round: int) -> list[int]:
         """Let the clients of a round agree on masks; those that did, and none if they are too few."""
-        widest = self._peer(0, max(peer.rank for peer in self._peers.values()))
+        widest = max(self._peers.values(), key=lambda peer: peer.rank)
         terms = self._central.terms if self._central else {"uniform": self._rules.weights == "uniform"}
         try:
             self._sum = SecureSum(grid, nodes, round, self.strategy.task(self.state, widest), **terms)
@@ -165,8 +175,8 @@ class Federation(FlowerStrategy):
     def _combine(self, round: int, updates: list[Update], tasks: list[Task]) -> dict[str, Any]:
         """Let the strategy make the next state; what there is to say of it."""
         before, rng = self.state, generator(self._rules.seed, "aggregate", 0, round)
-        if self._over or (len(updates) < self._rules.min_updates and not self._central):
-            few = f"{len(updates)} good updates, {self._rules.min_updates} needed"
+        if self._over or (len(updates) < self._least and not self._central):
+            few = f"{len(updates)} good updates, {self._least} needed"
             self._progress.warn(f"round {round}: {self._over or few}; the state stays as it was")
             return {}
         if self._central or self._rules.secure_sum:
@@ -228,26 +238,16 @@ class Federation(FlowerStrategy):
         list(replies)
         return None
 
-    def _meet(self, grid: Grid) -> None:
-        """Ask every node once which client it is, and of what rank."""
-        questions = [Message(RecordDict(), node, "query.profile") for node in grid.get_node_ids()]
-        for reply in grid.send_and_receive(questions):
-            if reply.has_error():
-                self._progress.warn(f"a node cannot take part: {reply.error.reason}")
-                continue
-            profile = reply.content.config_records["profile"]
-            peer = self._peer(int(profile["client"]), int(profile["rank"]))  # type: ignore[arg-type]
-            self._peers[reply.metadata.src_node_id] = peer
-
-    def _sample(self, round: int) -> list[int]:
+    def _sample(self, grid: Grid, round: int) -> list[int]:
         """This round's nodes, in the order of their clients' ids."""
-        nodes = sorted(self._peers, key=lambda node: self._peers[node].id)
-        wanted = self._rules.clients_per_round
+        rules, busy = self._rules, grid.busy if isinstance(grid, Patience) else set()
+        there = self._roster.gather(grid, rules.least(rules.sampled(rules.clients)), rules.wait)
+        nodes = [node for node in there if node not in busy]
         if self._central:
             return self._central.sample(nodes, round)
-        if wanted is None or wanted >= len(nodes):
+        if (wanted := rules.sampled(len(nodes))) == len(nodes):
             return nodes
-        chosen = generator(self._rules.seed, "sample", 0, round).choice(len(nodes), wanted, replace=False)
+        chosen = generator(rules.seed, "sample", 0, round).choice(len(nodes), wanted, replace=False)
         return [nodes[i] for i in sorted(chosen)]
 
     def _totals(self, round: int, lines: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:

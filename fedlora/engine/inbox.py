@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message
 
+from fedlora.engine.asked import Asked
 from fedlora.engine.wire import Held, size, write_task
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task, Update
@@ -17,11 +18,13 @@ class Inbox:
 
     Args:
         warn: takes a line for the user about every client that is dropped.
+        patience: seconds after which a message is void, and a reply missing; None for never.
     """
 
-    def __init__(self, warn: Callable[[str], None]) -> None:
-        self._warn = warn
+    def __init__(self, warn: Callable[[str], None], patience: float | None = None) -> None:
+        self._warn, self._patience = warn, patience
         self._round = 0
+        self._asked = Asked()
         self._sent: dict[int, tuple[Peer, Task, int, Held]] = {}
         self._held: dict[int, Held] = {}
 
@@ -34,15 +37,15 @@ class Inbox:
         seed: int,
         version: int,
         more: Mapping[str, ConfigRecord],
-    ) -> RecordDict:
-        """The content of a node's message, `more` records in it; a new round forgets what was sent before."""
+    ) -> Message:
+        """A node's message, `more` records in it; a new round forgets what was sent before."""
         if round != self._round:
-            self._round, self._sent = round, {}
+            self._round, self._sent, self._asked = round, {}, Asked()
         held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
         content, held = write_task(task, round, seed, held, version)
         content.update(more)
         self._sent[node] = (peer, task, size(content), held)
-        return content
+        return self._asked.note(Message(content, node, "train", ttl=self._patience, group_id=str(round)))
 
     def receive(
         self, round: int, replies: Iterable[Message], read: Read
@@ -56,11 +59,14 @@ class Inbox:
         """
         good: list[tuple[Update, Task]] = []
         lines: list[dict[str, Any]] = []
+        strays: set[int] = set()
         for reply in replies:
             # A client may reply once a round, and only to what it was sent.
-            sent = self._sent.pop(reply.metadata.src_node_id, None)
-            if sent is None:
+            node = self._asked.node(reply)
+            sent = None if node is None else self._sent.pop(node, None)
+            if node is None or sent is None:
                 self._warn(f"round {round}: a reply that nobody asked for was dropped")
+                strays.add(reply.metadata.src_node_id)
                 continue
             peer, task, down, held = sent
             up = size(reply.content) if reply.has_content() else 0
@@ -71,14 +77,16 @@ class Inbox:
                 self._warn(f"round {round}: client {peer.id} dropped: {error}")
                 lines.append(line | {"status": "dropped", "reason": str(error)})
                 continue
-            self._held[reply.metadata.src_node_id] = held
+            self._held[node] = held
             good.append((update, task))
             valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
             told = {**update.metrics, **valid, **line}
             lines.append({**told, "examples": int(update.weight), "status": "ok"})
-        for peer, _, down, _ in self._sent.values():
-            lines.append(line_of(round, peer, down, 0) | {"status": "dropped", "reason": "no reply"})
-            self._warn(f"round {round}: client {peer.id} dropped: no reply")
+        for node, (peer, _, down, _) in self._sent.items():
+            why = "no reply" if self._patience is None else f"no reply within {self._patience:g} s"
+            why = f"{why}, but one to another message, such as a former round's" if node in strays else why
+            lines.append(line_of(round, peer, down, 0) | {"status": "dropped", "reason": why})
+            self._warn(f"round {round}: client {peer.id} dropped: {why}")
         self._sent = {}
         good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
         lines.sort(key=lambda line: int(line["client"]))

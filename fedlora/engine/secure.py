@@ -29,6 +29,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.engine import masks
+from fedlora.engine.asked import Asked
 from fedlora.engine.masks import KEY, SHARE, Words, derive, public
 from fedlora.engine.wire import size
 from fedlora.errors import ConfigError, IncompatibleUpdates
@@ -240,11 +241,10 @@ class SecureRound:
         """The first reply of each node, in their order; who sends none, or not what is wanted, is dropped."""
         record = RecordDict({RECORD: ConfigRecord({"round": self._round, **question})})
         self.bytes_down.update(dict.fromkeys(nodes, size(record)))
-        asked = [Message(record, node, f"query.{what}", group_id=str(self._round)) for node in nodes]
-        found, waiting = {}, {*nodes}
-        for reply in self._grid.send_and_receive(asked, timeout=PATIENCE):
-            node = reply.metadata.src_node_id
-            if node not in waiting:
+        asked, found, waiting = Asked(), dict[int, dict[str, list[bytes]]](), {*nodes}
+        sent = [asked.note(Message(record, n, f"query.{what}", group_id=str(self._round))) for n in nodes]
+        for reply in self._grid.send_and_receive(sent, timeout=PATIENCE):
+            if (node := asked.node(reply)) is None or node not in waiting:
                 continue
             waiting.remove(node)
             try:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.client import Assignment, Client, Outcome
-from fedlora.engine import Federation, InProcessGrid, Progress, Rules, RunFolder, Site
+from fedlora.engine import Federation, InProcessGrid, Progress, Roster, Rules, RunFolder, Site
 from fedlora.engine.wire import read_update, write_update
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task
@@ -187,7 +187,7 @@ class Lab:
         federation = Federation(
             strategy,
             strategy.init(self.adapter(max(ranks))),
-            peer,
+            Roster(peer, max(ranks), progress.warn),
             Rules(rounds=rounds, seed=rules.pop("seed", 0), **rules),
             evaluate or score,
             named,

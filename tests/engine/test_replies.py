@@ -61,7 +61,7 @@ def test_an_old_reply_is_dropped(lab: Any) -> None:
     ran = lab.run(FedIT(), rounds=2, change=replay)
     dropped = [x for x in ran.lines("clients.jsonl") if x["status"] == "dropped"]
     assert [(x["round"], x["client"]) for x in dropped] == [(2, 0)]
-    assert "round 1, expected 2" in dropped[0]["reason"]
+    assert "a former round's" in dropped[0]["reason"]
 
 
 @pytest.mark.parametrize("strategy", [FedIT(), FFALoRA(), FlexLoRA()], ids=lambda s: type(s).__name__)

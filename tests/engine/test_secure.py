@@ -54,7 +54,8 @@ class Post:
             if node in self.lost[step]:
                 continue
             request = Message(travelled(message.content), node, message.metadata.message_type)
-            request.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+            message.metadata.__dict__["_message_id"] = uuid.uuid4().hex
+            request.metadata.__dict__["_message_id"] = message.metadata.message_id
             try:
                 content = travelled(self.app(request, self.context(node)).content)
             except IncompatibleUpdates as error:
@@ -238,6 +239,7 @@ def test_second_replies_and_those_of_strangers_are_ignored() -> None:
     class Loud(Post):
         def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None) -> Any:
             for reply in super().send_and_receive(messages, timeout=timeout):
+                yield reply
                 yield reply
                 for node in (reply.metadata.src_node_id, 12345):
                     asked = Message(RecordDict(), node, "query.keys")

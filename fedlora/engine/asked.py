@@ -1,0 +1,28 @@
+"""Messages that are out, and which of them a reply answers."""
+
+from flwr.app import Message
+
+
+class Asked:
+    """Which node a reply is of: errors that a SuperLink writes for a node name the SuperLink as their sender."""
+
+    def __init__(self) -> None:
+        self._open: list[Message] = []
+        self._nodes: dict[str, int] = {}
+
+    def note(self, message: Message) -> Message:
+        """Remember a message that is about to be sent, and hand it back; a grid gives it its id later."""
+        self._open.append(message)
+        return message
+
+    def node(self, reply: Message) -> int | None:
+        """The node whose message this answers; None if nobody asked for it, or another node answers.
+
+        Only what a SuperLink says itself, an error, may come from elsewhere.
+        """
+        if reply.metadata.reply_to_message_id not in self._nodes:
+            sent = [message for message in self._open if message.metadata.message_id]
+            self._nodes |= {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
+            self._open = [message for message in self._open if not message.metadata.message_id]
+        node = self._nodes.get(reply.metadata.reply_to_message_id)
+        return node if reply.has_error() or reply.metadata.src_node_id == node else None

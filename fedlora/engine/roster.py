@@ -1,0 +1,105 @@
+"""Who takes part: the nodes that are there, and which client each of them is."""
+
+import time
+from collections.abc import Callable, Mapping
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedlora.engine.asked import Asked
+from fedlora.errors import FedLoraError, IncompatibleUpdates
+from fedlora.protocol import Peer
+
+PAUSE = 1.0  # seconds between two looks at who is there
+
+
+class Roster:
+    """Nodes and their clients; a node says once which client it is, and again when it was away.
+
+    Args:
+        peer: from a client's id and rank to what the strategy knows of it.
+        most: the largest rank that the run can serve.
+        warn: takes a line for the user about every node that cannot take part.
+        plan: what a node has to know of the run before it can say whether it takes part.
+        patience: seconds to wait for what it says; None waits.
+    """
+
+    def __init__(
+        self,
+        peer: Callable[[int, int], Peer],
+        most: int,
+        warn: Callable[[str], None],
+        plan: Mapping[str, str | int | list[str]] | None = None,
+        patience: float | None = None,
+    ) -> None:
+        self._peer, self._most, self._warn = peer, most, warn
+        self._plan, self._patience = dict(plan or {}), patience
+        self._refused: set[int] = set()
+        self.peers: dict[int, Peer] = {}
+
+    def gather(self, grid: Grid, least: int = 1, wait: float = 0.0) -> list[int]:
+        """The nodes that are there, in the order of their clients' ids.
+
+        Args:
+            grid: how they are reached.
+            least: how many it takes to begin.
+            wait: seconds to wait for that many.
+
+        Raises:
+            FedLoraError: there is none at all after that time.
+        """
+        until, said = time.monotonic() + wait, False
+        while True:
+            there = self._known(grid)
+            if len(there) >= least or time.monotonic() > until:
+                break
+            if not said:
+                self._warn(f"{len(there)} of {least} clients are there; waiting for the others")
+                said = True
+            time.sleep(PAUSE)
+        if not there:
+            raise FedLoraError(f"no client took part within {wait:g} s; are the nodes up? resume goes on")
+        return sorted(there, key=lambda node: self.peers[node].id)
+
+    def _known(self, grid: Grid) -> list[int]:
+        online = set(grid.get_node_ids())
+        if away := (self.peers.keys() | self._refused) - online:
+            self.peers = {node: peer for node, peer in self.peers.items() if node not in away}
+            self._refused = set()  # what stood in a node's way, such as another of its name, may be gone
+        if new := sorted(online - self.peers.keys() - self._refused):
+            self._meet(grid, new)
+        return [node for node in self.peers if node in online]
+
+    def _meet(self, grid: Grid, nodes: list[int]) -> None:
+        """Ask nodes which client they are, and of what rank."""
+        asked, content = Asked(), RecordDict({"plan": ConfigRecord(dict(self._plan))} if self._plan else {})
+        questions = [asked.note(Message(content, n, "query.profile", ttl=self._patience)) for n in nodes]
+        for reply in grid.send_and_receive(questions, timeout=self._patience):
+            if (node := asked.node(reply)) is None or node not in nodes:
+                continue
+            try:
+                self.peers[node] = self._read(reply)
+            except IncompatibleUpdates as error:
+                self._refused.add(node)
+                self._warn(f"a node cannot take part: {error}")
+
+    def _read(self, reply: Message) -> Peer:
+        """Who a node says it is.
+
+        Raises:
+            IncompatibleUpdates: it cannot take part, or what it says cannot be.
+        """
+        if reply.has_error():
+            raise IncompatibleUpdates(reply.error.reason)
+        profile = dict(reply.content.config_records.get("profile", {}))
+        client, rank = profile.get("client"), profile.get("rank")
+        if type(client) is not int or client < 0:
+            raise IncompatibleUpdates(f"expected its client's number, 0 or more, got {client!r:.40}")
+        if type(rank) is not int or not 1 <= rank <= self._most:
+            raise IncompatibleUpdates(
+                f"client {client} is of rank {rank!r:.40}, this run can serve 1 to {self._most}; start it with "
+                "ranks=... that hold the largest"
+            )
+        if client in {peer.id for peer in self.peers.values()}:
+            raise IncompatibleUpdates(f"another node is client {client} already; give each its own number")
+        return self._peer(client, rank)
