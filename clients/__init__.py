@@ -7,7 +7,8 @@ if __name__ != "fedlora.clients":
 
 from .gated import GatedExperts
 from .local import LocalTraining
+from .poisoned import PoisonedTraining
 from .sliced import SlicedTraining
 from .twophase import TwoPhase
 
-__all__ = ["GatedExperts", "LocalTraining", "SlicedTraining", "TwoPhase"]
+__all__ = ["GatedExperts", "LocalTraining", "PoisonedTraining", "SlicedTraining", "TwoPhase"]

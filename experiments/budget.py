@@ -22,8 +22,9 @@ from fedlora.trainer import Job as Work
 from fedlora.trainer import fit
 
 from .build import Job, build, make
-from .private import planned
+from .private import planned, told_ledgers
 from .settings import compose
+from .targets import Trust, read
 
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
 ROUNDS = 3  # of nothing but noise; more grow alike and take longer
@@ -70,7 +71,7 @@ def plan(words: Sequence[str], records: int | None = None) -> list[Table]:
     config = compose(words)
     if "_target_" not in config.privacy:
         raise ConfigError("privacy plan: there is nothing to plan for privacy=none; say privacy=dp_sgd")
-    privacy: Privacy = make(config.privacy, "privacy")
+    privacy: Privacy = make(config, "privacy")
     job = _bare(config)
     plans = _plans(job, privacy, records)
     asked = next((word.partition("=")[2] for word in words if word.startswith("strategy=")), "fedit")
@@ -101,7 +102,11 @@ def ledgers(path: Path) -> Table:
     """
     if not (path / "config.yaml").is_file():
         raise CheckpointError(f"privacy show: expected a run's folder, '{path}' has no config.yaml")
-    found = RunFolder(path).ledgers()
+    folder, told = RunFolder(path), ""
+    if not (found := folder.ledgers()) and (path / "clients.jsonl").exists():
+        # Clients on machines of their own keep it there.
+        accountant = read(path, Trust()).get("privacy", {}).get("accountant", "prv")
+        found, told = told_ledgers(folder.clients(), accountant), " As the sites have told."
     if not found:
         raise CheckpointError(f"privacy show: '{path}' has no ledger: nothing private was let out")
     rows = []
@@ -120,7 +125,7 @@ def ledgers(path: Path) -> Table:
         ]
     form = next(iter(found.values())).record()
     header = ["client", "epsilon", "delta", "sigma", "q", "steps", ""]
-    note = f"To {form['adjacency']}; {form['mechanism'].lower()}; accountant {form['accountant']}."
+    note = f"To {form['adjacency']}; {form['mechanism'].lower()}; accountant {form['accountant']}.{told}"
     return Table(f"What {path} has spent", header, rows, note)
 
 

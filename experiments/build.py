@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedlora.adapter import Adapter
 from fedlora.client import Client
 from fedlora.data import Dataset, Example, Part, encode, partition
 from fedlora.engine import Rules, Site
+from fedlora.engine.robust import Robust
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.models import Base, LoRA, load, targets
 from fedlora.privacy import DPSGD, ClientLevel, Plan, Privacy
@@ -26,6 +27,7 @@ from fedlora.trainer import evaluate
 from . import private
 from .begin import begin
 from .ranks import deal_ranks, plain
+from .targets import checked
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Job:
         lora: the rule from rank to scales.
         rules: sampling, weights, evaluation.
         privacy: that of the clients' records, or of the clients, if any.
+        robust: the rule between the updates and the strategy, if any.
     """
 
     dataset: Dataset
@@ -57,12 +60,13 @@ class Job:
     lora: LoRA
     rules: Rules
     privacy: Privacy | None = None
+    robust: Robust | None = None
 
     @property
     def plans(self) -> list[Plan]:
         """How privately each client trains, or the one plan of the server; empty without privacy."""
         if isinstance(self.privacy, ClientLevel):
-            clients = len(self.parts)
+            clients = self.rules.clients
             return [self.privacy.plan(clients, self.rules.clients_per_round or clients)]
         sizes = [len(part.rows) for part in self.parts]
         return [plan for size in sizes if (plan := self.site.client.plan(size)) is not None]
@@ -98,8 +102,8 @@ class Job:
         return Task(Adapter({}))
 
     def majority(self) -> float | None:
-        """The accuracy of always saying the most frequent training label."""
-        if self.dataset.kind != "classification":
+        """The accuracy of always saying the most frequent training label, where those are known here."""
+        if self.dataset.kind != "classification" or not self.dataset.train:
             return None
         said = [row.target for row in self.dataset.train]
         label = max(sorted(set(said)), key=said.count)
@@ -112,11 +116,11 @@ def build(config: DictConfig) -> Job:
     Raises:
         FedLoraError: a setting, a file, a model or a pairing of them cannot work.
     """
-    strategy: Strategy = make(config.strategy, "strategy")
-    client: Client = make(config.client, "client")
+    strategy: Strategy = make(config, "strategy")
+    client: Client = make(config, "client")
     privacy: Privacy | None = None
     if "_target_" in (config.get("privacy") or {}):
-        privacy = make(config.privacy, "privacy")
+        privacy = make(config, "privacy")
     if strategy.client and type(client).__name__ != strategy.client:
         raise ConfigError(
             f"strategy {type(strategy).__name__} needs the client {strategy.client}, which does its part of "
@@ -139,6 +143,8 @@ def build(config: DictConfig) -> Job:
         config.evaluate.updates,
         config.evaluate.clients or strategy.personal,
         config.secure_sum,
+        config.engine.get("timeout"),
+        *(config.engine.get(name, 0.0) for name in ("over_select", "min_replies", "wait")),
     )
     if rules.evaluate_updates and strategy.personal:
         raise ConfigError(
@@ -149,35 +155,32 @@ def build(config: DictConfig) -> Job:
         private.check(privacy, strategy, rules, bool(config.lora.get("dora")))
     if isinstance(privacy, DPSGD):
         client = client.privately(privacy)
-    fuse_of(config.engine.fuse)
+    fuse_of(config.engine.get("fuse", "auto"))
     if config.lora.head not in ("train", "last", "freeze"):
         raise ConfigError(f"lora.head: expected train, last or freeze, got '{config.lora.head}'")
-    dataset: Dataset = make(config.data.source, "data")
+    dataset: Dataset = make(config, "data.source")
     d = config.data
-    parts = partition(
-        dataset.train,
-        d.partition,
-        config.clients,
-        d.alpha,
-        d.shards,
-        d.min_rows,
-        d.max_rows,
-        config.seed,
-        kind=dataset.kind,
-    )
+    parts = deal(config, dataset) if dataset.train else []
+    clients = len(parts) if parts else config.clients
+    if clients is None:
+        raise ConfigError("clients: how many sites take part? say clients=N")
+    rules = replace(rules, clients=clients)
+    robust: Robust | None = None
+    if "_target_" in (config.get("robust") or {}):
+        robust = make(config, "robust")
+        robust.check(strategy, rules, privacy)
     if rules.secure_sum:
-        private.check_sum(strategy, rules, len(parts))
-    ranks = deal_ranks(config.ranks, len(parts), config.seed)
-    if rules.min_updates > len(parts):
-        raise ConfigError(f"min_updates: expected at most {len(parts)}, the clients; got {rules.min_updates}")
+        private.check_sum(strategy, rules, clients)
+    ranks = deal_ranks(config.ranks, clients, config.seed)
+    if rules.min_updates > clients:
+        raise ConfigError(f"min_updates: expected at most {clients}, the clients; got {rules.min_updates}")
     if len(set(ranks)) > 1 and not strategy.mixed_ranks:
         raise ConfigError(
             f"strategy {type(strategy).__name__} combines clients of one rank only, ranks are "
             f"{sorted(set(ranks))}; use strategy=flexlora, or one rank"
         )
     given_head = config.lora.adapter is not None and config.lora.head != "train"
-    named = [config.models] if isinstance(config.models, str) else plain(config.models) or []
-    bases = [load_base(_with_model(config, str(name)), dataset) for name in named]
+    bases = [load_base(choice, dataset) for choice in model_choices(config)] if config.models else []
     base = bases[0] if bases else load_base(config, dataset, load if given_head else _shared)
     apart = client.shared(base)  # what clients share where it is no part of the model
     _check_apart(config, strategy, client, apart is not None)
@@ -185,7 +188,7 @@ def build(config: DictConfig) -> Job:
         modules = dict(apart)
     else:
         modules = targets(base, plain(config.lora.targets)) if config.lora.targets else {}
-    heads = {"train": base.heads, "last": base.last, "freeze": ()}[config.lora.head]
+    heads = heads_of(config, base)
     start = begin(config, strategy, base, lora, modules, ranks, heads if apart is None else ())
     rows = [
         encode(dataset.kind, dataset.train, dataset.labels, model.tokenizer, d.max_length)
@@ -194,11 +197,18 @@ def build(config: DictConfig) -> Job:
     test = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, d.max_length)
     own = [[rows[k % len(rows)][i] for i in part.rows] for k, part in enumerate(parts)]
     site = Site(base, client, own.__getitem__, None, rules.evaluate_clients, bases=bases)
-    job = Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules, privacy)
+    job = Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules, privacy, robust)
     if isinstance(privacy, DPSGD):
         tasks = [strategy.task(start, job.peer(0, rank)) for rank in sorted(set(ranks))]
         private.try_out(client, base, strategy, tasks, [len(part.rows) for part in parts])
     return job
+
+
+def deal(config: DictConfig, dataset: Dataset) -> list[Part]:
+    """The training rows dealt to clients, as the configuration says."""
+    d = config.data
+    how = (d.partition, config.clients, d.alpha, d.shards, d.min_rows, d.max_rows, config.seed)
+    return partition(dataset.train, *how, kind=dataset.kind)
 
 
 def _check_apart(config: DictConfig, strategy: Strategy, client: Client, apart: bool) -> None:
@@ -216,6 +226,17 @@ def _check_apart(config: DictConfig, strategy: Strategy, client: Client, apart: 
             f"models: {type(strategy).__name__} combines LoRA of one model, got models={config.models}; use "
             "model=NAME, or strategy=pfedlora, whose clients may have different ones"
         )
+
+
+def heads_of(config: DictConfig, base: Base) -> tuple[str, ...]:
+    """The heads that are trained, by `lora.head`."""
+    return {"train": base.heads, "last": base.last, "freeze": ()}[config.lora.head]
+
+
+def model_choices(config: DictConfig) -> list[DictConfig]:
+    """The configuration once for every model that clients have, in their turn."""
+    named = [config.models] if isinstance(config.models, str) else plain(config.models) or []
+    return [_with_model(config, str(name)) for name in named] or [config]
 
 
 def _with_model(config: DictConfig, name: str) -> DictConfig:
@@ -238,26 +259,31 @@ def load_base(config: DictConfig, dataset: Dataset, loader: Callable[..., Base] 
     """The base model that the configuration names."""
     if OmegaConf.is_missing(config.model, "path"):
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
-    path = config.model.path or make(config.model.source, "model")
-    where = (config.model.dtype, config.model.device, config.seed, config.model.quantize)
+    path = config.model.path or make(config, "model.source")
+    m = config.model
+    where = (m.dtype, m.device, config.seed, m.quantize, bool(m.get("allow_pickle")))
     return loader(path, dataset.kind, dataset.labels, *where)
 
 
-def make(config: DictConfig, group: str) -> Any:
-    """Make what a group's `_target_` names.
+def make(config: DictConfig, key: str) -> Any:
+    """Make what the `_target_` of a part names, which must be ours, torch's or allowed.
+
+    Args:
+        config: the whole configuration.
+        key: the part, such as "strategy" or "data.source".
 
     Raises:
         FedLoraError: what the target itself raises, or a ConfigError in one line for anything else.
     """
     try:
-        return hydra.utils.instantiate(config)
+        return hydra.utils.instantiate(checked(config, key))
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, FedLoraError):
             raise cause from None
-        raise ConfigError(f"{group}: {' '.join(str(cause or error).split())}") from error
+        raise ConfigError(f"{key}: {' '.join(str(cause or error).split())}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{group}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def fuse_of(value: Any) -> int | None:

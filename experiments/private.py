@@ -10,7 +10,8 @@ from fedlora.engine import SERVER, Rules, RunFolder
 from fedlora.engine.secure import LEAST
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base
-from fedlora.privacy import DPSGD, ClientLevel, Ledger, Plan, Privacy, self_test, worst
+from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger, Plan, Privacy, self_test, worst
+from fedlora.privacy.ledger import Accountant
 from fedlora.protocol import Task
 from fedlora.strategy import Strategy
 
@@ -136,6 +137,20 @@ def check_ledgers(privacy: Privacy | None, folder: RunFolder) -> None:
                 f"resume: {who} has let out {steps:g} private steps, its ledger knows of {known}; put the "
                 "ledgers in checkpoint/ back, or start the run again on other rows"
             )
+
+
+def told_ledgers(lines: Iterable[Mapping[str, Any]], accountant: Accountant) -> dict[int, Ledger]:
+    """What clients on other machines say they have spent, by their lines of clients.jsonl.
+
+    A round whose reply was lost is in the client's own ledger only; the epsilon that it tells holds it.
+    """
+    found: dict[int, Ledger] = {}
+    for line in lines:
+        if line["status"] == "ok" and line.keys() >= {"sigma", "q", "steps", "delta"}:
+            entry = Entry(line["sigma"], line["q"], int(line["steps"]))
+            ledger = found.get(line["client"], Ledger(line["delta"], accountant=accountant))
+            found[line["client"]] = ledger.plus(entry, valid=bool(line["epsilon_valid"]))
+    return found
 
 
 def planned(privacy: Privacy) -> int:

@@ -1,4 +1,4 @@
-"""The `fedlora` command: run, report, export, verify, privacy, demo.
+"""The `fedlora` command: run, report, export, verify, privacy, deploy, demo.
 
 A wrong key, value, file or column ends in one line on standard error and exit code 2; anything unexpected
 leaves its traceback in a file, one line that names it, and exit code 1.
@@ -33,6 +33,7 @@ USAGE = """fedlora: federated LoRA, in one process by default
   fedlora export RUN --to DIR [--merge] the adapter in PEFT's files, or a merged model
   fedlora verify RUN                    load a run's adapter with plain PEFT and compare
   fedlora privacy plan|show|audit       what privacy costs, has cost, and whether training keeps its word
+  fedlora deploy init DIR               what a server and its sites need to begin, on real machines
 
 fedlora VERB --help says more about each.
 """
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "export": _export,
         "verify": _verify,
         "privacy": _privacy,
+        "deploy": _deploy,
         "demo": _demo,
     }
     if not words or words[0] in ("-h", "--help", "help"):
@@ -101,7 +103,8 @@ def _run(words: list[str]) -> None:
         settings.register()
         _hydra(words)
         return
-    from .job import closing, continued, run_job
+    from .ends import closing
+    from .job import continued, run_job
 
     resume = next((word.partition("=")[2] for word in words if word.startswith("resume=")), None)
     config = continued(Path(resume), words) if resume else settings.compose(words)
@@ -116,11 +119,14 @@ def _hydra(words: list[str]) -> None:
     from omegaconf import DictConfig, OmegaConf
 
     from . import settings
+    from .targets import Trust
 
     def task(config: DictConfig) -> None:
-        from .job import closing, run_job
+        from .ends import closing
+        from .job import run_job
 
         OmegaConf.resolve(config)
+        config = trust.into(config)
         if config.out is None:
             config.out = HydraConfig.get().runtime.output_dir
         try:
@@ -130,7 +136,7 @@ def _hydra(words: list[str]) -> None:
         print(closing(path))
 
     settings.check_keys([word for word in words if not word.startswith("-")])
-
+    trust, _ = Trust.said(words)  # and no file of --config-dir
     sys.argv = ["fedlora run", *words]
     hydra.main("conf", "config", version_base="1.3")(task)()
 
@@ -178,13 +184,15 @@ def _export(words: list[str]) -> None:
     parser.add_argument(
         "--client", type=int, metavar="N", help="a client's own adapter (personal strategies)"
     )
-    given = parser.parse_args(words)
     from .saved import export, export_own
+    from .targets import Trust
 
+    trust, words = Trust.said(words)
+    given = parser.parse_args(words)
     if given.client is not None:
-        print(export_own(given.run, given.client, given.to))
+        print(export_own(given.run, given.client, given.to, trust))
     else:
-        print(export(given.run, given.to, given.merge))
+        print(export(given.run, given.to, given.merge, trust))
 
 
 def _verify(words: list[str]) -> None:
@@ -193,16 +201,23 @@ def _verify(words: list[str]) -> None:
         description="Check a run's hash, and that plain PEFT gives its logits and accuracy.",
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
-    given = parser.parse_args(words)
     from .saved import verify
+    from .targets import Trust
 
-    print(verify(given.run))
+    trust, words = Trust.said(words)
+    print(verify(parser.parse_args(words).run, trust))
 
 
 def _privacy(words: list[str]) -> None:
     from .privacy_command import privacy
 
     privacy(words)
+
+
+def _deploy(words: list[str]) -> None:
+    from .deploy_command import deploy
+
+    deploy(words)
 
 
 def _demo(words: list[str]) -> None:

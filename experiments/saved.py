@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fedlora.adapter import Adapter
 from fedlora.client import Assignment
@@ -16,9 +16,12 @@ from fedlora.protocol import Task, whole
 from fedlora.trainer import evaluate
 
 from .build import build, load_base, make
+from .targets import Trust, read
+
+NONE = Trust()
 
 
-def export(run: Path, to: Path, merged: bool) -> str:
+def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
     """Write a run's adapter in PEFT's form, or the base with it merged, into a new folder.
 
     Raises:
@@ -26,7 +29,7 @@ def export(run: Path, to: Path, merged: bool) -> str:
         ConfigError: the folder is there already, or what the run trained is no LoRA of its model.
     """
     _check_new(to)
-    config, dataset = _read(run)
+    config, dataset = _read(run, trust)
     _, state = RunFolder(run).read_state()
     base = load_base(config, dataset)
     adapter = state.whole()
@@ -45,7 +48,7 @@ def export(run: Path, to: Path, merged: bool) -> str:
     return f"merged model -> {to} (transformers' from_pretrained)"
 
 
-def export_own(run: Path, client: int, to: Path) -> str:
+def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
     """Write the adapter of one client's own model: what is shared, and the part that it keeps.
 
     Raises:
@@ -53,7 +56,7 @@ def export_own(run: Path, client: int, to: Path) -> str:
         ConfigError: the folder is there already, there is no such client, or it keeps no part of its own.
     """
     _check_new(to)
-    job = build(_read(run)[0])
+    job = build(_read(run, trust)[0])
     if not 0 <= client < len(job.ranks):
         raise ConfigError(f"--client: expected 0 to {len(job.ranks) - 1}, got {client}")
     round, state = RunFolder(run).read_state()
@@ -69,7 +72,7 @@ def export_own(run: Path, client: int, to: Path) -> str:
     return f"adapter of client {client} -> {to} (peft.PeftModel.from_pretrained)"
 
 
-def verify(run: Path) -> str:
+def verify(run: Path, trust: Trust = NONE) -> str:
     """Check that a run's adapter is what its summary says, through PEFT alone.
 
     Raises:
@@ -89,7 +92,7 @@ def verify(run: Path) -> str:
         raise CheckpointError(
             f"'{file}' has SHA-256 {found[:16]}, its summary says {str(summary['adapter_sha256'])[:16]}"
         )
-    config, dataset = _read(run)
+    config, dataset = _read(run, trust)
     _, state = RunFolder(run).read_state()
     base = load_base(config, dataset)
     rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, config.data.max_length)
@@ -116,9 +119,6 @@ def _check_new(to: Path) -> None:
         raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
 
 
-def _read(run: Path) -> tuple[DictConfig, Dataset]:
-    if not (run / "config.yaml").is_file():
-        raise CheckpointError(f"expected a run's folder, '{run}' has no config.yaml")
-    config = OmegaConf.load(run / "config.yaml")
-    assert isinstance(config, DictConfig)
-    return config, make(config.data.source, "data")
+def _read(run: Path, trust: Trust) -> tuple[DictConfig, Dataset]:
+    config = read(run, trust)
+    return config, make(config, "data.source")

@@ -57,6 +57,7 @@ class Schema:
     engine: dict[str, Any] = field(default_factory=dict)
     strategy: dict[str, Any] = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
+    robust: dict[str, Any] = field(default_factory=dict)
     models: Any = None
     clients: int | None = 8
     clients_per_round: int | None = None
@@ -68,6 +69,7 @@ class Schema:
     seed: int = 0
     lora: Lora = field(default_factory=Lora)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    allow: list[str] = field(default_factory=list)
     out: str | None = None
     resume: str | None = None
 

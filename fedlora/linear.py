@@ -25,6 +25,11 @@ def form(task: Task) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensors[name].shape) for name in task.shared()}
 
 
+def scales(task: Task) -> dict[str, float]:
+    """Module -> the scale of a task's pair."""
+    return {name: pair.scale for name, pair in task.adapter.pairs.items()}
+
+
 def embed(adapter: Adapter, form: Form, scales: Mapping[str, float]) -> dict[str, Tensor]:
     """An adapter's shared tensors in a wider form, float64: zeros beyond its ranks, B in the form's scale.
 
@@ -55,8 +60,7 @@ def product_change(sent: Adapter, got: Adapter) -> dict[str, Tensor]:
 
 def factor_change(sent: Adapter, got: Adapter, wide: Task) -> dict[str, Tensor]:
     """What a client has changed of the shared tensors, in the form of the widest task; float64."""
-    scales = {name: pair.scale for name, pair in wide.adapter.pairs.items()}
-    before, after = (embed(adapter, form(wide), scales) for adapter in (sent, got))
+    before, after = (embed(adapter, form(wide), scales(wide)) for adapter in (sent, got))
     return {name: after[name] - before[name] for name in after}
 
 
@@ -64,10 +68,16 @@ def moved_products(wide: Task, change: Mapping[str, Tensor]) -> Adapter:
     """The widest task's adapter with every ΔW and extra moved, each ΔW to the nearest of its own rank."""
     pairs = {}
     for name, old in wide.adapter.pairs.items():
-        moved = compress(of_dense(dense(old).double() + change[name]), old.rank)
+        moved = compress(of_dense(dense(old).double() + change[name]), old.rank, old.scale)
         pairs[name] = Pair(moved.A.to(old.A.dtype), moved.B.to(old.B.dtype), moved.scale)
     extra = {name: (old.double() + change[name]).to(old.dtype) for name, old in wide.adapter.extra.items()}
     return Adapter(pairs, extra)
+
+
+def moved_factors(wide: Task, change: Mapping[str, Tensor]) -> Adapter:
+    """The widest task's adapter with its shared tensors moved; all else stays, bit for bit."""
+    start = embed(wide.adapter, form(wide), scales(wide))
+    return with_shared(wide, {name: start[name] + change[name] for name in start})
 
 
 def with_shared(wide: Task, shared: Mapping[str, Tensor]) -> Adapter:

@@ -28,7 +28,7 @@ FORBIDDEN = {
     "fedlora.clients": {"fedlora.strategies"} | WIRING,
 }
 WALLS = {
-    "flwr": {"fedlora.engine", "fedlora.experiments.flower_app"},
+    "flwr": {"fedlora.engine", "fedlora.experiments.flower_app", "fedlora.experiments.worker"},
     "peft": {"fedlora.models"},
     "transformers": {"fedlora.models"},
     "hydra": {"fedlora.experiments"},

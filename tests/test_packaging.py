@@ -29,6 +29,7 @@ def package_of(folder: Path) -> str:
 FOLDERS = [file.parent for root in ROOTS for file in (ROOT / root).rglob("__init__.py")]
 PACKAGES = {package_of(folder): folder for folder in FOLDERS}
 CONFIGS = sorted((ROOT / "experiments" / "conf").rglob("*.yaml"))
+TEMPLATES = sorted((ROOT / "experiments" / "templates").iterdir())
 
 
 def test_roots_are_the_four_folders() -> None:
@@ -50,7 +51,8 @@ def test_every_data_file_of_a_package_is_shipped() -> None:
     beside_code = {file for folder in PACKAGES.values() for file in folder.iterdir() if file.is_file()}
     assert {file for file in beside_code if file.suffix not in aside} <= shipped
     assert CONFIGS
-    assert set(CONFIGS) <= shipped
+    assert TEMPLATES
+    assert {*CONFIGS, *TEMPLATES} <= shipped
 
 
 def test_versions_agree() -> None:
@@ -95,7 +97,7 @@ def test_what_is_built_holds_all_and_only_fedlora(tmp_path: Path) -> None:
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
     assert {name.split("/")[0] for name in names} == {"fedlora"}
     modules = {path for folder in PACKAGES.values() for path in folder.glob("*.py")}
-    for path in [*modules, *CONFIGS, ROOT / "fedlora" / "py.typed"]:
+    for path in [*modules, *CONFIGS, *TEMPLATES, ROOT / "fedlora" / "py.typed"]:
         inside = Path(*package_of(path.parent).split("."), path.name)
         assert inside.as_posix() in names, f"the wheel lacks {inside}"
     assert any(name.startswith("fedlora/experiments/conf/strategy/") for name in names), "no nested YAML"
@@ -103,6 +105,6 @@ def test_what_is_built_holds_all_and_only_fedlora(tmp_path: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    for path in [*modules, *CONFIGS, *(ROOT / "tests").rglob("*.py")]:
+    for path in [*modules, *CONFIGS, *TEMPLATES, *(ROOT / "tests").rglob("*.py")]:
         assert path.relative_to(ROOT).as_posix() in packed, f"the sdist lacks {path.relative_to(ROOT)}"
     assert {"Makefile", "constraints.txt", "MANIFEST.in", "LICENSE", "CHANGELOG.md", ".ci/run"} <= packed

@@ -6,7 +6,8 @@ A held-out test part is cut from the training file when there is no test file.
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedlora.data.dataset import Dataset, Row, hold_out
@@ -46,6 +47,71 @@ def load(
     else:
         kept, held = rows, _read(Path(test), fields)
     return Dataset.build(path.stem, fields.kind, kept, held)
+
+
+def held_out(
+    test: str | Path,
+    text: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> Dataset:
+    """Read the server's part of a data set whose training rows are at other sites: its test rows.
+
+    Args:
+        test: a file as `load` takes it.
+        text: the column of the text to classify.
+        label: the column of its label.
+        prompt: the column of the prompt.
+        response: the column of the response.
+        labels: all labels that sites may have; None takes those of the test rows.
+    """
+    fields = choose(text, label, prompt, response, None)
+    rows = _read(Path(test), fields)
+    if fields.kind == "instruction":
+        return Dataset(Path(test).stem, fields.kind, (), tuple(rows), ())
+    known = tuple(sorted({row.target for row in rows} if labels is None else {str(name) for name in labels}))
+    check_labels(rows, known, str(test))
+    return Dataset(Path(test).stem, fields.kind, (), tuple(rows), known)
+
+
+def rows_of(
+    path: str | Path,
+    text: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    response: str | None = None,
+    labels: Sequence[str] = (),
+) -> list[Row]:
+    """Read one site's own rows, by its own names of the columns.
+
+    Args:
+        path: a file as `load` takes it.
+        text: the column of the text to classify.
+        label: the column of its label.
+        prompt: the column of the prompt.
+        response: the column of the response.
+        labels: those of the run.
+    """
+    fields = choose(text, label, prompt, response, None)
+    rows = _read(Path(path), fields)
+    if fields.kind == "classification":
+        check_labels(rows, labels, str(path))
+    return rows
+
+
+def check_labels(rows: Sequence[Row], labels: Sequence[str], where: str) -> None:
+    """Raise DataError unless there are two labels or more, and every row has one of them."""
+    if len(labels) < 2:
+        raise DataError(f"{where}: expected at least 2 labels, got {list(labels)}; name all with data.labels")
+    unknown = Counter(row.target for row in rows if row.target not in labels)
+    if unknown:
+        name, count = unknown.most_common(1)[0]
+        raise DataError(
+            f"{where}: the label {name!r} of {count} rows is none of the run's {list(labels)}; correct it, "
+            "or name all labels with data.labels"
+        )
 
 
 def _read(path: Path, fields: Fields) -> list[Row]:

@@ -4,7 +4,7 @@ from flwr.app import Message
 
 
 class Asked:
-    """Which node a reply is of: errors that a SuperLink writes for a node name the SuperLink as their sender."""
+    """Which node a reply is of: errors that a SuperLink writes for a node name the SuperLink as sender."""
 
     def __init__(self) -> None:
         self._open: list[Message] = []

@@ -16,14 +16,13 @@ from fedlora.engine.ledgers import read_ledger, spend
 from fedlora.linear import (
     Form,
     clipped,
-    embed,
     factor_change,
     flat,
     form,
+    moved_factors,
     moved_products,
     product_change,
     split,
-    with_shared,
 )
 from fedlora.privacy import ClientLevel, Ledger, Mechanism, Plan
 from fedlora.protocol import Peer, State, Task, Update
@@ -108,10 +107,7 @@ class Central:
         noise = mechanism.source.normals(len(total)) * (mechanism.sigma * mechanism.clip)
         sizes = _sizes(strategy, wide)
         mean = split((total + noise) / mechanism.batch_size, sizes)
-        if not strategy.linear:
-            return Update(moved_products(wide, mean))
-        start = embed(wide.adapter, sizes, {name: pair.scale for name, pair in wide.adapter.pairs.items()})
-        return Update(with_shared(wide, {name: start[name] + mean[name] for name in sizes}))
+        return Update(moved_factors(wide, mean) if strategy.linear else moved_products(wide, mean))
 
 
 def _sizes(strategy: Strategy, wide: Task) -> Form:

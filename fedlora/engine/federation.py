@@ -17,12 +17,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy as FlowerStrategy
 
 from fedlora.engine.asked import Asked
+from fedlora.engine.canaries import of_state, of_updates
 from fedlora.engine.central import Central
-from fedlora.engine.certificate import certificate, seal, sizes
+from fedlora.engine.certificate import sizes
 from fedlora.engine.folder import RunFolder
 from fedlora.engine.inbox import Inbox, line_of
 from fedlora.engine.patience import Patience
-from fedlora.engine.progress import Progress
+from fedlora.engine.progress import Display
+from fedlora.engine.robust import Robust, Screened
 from fedlora.engine.roster import Roster
 from fedlora.engine.rules import Rules
 from fedlora.engine.secure import SecureRound
@@ -50,8 +52,10 @@ class Federation(FlowerStrategy):
         folder: where every round is recorded.
         progress: what the user sees.
         done: how many rounds were finished before (a resumed run).
-        spent: what privacy has cost, for the round's line: "epsilon" and what belongs to it.
+        spent: from the clients' lines of a round to what privacy has cost so far, for the round's own line:
+            "epsilon" and what belongs to it.
         central: client-level privacy; it samples, and the strategy then sees no update but its noised mean.
+        robust: a rule between the updates and the strategy.
     """
 
     def __init__(
@@ -63,15 +67,16 @@ class Federation(FlowerStrategy):
         evaluate: Evaluate,
         named: Named,
         folder: RunFolder,
-        progress: Progress,
+        progress: Display,
         done: int = 0,
-        spent: Callable[[], Mapping[str, Any]] = dict,
+        spent: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda lines: {},
         central: Central | None = None,
+        robust: Robust | None = None,
     ) -> None:
         self.strategy, self.state = strategy, state
         self._roster, self._rules, self._evaluate, self._named = roster, rules, evaluate, named
         self._folder, self._progress, self._done, self._spent = folder, progress, done, spent
-        self._central = central
+        self._central, self._robust = central, robust
         self._sum: SecureSum | None = None  # of the round that goes on
         self._least = rules.min_updates  # good updates that the round needs
         self._over: str | None = None  # why no round may change the state any more
@@ -153,7 +158,7 @@ class Federation(FlowerStrategy):
         round = server_round + self._done
         read = self._sum.read if self._sum else read_update
         updates, tasks, lines = self._inbox.receive(round, replies, read)
-        metrics = self._combine(round, updates, tasks)
+        metrics = self._combine(round, updates, tasks, lines)
         if self._sum:
             self._count(round, self._sum.exchange, lines)
         if self._rules.evaluate_updates and updates:
@@ -172,23 +177,31 @@ class Federation(FlowerStrategy):
         self._progress.end(metrics)
         return ArrayRecord(), None
 
-    def _combine(self, round: int, updates: list[Update], tasks: list[Task]) -> dict[str, Any]:
-        """Let the strategy make the next state; what there is to say of it."""
+    def _combine(
+        self, round: int, updates: list[Update], tasks: list[Task], lines: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Let the strategy make the next state; what there is to say of it, and of clients in their lines."""
         before, rng = self.state, generator(self._rules.seed, "aggregate", 0, round)
-        if self._over or (len(updates) < self._least and not self._central):
-            few = f"{len(updates)} good updates, {self._least} needed"
+        least = max(self._least, self._robust.least if self._robust else 0)
+        if self._over or (len(updates) < least and not self._central):
+            few = f"{len(updates)} good updates, {least} needed"
             self._progress.warn(f"round {round}: {self._over or few}; the state stays as it was")
             return {}
         if self._central or self._rules.secure_sum:
             return self._combine_sum(round, updates, tasks, rng)
         if self._rules.weights == "uniform":
             updates = [replace(update, weight=1.0) for update in updates]
-        self.state = self.strategy.aggregate(before, updates, rng)
-        if seal(self.state) == seal(before):
-            self._progress.warn(f"round {round}: the adapter did not move; is anything trained?")
-        if self.strategy.personal:  # the state is only a part of every model
-            return dict(self.state.metrics)
-        return {**self.state.metrics, **sizes(self.state), **certificate(self.state, updates, tasks)}
+        odd, kept = [*of_updates(updates, tasks)], Screened(updates, tasks)
+        if self._robust:
+            widest = max(self._peers.values(), key=lambda peer: peer.rank)
+            kept = self._robust.screen(self.strategy, before, updates, tasks, widest)
+        for line in lines:
+            line |= kept.notes.get(line["client"], {})
+        self.state = self.strategy.aggregate(before, kept.updates, rng)
+        numbers, wrong = of_state(self.strategy, before, self.state, kept.updates, kept.tasks)
+        for text in [*odd, *wrong]:
+            self._progress.warn(f"round {round}: {text}")
+        return {**self.state.metrics, **kept.metrics, **numbers}
 
     def _combine_sum(
         self, round: int, updates: list[Update], tasks: list[Task], rng: np.random.Generator
@@ -273,5 +286,5 @@ class Federation(FlowerStrategy):
             "clients": len(good),
             "dropped": len(lines) - len(good),
             "epsilon": None,
-            **self._spent(),
+            **self._spent(lines),
         }

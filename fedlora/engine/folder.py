@@ -68,6 +68,11 @@ class RunFolder:
         return bool(self._checkpoints())
 
     @property
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint's file."""
+        return self._checkpoints()[-1]
+
+    @property
     def finished(self) -> bool:
         """Whether the run has come to its end."""
         return (self.path / "summary.json").is_file()

@@ -40,13 +40,7 @@ class Memory:
         if not versions:
             return {}
         path = versions[-1][1]
-        try:
-            with safe_open(path, framework="pt") as file:
-                note = file.metadata() or {}
-                kept = {name: file.get_tensor(name) for name in sorted(file.keys())}  # no mapping
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"'{path}', a client's own part, is damaged: {error}") from error
-        if note.get("digest") != digest("", kept.items()):
+        if (kept := _read(path)) is None:
             raise CheckpointError(f"'{path}', a client's own part, is damaged: its digest does not match")
         return kept
 
@@ -91,22 +85,56 @@ class Memory:
 
 
 class Shelf:
-    """Tensors that clients were sent and hold on to; equal ones are in memory once, whoever holds them."""
+    """Tensors that clients were sent and hold on to.
 
-    def __init__(self) -> None:
+    Args:
+        folder: where they outlive this process, a file a client; None keeps them in memory, equal ones once,
+            whoever holds them.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
         self._held: dict[int, dict[str, Tensor]] = {}
         self._known: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
 
     def held(self, client: int) -> dict[str, Tensor]:
-        """What a client holds."""
-        return self._held.get(client, {})
+        """What a client holds; nothing where a file is damaged, so that the server has to send it again."""
+        if self._folder is None:
+            return self._held.get(client, {})
+        found = _read(self._file(client))
+        return {} if found is None else found
 
     def hold(self, client: int, tensors: Mapping[str, Tensor]) -> None:
         """A client holds these from now on, and nothing else."""
-        if tensors:
+        if self._folder is not None:
+            self._write(self._file(client), tensors)
+        elif tensors:
             self._held[client] = {name: self._one(tensor) for name, tensor in tensors.items()}
         else:
             self._held.pop(client, None)
 
+    def _file(self, client: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"client-{client}" / "held.safetensors"
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        kept = {name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())}
+        seal = digest("", kept.items())
+        if path.exists() or kept:
+            old = _read(path)
+            if old is None or digest("", sorted(old.items())) != seal:
+                write_whole(path, lambda file: save_file(kept, file, {"digest": seal}))
+
     def _one(self, tensor: Tensor) -> Tensor:
         return self._known.setdefault(digest("", [("", tensor)]), tensor)
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """A file's tensors; None where there is none, or it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata() or {}
+            kept = {name: file.get_tensor(name) for name in sorted(file.keys())}  # no mapping
+    except (OSError, SafetensorError):
+        return None
+    return kept if note.get("digest") == digest("", kept.items()) else None

@@ -7,6 +7,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedlora.errors import FedLoraError
+
 
 class Patience(Grid):
     """Another grid, asked often for replies, and no longer than a round needs them.
@@ -17,6 +19,7 @@ class Patience(Grid):
         poll: seconds between two looks for replies.
         done: called with 1 whenever a client has finished training.
         late: takes a line for the user about every reply that comes after its round.
+        stopped: whether nobody will answer any more.
     """
 
     def __init__(
@@ -26,8 +29,10 @@ class Patience(Grid):
         poll: float = 0.5,
         done: Callable[[int], None] = lambda clients: None,
         late: Callable[[str], None] = lambda text: None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         self._grid, self._enough, self._poll, self._done, self._late = grid, enough, poll, done, late
+        self._stopped = stopped
         self._missed: dict[str, tuple[int, str]] = {}  # message -> node and round of those not waited for
 
     @property
@@ -93,6 +98,8 @@ class Patience(Grid):
                 if training:
                     self._done(1)
                 yield reply
+            if self._stopped():
+                raise FedLoraError("the run was stopped while clients trained; resume goes on")
             if not replies:
                 time.sleep(self._poll)
         if training:

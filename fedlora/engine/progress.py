@@ -1,7 +1,7 @@
 """What the user sees while a run goes on: a live table in a terminal, one line a round anywhere else."""
 
 import time
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,6 +11,22 @@ from rich.table import Table
 
 COLUMNS = ("round", "loss", "accuracy", "train loss", "down", "up", "clients", "dropped", "seconds", "left")
 SHOWN = 15  # rounds that the live table keeps in sight
+
+
+class Display(Protocol):
+    """What a run tells its user while it goes on."""
+
+    def begin(self, round: int, clients: int) -> None:
+        """A round begins with so many clients."""
+
+    def advance(self, clients: int) -> None:
+        """So many clients have finished."""
+
+    def end(self, metrics: dict[str, Any]) -> None:
+        """A round has ended with this line of metrics.jsonl."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
 
 
 class Progress:

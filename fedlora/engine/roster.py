@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -10,7 +11,8 @@ from fedlora.engine.asked import Asked
 from fedlora.errors import FedLoraError, IncompatibleUpdates
 from fedlora.protocol import Peer
 
-PAUSE = 1.0  # seconds between two looks at who is there
+PAUSE = 0.5  # seconds between two looks at who is there
+SILENT = 5.0  # seconds of waiting before anything is said of it
 
 
 class Roster:
@@ -36,6 +38,8 @@ class Roster:
         self._plan, self._patience = dict(plan or {}), patience
         self._refused: set[int] = set()
         self.peers: dict[int, Peer] = {}
+        self.profiles: dict[int, dict[str, Any]] = {}  # what each said of itself
+        self.heard: dict[int, float] = {}  # and when, by this machine's clock
 
     def gather(self, grid: Grid, least: int = 1, wait: float = 0.0) -> list[int]:
         """The nodes that are there, in the order of their clients' ids.
@@ -48,12 +52,13 @@ class Roster:
         Raises:
             FedLoraError: there is none at all after that time.
         """
-        until, said = time.monotonic() + wait, False
+        began, said = time.monotonic(), False
         while True:
             there = self._known(grid)
-            if len(there) >= least or time.monotonic() > until:
+            waited = time.monotonic() - began
+            if len(there) >= least or waited >= wait:
                 break
-            if not said:
+            if waited > SILENT and not said:
                 self._warn(f"{len(there)} of {least} clients are there; waiting for the others")
                 said = True
             time.sleep(PAUSE)
@@ -79,6 +84,8 @@ class Roster:
                 continue
             try:
                 self.peers[node] = self._read(reply)
+                self.profiles[node] = dict(reply.content.config_records["profile"])
+                self.heard[node] = time.time()
             except IncompatibleUpdates as error:
                 self._refused.add(node)
                 self._warn(f"a node cannot take part: {error}")
@@ -97,8 +104,8 @@ class Roster:
             raise IncompatibleUpdates(f"expected its client's number, 0 or more, got {client!r:.40}")
         if type(rank) is not int or not 1 <= rank <= self._most:
             raise IncompatibleUpdates(
-                f"client {client} is of rank {rank!r:.40}, this run can serve 1 to {self._most}; start it with "
-                "ranks=... that hold the largest"
+                f"client {client} is of rank {rank!r:.40}, this run can serve 1 to {self._most}; start it "
+                "with ranks=... that hold the largest"
             )
         if client in {peer.id for peer in self.peers.values()}:
             raise IncompatibleUpdates(f"another node is client {client} already; give each its own number")

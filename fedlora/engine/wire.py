@@ -25,6 +25,9 @@ MOST_EXAMPLES = 1e12  # more rows than any client has; sums of such weights stay
 HEADER = 1024  # bytes that an array's own header may take
 FAILED = 2  # flwr's error code for a ClientApp that raised
 REFUSED = 1000  # code of the error with which a client replies that it must not train
+MOST_METRICS = 64  # numbers that a client may report
+LONGEST = 400  # characters of a client's own words that are worth repeating
+RECORDS = {"arrays", "metrics", "config"}  # of an update
 LARGEST = 1e6  # a trained tensor's norm beyond this is a diverged or hostile client, never a useful update
 
 
@@ -109,25 +112,27 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
     """Check a reply against the task that was sent, and complete it with the factors that stayed.
 
     Raises:
-        IncompatibleUpdates: the client failed, or sent another round, other names, shapes, ranks, scales or
-            dtypes, numbers that are not finite or absurdly large, or a number of rows that is none. The
-            message says what and where; the caller knows who.
+        IncompatibleUpdates: the client failed, or sent another round, other records, names, shapes, ranks,
+            scales or dtypes, numbers that are not finite or absurdly large, or a number of rows that is none.
+            The message says what and where; the caller knows who.
     """
     numbers = told(reply, round)
     try:
         arrays = reply.content.array_records["arrays"]
-        scales = reply.content.config_records["config"].get("scales", [])
+        config = reply.content.config_records["config"]
     except KeyError as error:
         raise IncompatibleUpdates(f"the reply lacks the record {error}") from error
-    weight = numbers.pop("num-examples", None)
-    if not isinstance(weight, int | float) or not 1 <= weight <= MOST_EXAMPLES:
+    if more := sorted({*reply.content} - RECORDS) + sorted({*config} - {"scales"}):
+        raise IncompatibleUpdates(f"the reply has {_said(more)}, which nobody asked for")
+    weight, scales = numbers.pop("num-examples", None), config.get("scales", [])
+    if type(weight) not in (int, float) or not 1 <= weight <= MOST_EXAMPLES:
         raise IncompatibleUpdates(
             f"expected a number of examples from 1 to {MOST_EXAMPLES:.0e}, got {weight!s:.20}"
         )
     names, sent = task.shared(), _pruned(task, arrays)
     if set(names) != arrays.keys():
         missing, unknown = sorted(set(names) - arrays.keys()), sorted(arrays.keys() - set(names))
-        raise IncompatibleUpdates(f"wrong tensors: missing {missing[:3]}, unknown {unknown[:3]}")
+        raise IncompatibleUpdates(f"wrong tensors: missing {missing[:3]}, unknown {_said(unknown[:3])}")
     if scales != [pair.scale for pair in sent.pairs.values()]:
         raise IncompatibleUpdates("the scales differ from those that were sent")
     wanted = dict(sent.tensors())
@@ -148,12 +153,16 @@ def told(reply: Message, round: int) -> dict[str, Any]:
     """
     if reply.has_error():
         what = "the client refused: " if reply.error.code == REFUSED else "the client failed: "
-        raise IncompatibleUpdates(f"{what}{reply.error.reason}")
+        raise IncompatibleUpdates(f"{what}{_said(reply.error.reason)}")
     if "metrics" not in reply.content.metric_records:
         raise IncompatibleUpdates("the reply lacks the record 'metrics'")
     numbers = dict(reply.content.metric_records["metrics"])
-    if numbers.get("round") != round:
-        raise IncompatibleUpdates(f"the reply belongs to round {numbers.get('round')}, expected {round}")
+    if type(said := numbers.get("round")) is not int or said != round:
+        raise IncompatibleUpdates(f"the reply belongs to round {_said(said)}, expected {round}")
+    if len(numbers) > MOST_METRICS or any(len(name) > LONGEST for name in numbers):
+        raise IncompatibleUpdates(
+            f"the reply has {len(numbers)} metrics, expected {MOST_METRICS} of names up to {LONGEST} letters"
+        )
     return numbers
 
 
@@ -166,6 +175,12 @@ def metrics_of(numbers: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _said(words: object) -> str:
+    """A client's own words in one line, no more of them than anyone reads, and nothing a terminal obeys."""
+    shown = "".join(c if c.isprintable() else " " for c in str(words)[: 2 * LONGEST])
+    return " ".join(shown.split())[:LONGEST]
+
+
 def size(content: RecordDict) -> int:
     """Bytes of the records of one message, names included."""
     return sum(_count(record) for record in content.values())
@@ -174,9 +189,10 @@ def size(content: RecordDict) -> int:
 def _count(record: Any) -> int:
     if isinstance(record, ArrayRecord):
         return record.count_bytes()
-    # Flower fails on an empty list or string; their names count.
-    full = {name: value for name, value in record.items() if value not in ([], "", b"")}
-    return int(type(record)(full).count_bytes()) + sum(len(name) for name in record if name not in full)
+    full, empty = record.copy(), [name for name, value in record.items() if value in ([], "", b"")]
+    for name in empty:  # Flower fails on an empty list or string; their names count
+        del full[name]
+    return int(full.count_bytes()) + sum(len(name) for name in empty)
 
 
 def array_of(name: str, array: Array, kind: str, shape: tuple[int, ...]) -> Any:
@@ -187,7 +203,7 @@ def array_of(name: str, array: Array, kind: str, shape: tuple[int, ...]) -> Any:
     """
     if tuple(array.shape) != shape or array.dtype != kind:
         raise IncompatibleUpdates(
-            f"'{name}': expected {kind} {shape}, got {array.dtype} {tuple(array.shape)}"
+            f"'{name}': expected {kind} {shape}, got {_said(f'{array.dtype} {tuple(array.shape)}')}"
         )
     # np.load would open a zip archive, and allocate whatever a header asks for.
     most = math.prod(shape) * np.dtype(kind).itemsize
@@ -196,7 +212,7 @@ def array_of(name: str, array: Array, kind: str, shape: tuple[int, ...]) -> Any:
     try:
         value = array.numpy().copy()
     except Exception as error:  # numpy raises a dozen kinds over hostile bytes, MemoryError among them
-        raise IncompatibleUpdates(f"'{name}': its bytes are no array: {error}") from error
+        raise IncompatibleUpdates(f"'{name}': its bytes are no array: {_said(error)}") from error
     if value.shape != shape or str(value.dtype) != kind:
         raise IncompatibleUpdates(f"'{name}': said {kind} {shape}, holds {value.dtype} {value.shape}")
     return value

@@ -1,5 +1,7 @@
 """A frozen pretrained model with its tokenizer and what it is trained for; loaded once a process."""
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fedlora.adapter import digest
 from fedlora.data import Batch, Kind
 from fedlora.errors import ModelError
 from fedlora.models.quantized import quantized
@@ -46,6 +49,12 @@ class Base:
         """What to pad with: the model's own, by which a decoder's classifier finds a row's last token."""
         pad: int = self.model.config.pad_token_id
         return pad
+
+    def fingerprint(self, trained: Sequence[str] = ()) -> str:
+        """A digest of the weights, without those of the heads that are trained and so travel anyway."""
+        parts = self.model.state_dict().items()
+        ours = {name: value for name, value in parts if not name.startswith(tuple(f"{t}." for t in trained))}
+        return digest(self.kind, sorted(ours.items()))
 
     def logits(self, batch: Batch) -> Tensor:
         """The model's output, (rows, labels) or (rows, tokens, vocabulary), in float32 at least."""
@@ -103,6 +112,7 @@ def load(
     device: str = "cpu",
     seed: int = 0,
     quantize: str | None = None,
+    allow_pickle: bool = False,
 ) -> Base:
     """Load a transformers model from a folder or, by name, from the hub or its cache.
 
@@ -116,6 +126,7 @@ def load(
         device: "cpu", "cuda" or "cuda:1".
         seed: of made-up parameters.
         quantize: "4bit" or "8bit", on a GPU with bitsandbytes; heads and adapters stay as they are.
+        allow_pickle: also load weights that are not safetensors; a pickle can hold more than weights.
 
     Raises:
         ModelError: no such model, or one that cannot do this.
@@ -133,21 +144,30 @@ def load(
         raise ModelError(f"model.device: expected cpu, cuda or cuda:1, got '{device}'") from error
     chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     chosen["ignore_mismatched_sizes"] = True  # a head for other labels is made anew, below
+    chosen["use_safetensors"] = None if allow_pickle else True
     auto = AutoModelForCausalLM
     if kind == "classification":
         auto = AutoModelForSequenceClassification
         names = dict(enumerate(labels))
         chosen |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
     bits: dict[str, Any] = {}
+    os.environ.setdefault(
+        "DISABLE_SAFETENSORS_CONVERSION", "1"
+    )  # asks a service on the hub to convert pickles
     quiet = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         bits = quantized(quantize, auto, str(path), dtype, device)
-        model, info = auto.from_pretrained(str(path), **chosen, **bits)
+        model, info = auto.from_pretrained(str(path), trust_remote_code=False, **chosen, **bits)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
+        if not allow_pickle and re.search(r"no file named \S+\.safetensors|and thus cannot be loaded", why):
+            raise ModelError(
+                f"model.path: expected weights in safetensors, '{path}' has none; if it has pickled ones "
+                "(.bin) and you trust who made them, say model.allow_pickle=true"
+            ) from error
         raise ModelError(
             f"model.path: expected a folder with a transformers model, or a hub name, got '{path}': {why}"
         ) from error

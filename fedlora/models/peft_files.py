@@ -82,6 +82,11 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
         raise ModelError(
             f"lora.adapter: expected a folder that PEFT wrote, no adapter_config.json in '{folder}'"
         )
+    if not (folder / "adapter_model.safetensors").is_file():  # PEFT would take a pickled adapter_model.bin
+        raise ModelError(
+            f"lora.adapter: expected adapter_model.safetensors in '{folder}', found none; load it with PEFT "
+            "and save it again"
+        )
     config = PeftConfig.from_pretrained(str(folder))
     changed = [
         name

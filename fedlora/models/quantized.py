@@ -53,6 +53,6 @@ def kept_whole(auto: Any, path: str) -> list[str]:
     from transformers import AutoConfig
 
     with torch.device("meta"):  # names alone, no weights
-        model = auto.from_config(AutoConfig.from_pretrained(path))
+        model = auto.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     return sorted({*heads, "pooler", "lm_head"})  # a pooler is made up where the checkpoint has none

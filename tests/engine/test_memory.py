@@ -189,3 +189,31 @@ def test_what_nobody_holds_any_more_is_free() -> None:
     shelf.hold(2, {})
     gc.collect()
     assert len(shelf._known) == 0
+
+
+def test_what_is_on_the_shelf_outlives_the_process(tmp_path: Path) -> None:
+    kept = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    Shelf(tmp_path).hold(3, kept)
+    found = Shelf(tmp_path).held(3)
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
+    assert Shelf(tmp_path).held(4) == {}
+    Shelf(tmp_path).hold(3, {"a": kept["a"]})
+    assert Shelf(tmp_path).held(3).keys() == {"a"}
+    Shelf(tmp_path).hold(3, {})
+    assert Shelf(tmp_path).held(3) == {}
+
+
+def test_a_shelf_writes_what_is_new_alone_and_a_damaged_one_is_empty(tmp_path: Path) -> None:
+    kept = {"a": torch.arange(6.0)}
+    Shelf(tmp_path).hold(3, kept)
+    (file,) = (tmp_path / "client-3").iterdir()
+    before = file.stat()
+    Shelf(tmp_path).hold(3, {"a": torch.arange(6.0)})
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert Shelf(tmp_path).held(3) == {}  # the server then has to send it again
+    Shelf(tmp_path).hold(3, kept)
+    assert torch.equal(Shelf(tmp_path).held(3)["a"], kept["a"])

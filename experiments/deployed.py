@@ -1,0 +1,100 @@
+"""The server of a deployment, as Flower's SuperLink starts it: the same run over sites on other machines."""
+
+import os
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.engine import Grid, Patience, Roster, RunFolder, Teller
+from fedlora.errors import FedLoraError
+
+from .build import Job, build, heads_of
+from .job import Run
+from .node import Plan, check_name
+
+LEDGER = "checkpoint/ledger.json"  # of client-level privacy
+BROUGHT = ("metrics.jsonl", "clients.jsonl", "summary.json", "adapter", "report.html", LEDGER)
+LARGEST = 64 * 2**20  # bytes of files that go through the log; larger ones stay with the server
+
+
+def serve(grid: Grid, given: Mapping[str, str]) -> None:
+    """Run, or look over, a federation, and tell its user through the log.
+
+    Args:
+        grid: how the SuperLink reaches the sites.
+        given: "config", the composed configuration as YAML, and "verb", run or check.
+    """
+    teller = Teller()
+    try:
+        config = OmegaConf.create(given["config"])
+        assert isinstance(config, DictConfig)
+        check_name(str(config.engine.experiment))
+        if given["verb"] == "check":
+            _check(config, grid, teller)
+        else:
+            _run(config, grid, teller)
+    except FedLoraError as error:
+        teller.tell("error", str(error), 2)
+        raise
+    except Exception as error:
+        teller.tell("error", f"unexpected {type(error).__name__} at the server: {error}", 1)
+        teller.tell("trace", traceback.format_exc())
+        raise
+
+
+def state_folder() -> Path:
+    """Where this server keeps its runs."""
+    return Path(os.environ.get("FEDLORA_STATE", "~/.local/state/fedlora")).expanduser()
+
+
+def _run(config: DictConfig, grid: Grid, teller: Teller) -> None:
+    path = state_folder() / str(config.engine.experiment)
+    if (path / "config.yaml").exists():
+        config.resume = str(path)  # the server was stopped in this run before
+    run = Run.begin(config, path)
+    job = run.job
+    teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
+    patient = Patience(grid, job.rules.enough, done=teller.advance, late=teller.warn)
+    run.go(patient, teller, _plan(config, job).record())
+    _bring(run.folder, teller)
+
+
+def _bring(folder: RunFolder, teller: Teller) -> None:
+    """Send the files of a finished run to whoever follows it."""
+    last = folder.last_checkpoint
+    names = [*BROUGHT, str(last.relative_to(folder.path))]
+    files = [f for n in names for f in [folder.path / n, *(folder.path / n).rglob("*")] if f.is_file()]
+    if (size := sum(file.stat().st_size for file in files)) > LARGEST:
+        teller.warn(
+            f"{size / 1e6:.0f} MB are too much for the log; adapter and checkpoint stay in {folder.path}"
+        )
+        names = [name for name in BROUGHT if name != "adapter"]
+    teller.bring(folder.path, names)
+    teller.tell("done")
+
+
+def _plan(config: DictConfig, job: Job) -> Plan:
+    model = job.base.fingerprint(heads_of(config, job.base))
+    return Plan(str(config.engine.experiment), job.dataset.labels, model)
+
+
+def _check(config: DictConfig, grid: Grid, teller: Teller) -> None:
+    """Meet every site once, and tell what each says of itself."""
+    job = build(config)
+    roster = Roster(
+        job.peer,
+        max(job.ranks),
+        lambda text: teller.tell("refused", text),
+        _plan(config, job).record(),
+        600.0,
+    )
+    patient = Patience(grid, job.rules.enough)
+    there = roster.gather(patient, job.rules.clients, config.engine.wait)
+    for node in there:
+        said, heard = roster.profiles[node], roster.heard[node]
+        more = {"ahead": float(str(said["clock"])) - heard, "server_torch": str(torch.__version__)}
+        teller.tell("site", {name: value for name, value in said.items() if name != "clock"} | more)
+    teller.tell("done", len(there), job.rules.clients)

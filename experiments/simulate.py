@@ -1,0 +1,68 @@
+"""A run on Flower's simulation: each client's work goes to one of several Ray actors, each with its own base.
+
+On one machine the in-process engine is faster; this one is for a cluster that Ray knows of, and for GPUs.
+"""
+
+import functools
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.engine import Display, Patience, RunFolder, Shelf, Simulated, Site, simulation
+from fedlora.errors import ConfigError
+
+from .build import build
+
+if TYPE_CHECKING:
+    from .job import Run
+
+BARE = 900 * 2**20  # bytes of an actor before it loads a model: Python, torch, transformers, Ray's share
+
+
+def simulate(run: "Run", progress: Display) -> None:
+    """Run what is left of a federation on Ray.
+
+    Raises:
+        ConfigError: Ray is not installed, or the memory will not do.
+    """
+    config, job = run.config, run.job
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            'engine=ray: Ray is not installed; pip install "fedlora[ray]", or use engine=inprocess'
+        )
+    actors = config.engine.actors or min(os.cpu_count() or 1, job.rules.clients)
+    _check_memory(actors, sum(p.nbytes for p in job.base.model.parameters()))
+    site = Simulated(
+        functools.partial(_site, OmegaConf.to_yaml(config), str(run.folder.path.absolute())), job.ranks
+    )
+    patience = functools.partial(Patience, enough=job.rules.enough, done=progress.advance, late=progress.warn)
+    simulation(
+        lambda grid, stopped: run.go(patience(grid, poll=0.1, stopped=stopped), progress),
+        site,
+        len(job.ranks),
+        actors,
+        config.engine.gpus,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _site(text: str, folder: str) -> Site:
+    """The clients' side in an actor, loaded once."""
+    config = OmegaConf.create(text)
+    assert isinstance(config, DictConfig)
+    keeps = RunFolder(Path(folder)).memory
+    return replace(build(config).site, memory=keeps, shelf=Shelf(Path(folder) / "checkpoint" / "clients"))
+
+
+def _check_memory(actors: int, base: int) -> None:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need = actors * (BARE + 2 * base)
+    if need > free:
+        raise ConfigError(
+            f"engine=ray: {actors} actors need about {need / 2**30:.1f} GB, {free / 2**30:.1f} are free; say "
+            f"engine.actors={max(1, int(actors * free / need))}, or engine=inprocess, which has one base"
+        )

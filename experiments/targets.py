@@ -1,0 +1,167 @@
+"""What a configuration may name to be made, and what the command line alone may add to it.
+
+A configuration can come from anyone: with a run's folder, over the wire. Its `_target_` is code to be called.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from torch import nn, optim
+
+from fedlora.errors import CheckpointError, ConfigError
+
+# What runs are made of. The rest of fedlora also writes, removes and loads files.
+OURS = (
+    "fedlora.strategies",
+    "fedlora.clients",
+    "fedlora.privacy",
+    "fedlora.data",
+    "fedlora.models.packaged",
+    "fedlora.engine.robust",
+    "fedlora.engine.coordinates",
+)
+TORCH = {
+    "torch.optim": optim.Optimizer,
+    "torch.nn": nn.Module,
+}  # torch.load and others run what they are given
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What only who sits at the command line, or a site for itself, can grant.
+
+    Args:
+        allow: modules beside fedlora and torch that a `_target_` may name.
+        pickle: whether weights may be pickled.
+    """
+
+    allow: tuple[str, ...] = ()
+    pickle: bool = False
+
+    @classmethod
+    def said(cls, words: Sequence[str]) -> tuple["Trust", list[str]]:
+        """What a command line grants, and its other words.
+
+        Raises:
+            ConfigError: no list of modules, or neither true nor false.
+        """
+        keys = {"allow": "a list of modules, such as [my_module]", "model.allow_pickle": "true or false"}
+        found: dict[str, Any] = {"allow": [], "model.allow_pickle": False}
+        for word in words:
+            key = word.partition("=")[0]
+            if key not in keys:
+                continue
+            try:
+                (override,) = OverridesParser.create().parse_overrides([word])
+                found[key] = value = override.value()
+            except HydraException:
+                value = None
+            good = isinstance(value, list) and all(isinstance(name, str) for name in value)
+            if not (good if key == "allow" else isinstance(value, bool)):
+                raise ConfigError(f"{key}: expected {keys[key]}, got '{word}'")
+        rest = [word for word in words if word.partition("=")[0] not in keys]
+        return cls(tuple(found["allow"]), found["model.allow_pickle"]), rest
+
+    def into(self, config: DictConfig) -> DictConfig:
+        """The configuration with this granted, whatever it says of itself."""
+        return OmegaConf.merge(config, {"allow": list(self.allow), "model": {"allow_pickle": self.pickle}})  # type: ignore[return-value]
+
+
+def read(run: Path, trust: Trust) -> DictConfig:
+    """The configuration in a run's folder, which can grant itself nothing.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if not (run / "config.yaml").is_file():
+        raise CheckpointError(f"expected a run's folder, '{run}' has no config.yaml")
+    config = OmegaConf.load(run / "config.yaml")
+    if not isinstance(config, DictConfig):
+        raise CheckpointError(f"expected a run's settings in '{run / 'config.yaml'}', got a list")
+    return trust.into(config)
+
+
+def kept(config: DictConfig) -> str:
+    """The configuration as a run keeps it: one that was continued is the same run, and grants nothing."""
+    return OmegaConf.to_yaml(Trust().into(OmegaConf.merge(config, {"resume": None})))  # type: ignore[arg-type]
+
+
+def checked(config: DictConfig, key: str) -> Any:
+    """A part of a configuration, every reference resolved and every `_target_` in it one that may be named.
+
+    Args:
+        config: the whole one, whose `allow` says what else may be.
+        key: the part, such as "data.source".
+
+    Raises:
+        ConfigError: what was named, and what to say if it is to be trusted.
+    """
+    part = OmegaConf.to_container(OmegaConf.select(config, key), resolve=True)
+    allow = tuple(config.get("allow") or ())
+    for place, node in _nodes(part, key):
+        if isinstance(node, str) and "${" in node:  # a reference after all, resolved only when it is too late
+            raise ConfigError(f"{place}: expected a plain value, got '{node}'; write it without ${{")
+        if isinstance(node, dict) and "_target_" in node:
+            _check(place, node["_target_"], allow)
+    return part
+
+
+def _nodes(node: Any, place: str) -> Iterator[tuple[str, Any]]:
+    yield place, node
+    if isinstance(node, dict | list):
+        for name, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _nodes(value, f"{place}.{name}")
+
+
+def _check(place: str, target: Any, allow: Sequence[str]) -> None:
+    """Refuse a target that is not ours, torch's or allowed; nothing else is imported to find out."""
+    if not isinstance(target, str):
+        raise ConfigError(f"{place}: expected a dotted name under _target_, got {target!r}")
+    public = not any(part.startswith("_") for part in target.split("."))
+    if not _within(target, allow) and not (public and _within(target, (*OURS, *TORCH))):
+        root, _, _ = target.partition(".")
+        raise _refusal(place, target, target.rpartition(".")[0] if root in ("fedlora", "torch") else root)
+    try:
+        found = _found(target)
+    except Exception as error:  # whatever a module raises when it is imported
+        raise ConfigError(f"{place}: cannot find '{target}': {' '.join(str(error).split())}") from error
+    for thing in [found.__self__, found.__func__] if inspect.ismethod(found) else [found]:
+        if not (inspect.isclass(thing) or inspect.isfunction(thing)):
+            raise _refusal(place, target, str(getattr(thing, "__module__", None) or target))
+        home = str(thing.__module__)
+        kind = next((kind for module, kind in TORCH.items() if _within(home, [module])), None)
+        torch_s = kind is not None and inspect.isclass(thing) and issubclass(thing, kind)
+        if not (_within(home, (*OURS, *allow)) or torch_s):
+            raise _refusal(place, target, home)
+
+
+def _found(target: str) -> Any:
+    """What Hydra will call: an attribute where there is one, else a module of that name."""
+    first, *rest = target.split(".")
+    found: Any = import_module(first)
+    for depth, part in enumerate(rest, 1):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            if not inspect.ismodule(found):
+                raise
+            found = import_module(".".join([first, *rest[:depth]]))
+    return found
+
+
+def _refusal(place: str, target: str, module: str) -> ConfigError:
+    return ConfigError(
+        f"{place}: '{target}' is outside of what a configuration may name of fedlora and torch; say "
+        f"allow=[{module}] if you trust it"
+    )
+
+
+def _within(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)

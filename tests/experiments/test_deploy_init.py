@@ -1,0 +1,211 @@
+import re
+import socket
+import ssl
+import stat
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedlora.experiments.run import main
+
+NAMES = ("fl.example.org", "192.0.2.7", "2001:db8::7")
+
+
+def files(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_keys_are_their_owner_s_alone_and_scripts_can_run(folder: Path) -> None:
+    for name, path in files(folder).items():
+        secret = path.suffix in (".key", ".secret")
+        want = 0o600 if secret else 0o755 if path.suffix == ".sh" and path.name != "env.sh" else 0o644
+        assert stat.S_IMODE(path.stat().st_mode) == want, name
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert len((folder / "server" / "superexec.secret").read_bytes()) == 32
+
+
+def test_the_authority_s_key_is_in_its_own_folder_only(folder: Path) -> None:
+    key = (folder / "ca" / "ca.key").read_bytes()
+    assert [name for name, path in files(folder).items() if key in path.read_bytes()] == ["ca/ca.key"]
+
+
+def test_no_text_has_a_hole_and_every_script_is_one(folder: Path) -> None:
+    for name, path in files(folder).items():
+        assert path.suffix == ".secret" or "@{" not in path.read_text(), name
+        if path.suffix == ".sh":
+            subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+def test_two_deployments_share_no_secret(lab: Path, trial: Path) -> None:
+    for name in ("ca/ca.key", "server/server.key", "server/superexec.secret"):
+        assert (lab / name).read_bytes() != (trial / name).read_bytes()
+    assert len({path.read_bytes() for path in lab.rglob("*.key")}) == 4
+
+
+def shaken(folder: Path, authority: Path, name: str) -> bool:
+    """Whether a client that believes an authority and calls a name speaks TLS with the server."""
+    there = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    there.load_cert_chain(folder / "server" / "server.crt", folder / "server" / "server.key")
+    here = ssl.create_default_context(cafile=str(authority / "ca.crt"))
+    here.verify_flags |= ssl.VERIFY_X509_STRICT
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [here.wrap_bio(down, up, server_hostname=name), there.wrap_bio(up, down, server_side=True)]
+    try:
+        for end in ends * 3:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+    except ssl.SSLCertVerificationError:
+        return False
+    return ends[0].version() == "TLSv1.3" and ends[0].cipher() is not None
+
+
+@pytest.mark.parametrize("name", [*NAMES, "localhost", "127.0.0.1"])
+def test_a_site_believes_the_server_under_each_of_its_names(lab: Path, name: str) -> None:
+    assert shaken(lab, lab / "sites" / "ward-3", name)
+
+
+def test_a_site_believes_no_other_name_and_no_other_authority(lab: Path, trial: Path) -> None:
+    assert not shaken(lab, lab / "sites" / "ward-3", "example.org")
+    assert not shaken(lab, lab / "sites" / "ward-3", "192.0.2.8")
+    assert not shaken(lab, trial / "sites" / "site-0", "localhost")
+    assert not shaken(trial, trial / "sites" / "site-0", NAMES[0])
+
+
+def test_certificates_can_do_what_they_are_for_and_no_more(lab: Path) -> None:
+    top, server = (
+        x509.load_pem_x509_certificate((lab / name).read_bytes())
+        for name in ("ca/ca.crt", "server/server.crt")
+    )
+    assert top.extensions.get_extension_for_class(x509.BasicConstraints).value == x509.BasicConstraints(
+        True, 0
+    )
+    assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert not server.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+    assert top.not_valid_before_utc <= server.not_valid_before_utc < server.not_valid_after_utc
+    assert 700 < (server.not_valid_after_utc - server.not_valid_before_utc).days < 826
+    assert server.not_valid_after_utc < top.not_valid_after_utc
+
+
+def test_a_site_s_key_is_one_that_flower_takes(lab: Path) -> None:
+    from flwr.cli.supernode.register import try_load_public_key
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+    for name in ("ward-3", "ward-9"):
+        private = (lab / "sites" / name / "node.key").read_bytes()
+        key = serialization.load_ssh_private_key(private, None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        assert key.curve.name == "secp384r1"
+        registered = lab / "server" / "keys" / f"{name}.pub"
+        assert try_load_public_key(registered) == public_key_to_bytes(key.public_key())
+        assert registered.read_bytes() == (lab / "sites" / name / "node.key.pub").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--sites", "0"], ["at least one site"]),
+        (["--site", "Ward"], ["--site", "'Ward'"]),
+        (["--site", "../x"], ["'../x'"]),
+        (["--site", "a b:3"], ["'a b'"]),
+        (["--site", "a:x"], ["NAME:RANK", "'a:x'"]),
+        (["--site", "a:"], ["NAME:RANK", "'a:'"]),
+        (["--site", "a:0"], ["rank", "0"]),
+        (["--site", "a", "--site", "a:3"], ["'a'", "once"]),
+        (["--sites", "1", "--port", "0"], ["--port", "0"]),
+        (["--sites", "1", "--port", "65535"], ["--port", "65535"]),
+        (["--sites", "1", "--server", "https://x"], ["--server", "https://x"]),
+        (["--sites", "1", "--server", "x:8000"], ["--server", "x:8000"]),
+        (["--sites", "1", "--server", "0.0.0.0"], ["--server", "0.0.0.0"]),
+        (["--sites", "1", "--server", "$(id)"], ["--server", "$(id)"]),
+        (["--sites", "1", "--server", ""], ["--server"]),
+    ],
+    ids=lambda v: " ".join(v) if v and v[0].startswith("--") else "",
+)
+def test_what_cannot_be_is_one_line_and_writes_nothing(
+    refused: Callable[..., str], tmp_path: Path, words: list[str], named: list[str]
+) -> None:
+    said = refused("deploy", "init", str(tmp_path / "lab"), *words)
+    assert all(word in said for word in named), said
+    assert not (tmp_path / "lab").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(
+    refused: Callable[..., str], lab: Path, tmp_path: Path
+) -> None:
+    before = {name: path.read_bytes() for name, path in files(lab).items()}
+    assert "not empty" in refused("deploy", "init", str(lab), "--sites", "1")
+    assert before == {name: path.read_bytes() for name, path in files(lab).items()}
+    (tmp_path / "file").write_text("")
+    assert "not empty" in refused("deploy", "init", str(tmp_path / "file"), "--sites", "1")
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path, capsys: Any) -> None:
+    main(["deploy", "init", str(tmp_path), "--sites", "1"])
+    assert "CHECKLIST.md" in capsys.readouterr().out
+    assert (tmp_path / "sites" / "site-0" / "supernode.sh").is_file()
+
+
+def test_help_and_unknown_verbs(refused: Callable[..., str], capsys: Any) -> None:
+    main(["deploy", "--help"])
+    assert "fedlora deploy init" in capsys.readouterr().out
+    assert "frob" in refused("deploy", "frob")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_the_scripts_bring_up_flower_which_knows_registered_sites_only(tmp_path: Path) -> None:
+    folder = tmp_path / "a b"
+    main(["deploy", "init", str(folder), "--sites", "2", "--port", str(free_port())])
+    for site in ("site-0", "site-1"):
+        script = folder / "sites" / site / "supernode.sh"
+        script.write_text(re.sub(r"^PORT=\d+", f"PORT={free_port()}", script.read_text(), flags=re.MULTILINE))
+    (folder / "server" / "keys" / "site-1.pub").unlink()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(script: str) -> subprocess.Popen[bytes]:
+        log = (tmp_path / f"{len(started)}.log").open("wb")
+        with log:
+            started.append(subprocess.Popen([folder / script], stdout=log, stderr=log))
+        return started[-1]
+
+    def flwr(script: str) -> str:
+        words = ["bash", "-c", script, "bash", str(folder / "server")]
+        return subprocess.run(words, capture_output=True, text=True).stdout
+
+    try:
+        start("server/superlink.sh")
+        wait(lambda: flwr('"$1/register.sh"').startswith("site-0 "), 30)
+        assert flwr('"$1/register.sh"') == "site-0: was registered before\n"
+        start("sites/site-0/supernode.sh")
+        stranger = start("sites/site-1/supernode.sh")
+        listing = '. "$1/env.sh"; flwr supernode list fedlora --format json'
+        wait(lambda: '"status": "online"' in flwr(listing), 30)
+        assert flwr(listing).count('"node-id"') == 1
+        assert (folder / "server" / "nodes.txt").read_text().split()[1] in flwr(listing)
+        assert stranger.wait(30) != 0
+    finally:
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.wait(30)
+
+
+def wait(done: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it did not come up in time"
+        time.sleep(0.2)

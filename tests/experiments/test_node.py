@@ -1,0 +1,290 @@
+"""What a site's own words allow, and the worker that answers for it, without a network."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.errors import ConfigError
+from fedlora.experiments import flower_app
+from fedlora.experiments.build import build, heads_of
+from fedlora.experiments.node import Node, Plan, check_name, rank_of
+from fedlora.experiments.settings import compose
+from fedlora.experiments.worker import Worker
+
+JOB = (
+    "engine=deploy",
+    "engine.superlink=x",
+    "engine.experiment=trial",
+    "model=tiny",
+    "clients=2",
+    "ranks=[2,4]",
+    "strategy=flexlora",
+)
+SITES = ("data=sites", "data.text=text", "data.label=label")
+
+
+def rows(path: Path, count: int = 24, label: str = "label", extra: str | None = None) -> Path:
+    found = [{"text": f"w{i} w{i + 1} w{i * 7 % 5}", label: "ab"[i % 2]} for i in range(count)]
+    if extra is not None:
+        found.append({"text": "w1", label: extra})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, found)) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DictConfig]:
+    test = rows(tmp_path_factory.mktemp("server") / "test.jsonl")
+    known: dict[tuple[str, ...], DictConfig] = {}
+
+    def go(*more: str) -> DictConfig:
+        if more not in known:
+            data = [] if "data=tiny" in more else [*SITES, f"data.test={test}"]
+            known[more] = compose([*JOB, *data, *more])
+        return known[more].copy()
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def model(composed: Any) -> str:
+    """The fingerprint of the server's model."""
+    job = build(composed())
+    return job.base.fingerprint(heads_of(composed(), job.base))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> dict[str, Any]:
+    """What a site says in its node.toml."""
+    return {"client": 0, "state": str(tmp_path / "state"), "data": str(rows(tmp_path / "own" / "rows.jsonl"))}
+
+
+class Asked:
+    """A worker, and messages to it as Flower would bring them."""
+
+    def __init__(self, worker: Worker, config: DictConfig, site: dict[str, Any], plan: Plan) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
+        self.worker, self.plan = worker, plan
+        run = {"config": OmegaConf.to_yaml(config), "verb": "run"}
+        self.context = Context(7, 11, dict(site), RecordDict(), run)  # type: ignore[arg-type]
+
+    def __call__(self, kind: str = "query.profile", content: RecordDict | None = None) -> Message:
+        profile = RecordDict({"plan": ConfigRecord(dict(self.plan.record()))})
+        message = Message(profile if content is None else content, 11, kind)
+        message.metadata.__dict__["_message_id"] = "m"
+        return self.worker.answer(message, self.context)
+
+    def why(self) -> str:
+        reply = self()
+        assert reply.has_error(), reply.content
+        assert "\n" not in reply.error.reason
+        return reply.error.reason
+
+
+@pytest.fixture
+def ask(model: str) -> Callable[..., Asked]:
+    def make(config: DictConfig, site: dict[str, Any], **plan: Any) -> Asked:
+        return Asked(
+            Worker(),
+            config,
+            site,
+            Plan(**{"experiment": "trial", "labels": ("a", "b"), "model": model, **plan}),
+        )
+
+    return make
+
+
+def test_a_site_says_who_it_is(ask: Any, composed: Any, site: dict[str, Any]) -> None:
+    reply = ask(composed(), site | {"rank": 3})()
+    found = dict(reply.content["profile"])
+    assert (found["client"], found["rank"], found["rows"]) == (0, 3, 24)
+    assert abs(found["clock"] - time.time()) < 60
+    assert found["free_mb"] > 0
+
+
+def test_a_site_without_a_rank_takes_the_runs(composed: Any, site: dict[str, Any]) -> None:
+    for client, rank in ((0, 2), (1, 4), (2, 2)):
+        assert rank_of(composed(), Node.read(site | {"client": client})) == rank
+
+
+def test_what_is_wrong_with_its_rows_stays_at_the_site(
+    ask: Any, composed: Any, site: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = rows(tmp_path / "odd.jsonl", extra="secret-label")
+    why = ask(composed(), site | {"data": str(own)}).why()
+    assert "DataError" in why
+    assert "worker.log" in why
+    assert "secret-label" not in why
+    assert "secret-label" in caplog.text
+
+
+def test_a_site_that_has_forgotten_a_run_says_so(ask: Any, composed: Any, site: dict[str, Any]) -> None:
+    content = RecordDict({"config": ConfigRecord({"round": 1, "seed": 0, "task": "", "grown": ""})})
+    assert "has never met 'trial'" in ask(composed(), site)("train", content).error.reason
+
+
+def test_its_own_names_of_columns_count(
+    ask: Any, composed: Any, site: dict[str, Any], tmp_path: Path
+) -> None:
+    own = str(rows(tmp_path / "other.jsonl", label="thema"))
+    assert "DataError" in ask(composed(), site | {"data": own}).why()
+    assert not ask(composed(), site | {"data": own, "label": "thema"})().has_error()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
+    "more rounds than agreed": ({"max-rounds": 4}, (), "at most 4 rounds"),
+    "privacy off": ({"epsilon": 8.0}, (), "private runs alone"),
+    "client-level privacy": ({"epsilon": 8.0}, ("privacy=client_level",), "private runs alone"),
+    "more epsilon than its budget": ({"epsilon": 2.0}, ("privacy=dp_sgd", "privacy.epsilon=3"), "2 at most"),
+    "another data set": ({}, ("data=tiny",), "its own file alone"),
+    "another file": ({}, ("data.file=secret.jsonl",), "which is not 'secret.jsonl'"),
+    "a file outside its folder": ({"data": "FOLDER"}, ("data.file=../state/x.jsonl",), "leads out"),
+    "a file by its whole path": ({"data": "FOLDER"}, ("data.file=/etc/passwd",), "leads out"),
+    "no file of a folder": ({"data": "FOLDER"}, (), "data.file=NAME"),
+    "code of others": ({}, ("client._target_=os.system",), "allow"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_site_refuses(what: str, ask: Any, composed: Any, site: dict[str, Any], tmp_path: Path) -> None:
+    own, overrides, said = REFUSED[what]
+    words = {key: str(tmp_path / "own") if value == "FOLDER" else value for key, value in own.items()}
+    assert said in ask(composed(*overrides), site | words).why()
+
+
+def test_a_file_of_a_sites_folder_is_taken(
+    ask: Any, composed: Any, site: dict[str, Any], tmp_path: Path
+) -> None:
+    rows(tmp_path / "own" / "deep" / "er.jsonl", 30)
+    words = site | {"data": str(tmp_path / "own")}
+    assert ask(composed("data.file=deep/er.jsonl"), words)().content["profile"]["rows"] == 30
+
+
+def test_a_link_out_of_the_folder_is_no_way_out(
+    ask: Any, composed: Any, site: dict[str, Any], tmp_path: Path
+) -> None:
+    rows(tmp_path / "private.jsonl")
+    (tmp_path / "own" / "link.jsonl").symlink_to(tmp_path / "private.jsonl")
+    words = site | {"data": str(tmp_path / "own")}
+    assert "leads out" in ask(composed("data.file=link.jsonl"), words).why()
+
+
+def test_a_budget_is_that_of_all_runs_together(
+    ask: Any, composed: Any, site: dict[str, Any], tmp_path: Path
+) -> None:
+    words = site | {"epsilon": 5.0, "data": str(rows(tmp_path / "many.jsonl", 200))}
+
+    def asks(experiment: str, epsilon: float) -> Message:
+        config = composed("privacy=dp_sgd", f"privacy.epsilon={epsilon}")
+        config.engine.experiment = experiment
+        return ask(config, words, experiment=experiment)()
+
+    assert not asks("one", 3.0).has_error()
+    assert not asks("one", 3.0).has_error()  # the same run again, after a restart
+    assert "3 are promised to others" in asks("two", 2.5).error.reason
+    assert not asks("two", 2.0).has_error()
+    assert asks("three", 0.1).has_error()
+
+
+def test_a_lie_about_rounds_ends_with_them(ask: Any, composed: Any, site: dict[str, Any]) -> None:
+    asked = ask(composed("rounds=2"), site | {"max-rounds": 2})
+    assert not asked().has_error()
+    content = RecordDict({"config": ConfigRecord({"round": 4, "seed": 0, "task": "", "grown": ""})})
+    assert "round 4 of 2" in asked("train", content).error.reason
+
+
+def test_another_model_is_noticed_before_anything_is_trained(
+    ask: Any, composed: Any, site: dict[str, Any]
+) -> None:
+    assert "fingerprint" in ask(composed(), site, model="0" * 64).why()
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 3 + "\0", "a\nb"])
+def test_an_experiments_name_leads_nowhere(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.experiment"):
+        check_name(name)
+    with pytest.raises(ConfigError):
+        Plan.read(Plan(name, (), "x").record())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"epsilom": 8.0},
+        {"max-round": 3},
+        {"client": -1},
+        {"client": "0"},
+        {"client": True},
+        {"rank": 0},
+        {"max-rounds": 0},
+        {"epsilon": 0},
+        {"epsilon": True},
+    ],
+)
+def test_a_word_that_cannot_be_switches_no_limit_off(words: dict[str, Any], site: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="--node-config"):
+        Node.read(site | words)
+
+
+def test_what_must_be_said_is_asked_for(site: dict[str, Any]) -> None:
+    for key in ("client", "data", "state"):
+        with pytest.raises(ConfigError, match=f"{key}=..."):
+            Node.read({k: v for k, v in site.items() if k != key})
+
+
+def test_one_warm_worker_answers_over_its_socket_and_ends_with_its_parent(
+    ask: Any, composed: Any, site: dict[str, Any]
+) -> None:
+    home = Path(site["state"])
+    parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    asked = ask(composed(), site)
+    message = Message(RecordDict({"plan": ConfigRecord(dict(asked.plan.record()))}), 11, "query.profile")
+    message.metadata.__dict__["_message_id"] = "m"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "getppid", lambda: parent.pid)
+        replies = [flower_app.Relay()(message, asked.context) for _ in range(2)]
+    assert [reply.content["profile"]["rows"] for reply in replies] == [24, 24]
+    log = (home / "worker.log").read_text()
+    assert log.count("listening") == 1
+    assert (home / "worker").stat().st_mode & 0o777 == 0o700
+    assert (home / "worker" / "secret").stat().st_mode & 0o777 == 0o600
+    # whoever lacks the secret gets nothing
+    (home / "worker" / "secret").write_bytes(b"x" * 32)
+    with pytest.raises(ConnectionError):
+        flower_app.ask(home, message, asked.context)
+    parent.kill()
+    parent.wait()
+    assert len(flower_app._started) == 1
+    until = time.monotonic() + 20
+    while (home / "worker" / "socket").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    flower_app._started.pop().wait(10)
+    assert "is gone" in (home / "worker.log").read_text()
+
+
+def test_callers_who_race_make_one_secret(tmp_path: Path) -> None:
+    found: list[bytes] = []
+    threads = [threading.Thread(target=lambda: found.append(flower_app.secret(tmp_path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert len(found[0]) == 32
+
+
+def test_the_apps_module_needs_no_torch() -> None:
+    code = "import sys, fedlora.experiments.flower_app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

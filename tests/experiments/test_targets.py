@@ -1,0 +1,218 @@
+"""A `_target_` is code to be called: what may be named, and that nobody but the command line can widen it."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from fedlora.errors import ConfigError
+from fedlora.experiments.build import make
+from fedlora.experiments.run import main
+from fedlora.experiments.targets import Trust, kept
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+HOSTILE = {
+    "os.system": "os",
+    "builtins.eval": "builtins",
+    "subprocess.run": "subprocess",
+    "fedlora.experiments.run.os.system": "fedlora.experiments.run.os",
+    "fedlora.data.files.json.loads": "json.decoder",
+    "fedlora.data.files.csv.reader": "_csv",
+    "fedlora.data.packaged.Path": "pathlib",
+    "fedlora.data.files.load.__class__": "fedlora.data.files.load",
+    "fedlora.strategies.FedIT.__subclasses__": "fedlora.strategies.FedIT",
+    "fedlora.engine.files.remove": "fedlora.engine.files",
+    "fedlora.experiments.run.main": "fedlora.experiments.run",
+    "fedlora.models.load": "fedlora.models",
+    "fedlora.models.packaged._cached": "fedlora.models.packaged",
+    "torch.load": "torch",
+    "torch.hub.load": "torch.hub",
+    "torch.save": "torch",
+    "torch.optim.Adam.load_state_dict": "torch.optim.optimizer",
+    "torch.nn.functional.relu": "torch.nn.functional",
+    "torch.nn.modules.module.torch.load": "torch.serialization",
+    "torch.utils.cpp_extension.load": "torch.utils.cpp_extension",
+    "hydra.utils.instantiate": "hydra",
+    "my_module.MedianFedIT": "my_module",
+}
+
+
+def said(config: dict[str, Any], key: str = "strategy", allow: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make(OmegaConf.create({**config, "allow": list(allow)}), key)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("target", HOSTILE)
+def test_what_is_not_ours_is_refused_with_what_to_say(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = said({"strategy": {"_target_": target}})
+    assert f"'{target}' is outside of what a configuration may name of fedlora and torch" in text
+    if target != "fedlora.data.files.json.loads":  # whose module is named where it is defined
+        assert f"say allow=[{HOSTILE[target]}] if you trust it" in text
+
+
+DEEP: list[dict[str, Any]] = [
+    {"_target_": "fedlora.strategies.FedIT", "x": {"_target_": "os.system", "command": "true"}},
+    {"a": [{"b": [{"_target_": "os.system"}]}]},
+    {"_target_": "fedlora.strategies.FedIT", "_args_": [{"_target_": "os.system"}]},
+    {"_target_": "fedlora.strategies.FedIT", "_recursive_": False, "x": {"_target_": "os.system"}},
+    {"_target_": "fedlora.strategies.FedIT", "_partial_": True, "x": {"_target_": "os.system"}},
+    {"_target_": "${other}"},
+    {"_target_": "fedlora.strategies.FedIT", "x": "${part}"},
+]
+
+
+@pytest.mark.parametrize("part", DEEP, ids=str)
+def test_every_target_is_checked_before_any_is_called(part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.system", lambda command: pytest.fail("it was called"))
+    monkeypatch.setattr(
+        "fedlora.strategies.FedIT.__init__", lambda self, **more: pytest.fail("it was called")
+    )
+    text = said({"strategy": part, "other": "os.system", "part": {"_target_": "os.system"}})
+    assert "'os.system'" in text
+    assert "allow=[os]" in text
+
+
+@pytest.mark.parametrize("value", ["\\${other}", "\\${oc.create:${part}}", "a \\${oc.env:HOME}"])
+def test_a_reference_that_appears_only_when_it_is_resolved_is_refused(value: str) -> None:
+    config = {"strategy": {"_target_": "fedlora.strategies.FedIT", "x": value}, "other": 1, "part": "x"}
+    assert "strategy.x: expected a plain value" in said(config)
+
+
+@pytest.mark.parametrize(
+    "target", [7, None, ["os.system"], {"a": 1}, "", ".", "os..system", "fedlora.", "torch"]
+)
+def test_what_is_no_name_is_refused(target: Any) -> None:
+    said({"strategy": {"_target_": target}})
+
+
+def test_a_name_that_is_not_there_says_so() -> None:
+    assert "cannot find 'fedlora.strategies.FedAvgg'" in said(
+        {"s": {"_target_": "fedlora.strategies.FedAvgg"}}, "s"
+    )
+
+
+@pytest.mark.parametrize(
+    "target", ["torch.optim.SGD", "torch.optim.adamw.AdamW", "fedlora.clients.TwoPhase.of"]
+)
+def test_optimizers_and_our_own_are_let_through(target: str) -> None:
+    config = OmegaConf.create({"x": {"_target_": target, "_partial_": True}})  # and no word of allow
+    assert callable(make(config, "x"))
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A strategy of the user's; the file beside it tells whether it was imported."""
+    (tmp_path / "my_module.py").write_text(
+        "import os, pathlib\nfrom fedlora.strategies import FedIT\n"
+        f"pathlib.Path({str(tmp_path / 'imported')!r}).write_text('')\n"
+        "class Mine(FedIT):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "my_module", None)
+    del sys.modules["my_module"]
+    return tmp_path / "imported"
+
+
+MINE = {"strategy": {"_target_": "my_module.Mine"}}
+
+
+def test_a_module_that_is_not_allowed_is_not_even_imported(module: Path) -> None:
+    assert "allow=[my_module]" in said(MINE)
+    assert "allow=[my_module]" in said(MINE, allow=("my_mod", "module", "my_module.Other"))
+    assert not module.exists()
+
+
+def test_an_allowed_module_gives_its_own_and_not_what_it_imports(module: Path) -> None:
+    assert type(make(OmegaConf.create({**MINE, "allow": ["my_module"]}), "strategy")).__name__ == "Mine"
+    assert module.exists()
+    borrowed = {"strategy": {"_target_": "my_module.os.system"}}
+    assert "'my_module.os.system'" in said(borrowed, allow=("my_module",))
+    inner = {"strategy": {"_target_": "my_module.pathlib.Path"}}
+    assert "allow=[pathlib]" in said(inner, allow=("my_module",))
+
+
+SMALL = ("model=tiny", "data=tiny", "clients=2", "rounds=1", "ranks=2", "+data.source.rows=24")
+
+
+def test_the_command_line_allows_and_the_run_keeps_no_trace(
+    module: Path, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    words = ("run", *SMALL, "strategy._target_=my_module.Mine", f"out={tmp_path / 'run'}")
+    assert "allow=[my_module]" in refused(*words)
+    assert not (tmp_path / "run").exists()
+    main([*words, "allow=[my_module]"])
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["allow"] == []
+    resume = ("run", f"resume={tmp_path / 'run'}", "rounds=2")
+    assert "allow=[my_module]" in refused(*resume)
+    main([*resume, "allow=[my_module]"])
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["rounds"] == 2
+
+
+@pytest.fixture
+def hostile(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """A run's folder whose settings would run code, and say that they may."""
+    monkeypatch.setattr("os.system", lambda command: pytest.fail("it was called"))
+
+    def go(part: str) -> Path:
+        copy = Path(shutil.copytree(finished, tmp_path / part))
+        config = yaml.safe_load((copy / "config.yaml").read_text())
+        bomb = {"_target_": "os.system", "command": "true"}
+        if part in ("data", "model"):
+            config[part] |= {"source": bomb}
+        else:
+            config[part] = bomb
+        (copy / "config.yaml").write_text(yaml.safe_dump(config | {"allow": ["os", "posix", "nt"]}))
+        (copy / "summary.json").write_text((finished / "summary.json").read_text())
+        return copy
+
+    return go
+
+
+@pytest.mark.parametrize("part", ["data", "model", "strategy", "client", "privacy"])
+def test_a_folder_cannot_grant_itself_anything(
+    hostile: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, part: str
+) -> None:
+    run = hostile(part)
+    verbs = [
+        ["run", f"resume={run}", "rounds=2"],
+        ["export", str(run), "--to", str(tmp_path / "to"), "--client", "0"],
+    ]
+    if part in ("data", "model"):  # all else a finished run does not need
+        verbs += [["verify", str(run)], ["export", str(run), "--to", str(tmp_path / "to")]]
+    for words in verbs:
+        assert "say allow=[os]" in refused(*words), words
+    main(["report", str(run)])  # reads, and makes nothing
+
+
+def test_what_a_command_line_grants_must_be_said_well(refused: Callable[..., str]) -> None:
+    for word in ("allow=os", "allow=[[a]]", "allow={a: 1}", "allow=[1]", "allow=1,2"):
+        assert "allow" in refused("verify", "x", word)
+    assert "model.allow_pickle" in refused("verify", "x", "model.allow_pickle=maybe")
+    trust, rest = Trust.said(["rounds=3", "allow=[a, b.c]", "model.allow_pickle=true", "--merge"])
+    assert (trust, rest) == (Trust(("a", "b.c"), True), ["rounds=3", "--merge"])
+
+
+def test_what_is_kept_grants_nothing_whatever_it_said() -> None:
+    given = {"allow": ["os"], "model": {"path": "x", "allow_pickle": True}, "resume": "x", "rounds": 3}
+    found = yaml.safe_load(kept(OmegaConf.create(given)))
+    assert found == {"allow": [], "model": {"path": "x", "allow_pickle": False}, "resume": None, "rounds": 3}
+    given["model"] = {"allow_pickle": "${oc.env:HOME}"}
+    assert Trust().into(OmegaConf.create(given)).model.allow_pickle is False
+
+
+def test_a_site_listens_to_its_own_word_alone(tmp_path: Path) -> None:
+    from fedlora.experiments.node import Node, Plan, site_of
+    from fedlora.experiments.settings import compose
+
+    config = compose([*SMALL, "strategy._target_=my_module.Mine", "allow=[my_module]"])
+    node = Node.read({"client": 0, "data": "run", "state": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"allow=\[my_module\]"):
+        site_of(config, node, Plan("x", ("a", "b"), ""))
