@@ -2,6 +2,8 @@
 
 from flwr.app import Message
 
+SUPERLINK = 1  # the node id under which a SuperLink speaks for nodes that do not
+
 
 class Asked:
     """Which node a reply is of: errors that a SuperLink writes for a node name the SuperLink as sender."""
@@ -25,4 +27,5 @@ class Asked:
             self._nodes |= {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
             self._open = [message for message in self._open if not message.metadata.message_id]
         node = self._nodes.get(reply.metadata.reply_to_message_id)
-        return node if reply.has_error() or reply.metadata.src_node_id == node else None
+        senders = (node, SUPERLINK) if reply.has_error() else (node,)
+        return node if reply.metadata.src_node_id in senders else None

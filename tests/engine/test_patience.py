@@ -145,6 +145,10 @@ def test_a_reply_in_another_nodes_name_is_nobodys() -> None:
     assert asked.node(reply) == 101
     reply.metadata.__dict__["_src_node_id"] = 102
     assert asked.node(reply) is None
+    error = Message(Error(2, "not mine"), reply_to=message)
+    for sender, node in ((101, 101), (1, 101), (102, None)):
+        error.metadata.__dict__["_src_node_id"] = sender
+        assert asked.node(error) == node
 
 
 @pytest.fixture
