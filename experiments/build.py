@@ -1,23 +1,18 @@
 """From a composed configuration to the objects of a run."""
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from typing import Any
 
-import hydra
-from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
 from fedlora.adapter import Adapter
 from fedlora.client import Client
-from fedlora.data import Dataset, Example, Part, encode, partition
+from fedlora.data import Dataset, Example, Part, encode
 from fedlora.engine import Rules, Site
 from fedlora.engine.robust import Robust
-from fedlora.errors import ConfigError, FedLoraError
+from fedlora.errors import ConfigError
 from fedlora.models import Base, LoRA, load, targets
 from fedlora.privacy import DPSGD, ClientLevel, Plan, Privacy
 from fedlora.protocol import Peer, State, Task
@@ -25,9 +20,11 @@ from fedlora.strategy import Strategy
 from fedlora.trainer import evaluate
 
 from . import private
+from .bases import heads_of, load_base, model_choices, shared
 from .begin import begin
 from .ranks import deal_ranks, plain
-from .targets import checked
+from .rows import dataset_of, deal
+from .targets import make
 
 
 @dataclass(frozen=True)
@@ -158,7 +155,7 @@ def build(config: DictConfig) -> Job:
     fuse_of(config.engine.get("fuse", "auto"))
     if config.lora.head not in ("train", "last", "freeze"):
         raise ConfigError(f"lora.head: expected train, last or freeze, got '{config.lora.head}'")
-    dataset: Dataset = make(config, "data.source")
+    dataset = dataset_of(config)
     d = config.data
     parts = deal(config, dataset) if dataset.train else []
     clients = len(parts) if parts else config.clients
@@ -181,7 +178,7 @@ def build(config: DictConfig) -> Job:
         )
     given_head = config.lora.adapter is not None and config.lora.head != "train"
     bases = [load_base(choice, dataset) for choice in model_choices(config)] if config.models else []
-    base = bases[0] if bases else load_base(config, dataset, load if given_head else _shared)
+    base = bases[0] if bases else load_base(config, dataset, load if given_head else shared)
     apart = client.shared(base)  # what clients share where it is no part of the model
     _check_apart(config, strategy, client, apart is not None)
     if apart is not None:
@@ -204,13 +201,6 @@ def build(config: DictConfig) -> Job:
     return job
 
 
-def deal(config: DictConfig, dataset: Dataset) -> list[Part]:
-    """The training rows dealt to clients, as the configuration says."""
-    d = config.data
-    how = (d.partition, config.clients, d.alpha, d.shards, d.min_rows, d.max_rows, config.seed)
-    return partition(dataset.train, *how, kind=dataset.kind)
-
-
 def _check_apart(config: DictConfig, strategy: Strategy, client: Client, apart: bool) -> None:
     """Refuse what an adapter apart from the model cannot do, and other models where there is none."""
     name = type(client).__name__
@@ -226,64 +216,6 @@ def _check_apart(config: DictConfig, strategy: Strategy, client: Client, apart: 
             f"models: {type(strategy).__name__} combines LoRA of one model, got models={config.models}; use "
             "model=NAME, or strategy=pfedlora, whose clients may have different ones"
         )
-
-
-def heads_of(config: DictConfig, base: Base) -> tuple[str, ...]:
-    """The heads that are trained, by `lora.head`."""
-    return {"train": base.heads, "last": base.last, "freeze": ()}[config.lora.head]
-
-
-def model_choices(config: DictConfig) -> list[DictConfig]:
-    """The configuration once for every model that clients have, in their turn."""
-    named = [config.models] if isinstance(config.models, str) else plain(config.models) or []
-    return [_with_model(config, str(name)) for name in named] or [config]
-
-
-def _with_model(config: DictConfig, name: str) -> DictConfig:
-    """The configuration with another model: a choice of the group `model`, or else a folder or hub name."""
-    file = resources.files("fedlora.experiments.conf") / "model" / f"{name}.yaml"
-    found: Any = {"path": name, "source": None}
-    if file.is_file():
-        found = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
-    if found["path"] == "???":
-        raise ConfigError(f"models: '{name}' is any model; say the folder or hub name itself in its place")
-    given = {"path": found["path"], "source": found["source"]}
-    return OmegaConf.merge(config, {"model": given})  # type: ignore[return-value]
-
-
-# A base is never written to, so the runs of one process share it.
-_shared = functools.lru_cache(maxsize=1)(load)
-
-
-def load_base(config: DictConfig, dataset: Dataset, loader: Callable[..., Base] = load) -> Base:
-    """The base model that the configuration names."""
-    if OmegaConf.is_missing(config.model, "path"):
-        raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
-    path = config.model.path or make(config, "model.source")
-    m = config.model
-    where = (m.dtype, m.device, config.seed, m.quantize, bool(m.get("allow_pickle")))
-    return loader(path, dataset.kind, dataset.labels, *where)
-
-
-def make(config: DictConfig, key: str) -> Any:
-    """Make what the `_target_` of a part names, which must be ours, torch's or allowed.
-
-    Args:
-        config: the whole configuration.
-        key: the part, such as "strategy" or "data.source".
-
-    Raises:
-        FedLoraError: what the target itself raises, or a ConfigError in one line for anything else.
-    """
-    try:
-        return hydra.utils.instantiate(checked(config, key))
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, FedLoraError):
-            raise cause from None
-        raise ConfigError(f"{key}: {' '.join(str(cause or error).split())}") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def fuse_of(value: Any) -> int | None:

@@ -11,7 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from fedlora.engine import Grid, Patience, Roster, RunFolder, Teller
 from fedlora.errors import FedLoraError
 
-from .build import Job, build, heads_of
+from .bases import heads_of
+from .build import Job, build
 from .job import Run
 from .node import Plan, check_name
 

@@ -18,9 +18,10 @@ from fedlora.models import Base, load
 from fedlora.privacy import DPSGD
 from fedlora.strategy import Strategy
 
-from .build import deal, heads_of, load_base, make, model_choices
+from .bases import heads_of, load_base, model_choices
 from .ranks import deal_ranks
-from .targets import Trust
+from .rows import dataset_of, deal
+from .targets import Trust, make
 
 RUN = "run"  # in the place of a file: rows dealt by the run itself, for trials
 COLUMNS = ("text", "label", "prompt", "response")
@@ -174,7 +175,7 @@ class Node:
         """
         own = Path(self.data).expanduser()
         if self.data == RUN:
-            dataset: Dataset = make(config, "data.source")
+            dataset = dataset_of(config)
             parts = deal(config, dataset)
             if self.client >= len(parts):
                 raise ConfigError(f"this site is client {self.client}, the run has only {len(parts)}")

@@ -15,7 +15,9 @@ from fedlora.models import Bank, by_peft, merge, save_adapter
 from fedlora.protocol import Task, whole
 from fedlora.trainer import evaluate
 
-from .build import build, load_base, make
+from .bases import load_base
+from .build import build
+from .rows import dataset_of
 from .targets import Trust, read
 
 NONE = Trust()
@@ -121,4 +123,4 @@ def _check_new(to: Path) -> None:
 
 def _read(run: Path, trust: Trust) -> tuple[DictConfig, Dataset]:
     config = read(run, trust)
-    return config, make(config, "data.source")
+    return config, dataset_of(config)

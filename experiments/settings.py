@@ -27,6 +27,7 @@ class Evaluate:
     """When and on what to evaluate."""
 
     every: int = 1
+    rows: str = "test"
     clients: bool = False
     updates: bool = False
 

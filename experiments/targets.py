@@ -10,12 +10,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn, optim
 
-from fedlora.errors import CheckpointError, ConfigError
+from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 
 # What runs are made of. The rest of fedlora also writes, removes and loads files.
 OURS = (
@@ -111,6 +113,27 @@ def checked(config: DictConfig, key: str) -> Any:
         if isinstance(node, dict) and "_target_" in node:
             _check(place, node["_target_"], allow)
     return part
+
+
+def make(config: DictConfig, key: str) -> Any:
+    """Make what the `_target_` of a part names, which must be ours, torch's or allowed.
+
+    Args:
+        config: the whole configuration.
+        key: the part, such as "strategy" or "data.source".
+
+    Raises:
+        FedLoraError: what the target itself raises, or a ConfigError in one line for anything else.
+    """
+    try:
+        return hydra.utils.instantiate(checked(config, key))
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, FedLoraError):
+            raise cause from None
+        raise ConfigError(f"{key}: {' '.join(str(cause or error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
 
 
 def _nodes(node: Any, place: str) -> Iterator[tuple[str, Any]]:

@@ -88,11 +88,11 @@ def wire(host: str) -> tuple[int, int]:
 
 def files(folder: Path) -> None:
     """Each site's rows, in the order that one process would have them, and the server's test rows."""
-    from fedlora.experiments.build import deal, make
+    from fedlora.experiments.rows import dataset_of, deal
     from fedlora.experiments.settings import compose
 
     config = compose([*MODEL, *TREC])
-    dataset = make(config, "data.source")
+    dataset = dataset_of(config)
     parts = zip(SITES, deal(config, dataset), strict=True)
     rows = {site: [dataset.train[i] for i in part.rows] for site, part in parts} | {"test": dataset.test}
     for name, found in rows.items():

@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedlora.errors import ConfigError
 from fedlora.experiments import flower_app
-from fedlora.experiments.build import build, heads_of
+from fedlora.experiments.bases import heads_of
+from fedlora.experiments.build import build
 from fedlora.experiments.node import Node, Plan, check_name, rank_of
 from fedlora.experiments.settings import compose
 from fedlora.experiments.worker import Worker

@@ -98,7 +98,8 @@ def test_a_client_s_own_adapter_is_what_it_evaluated(personal: Path, tmp_path: P
     from omegaconf import DictConfig, OmegaConf
 
     from fedlora.adapter import Adapter
-    from fedlora.experiments.build import build, load_base
+    from fedlora.experiments.bases import load_base
+    from fedlora.experiments.build import build
     from fedlora.models import by_peft
     from fedlora.protocol import Task
     from fedlora.trainer import evaluate

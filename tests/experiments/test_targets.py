@@ -11,9 +11,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from fedlora.errors import ConfigError
-from fedlora.experiments.build import make
 from fedlora.experiments.run import main
-from fedlora.experiments.targets import Trust, kept
+from fedlora.experiments.targets import Trust, kept, make
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -1,0 +1,51 @@
+"""The base models that a configuration names."""
+
+import functools
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.data import Dataset
+from fedlora.errors import ConfigError
+from fedlora.models import Base, load
+
+from .ranks import plain
+from .targets import make
+
+# A base is never written to, so the runs of one process share it.
+shared = functools.lru_cache(maxsize=1)(load)
+
+
+def heads_of(config: DictConfig, base: Base) -> tuple[str, ...]:
+    """The heads that are trained, by `lora.head`."""
+    return {"train": base.heads, "last": base.last, "freeze": ()}[config.lora.head]
+
+
+def model_choices(config: DictConfig) -> list[DictConfig]:
+    """The configuration once for every model that clients have, in their turn."""
+    named = [config.models] if isinstance(config.models, str) else plain(config.models) or []
+    return [_with_model(config, str(name)) for name in named] or [config]
+
+
+def _with_model(config: DictConfig, name: str) -> DictConfig:
+    """The configuration with another model: a choice of the group `model`, or else a folder or hub name."""
+    file = resources.files("fedlora.experiments.conf") / "model" / f"{name}.yaml"
+    found: Any = {"path": name, "source": None}
+    if file.is_file():
+        found = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+    if found["path"] == "???":
+        raise ConfigError(f"models: '{name}' is any model; say the folder or hub name itself in its place")
+    given = {"path": found["path"], "source": found["source"]}
+    return OmegaConf.merge(config, {"model": given})  # type: ignore[return-value]
+
+
+def load_base(config: DictConfig, dataset: Dataset, loader: Callable[..., Base] = load) -> Base:
+    """The base model that the configuration names."""
+    if OmegaConf.is_missing(config.model, "path"):
+        raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
+    path = config.model.path or make(config, "model.source")
+    m = config.model
+    where = (m.dtype, m.device, config.seed, m.quantize, bool(m.get("allow_pickle")))
+    return loader(path, dataset.kind, dataset.labels, *where)
