@@ -210,18 +210,14 @@ def refusals(trial: Trial) -> list[str]:
             words = [str(BIN / "flower-supernode"), "--superlink", public, "--root-certificates", str(root),
                      "--auth-supernode-private-key", str(key), "--max-retries", "1",
                      "--port", "9199"]  # fmt: skip
-            try:
+            with (Path(folder) / "said").open("w+") as said:  # no pipe: children may hold one open
                 done = subprocess.run(
-                    [*within("north"), *words],
-                    capture_output=True,
-                    text=True,
-                    timeout=40,
-                    env=trial.environment,
-                )
-                end = (done.stdout + done.stderr).strip().splitlines()[-4:]
-                found.append(f"| {what} | exit {done.returncode}: {' '.join(' '.join(end).split())[:140]} |")
-            except subprocess.TimeoutExpired:
-                found.append(f"| {what} | never got in within 40 s |")
+                    [*within("north"), "timeout", "40", *words],
+                    stdout=said, stderr=said, env={**trial.environment, "PYTHONUNBUFFERED": "1"},
+                )  # fmt: skip
+                said.seek(0)
+                why = [line.strip() for line in said if "code:" in line or "Failed" in line][-1:]
+            found.append(f"| {what} | exit {done.returncode}: {' '.join(why)} |")
     return found
 
 
