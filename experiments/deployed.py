@@ -9,15 +9,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora.engine import Grid, Patience, Roster, RunFolder, Teller
-from fedlora.errors import FedLoraError
+from fedlora.errors import ConfigError, FedLoraError
 
 from .bases import heads_of
 from .build import Job, build
 from .job import Run
 from .node import Plan, check_name
+from .targets import Trust, read
 
 LEDGER = "checkpoint/ledger.json"  # of client-level privacy
 BROUGHT = ("metrics.jsonl", "clients.jsonl", "summary.json", "adapter", "report.html", LEDGER)
+MAY_CHANGE = ("out", "resume", "rounds", "engine")  # of a run that goes on
 LARGEST = 64 * 2**20  # bytes of files that go through the log; larger ones stay with the server
 
 
@@ -53,14 +55,27 @@ def state_folder() -> Path:
 
 def _run(config: DictConfig, grid: Grid, teller: Teller) -> None:
     path = state_folder() / str(config.engine.experiment)
-    if (path / "config.yaml").exists():
-        config.resume = str(path)  # the server was stopped in this run before
+    if (path / "config.yaml").exists():  # the server was stopped in this run before
+        _check_same(config, path)
+        config.resume = str(path)
     run = Run.begin(config, path)
     job = run.job
     teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
     patient = Patience(grid, job.rules.enough, done=teller.advance, late=teller.warn)
     run.go(patient, teller, _plan(config, job).record())
     _bring(run.folder, teller)
+
+
+def _check_same(config: DictConfig, path: Path) -> None:
+    """Refuse to go on with another run's state."""
+    found = [OmegaConf.to_container(c) for c in (read(path, Trust()), Trust().into(config))]
+    before, now = ({k: v for k, v in dict(c).items() if k not in MAY_CHANGE} for c in found)  # type: ignore
+    if before != now:
+        differ = sorted(str(key) for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        raise ConfigError(
+            f"engine.experiment: '{path.name}' is another run on this server, whose {', '.join(differ)} "
+            "differ; give this one a name of its own"
+        )
 
 
 def _bring(folder: RunFolder, teller: Teller) -> None:

@@ -24,6 +24,7 @@ from .rows import dataset_of, deal
 from .targets import Trust, make
 
 RUN = "run"  # in the place of a file: rows dealt by the run itself, for trials
+PROMISED = "promised.json"
 COLUMNS = ("text", "label", "prompt", "response")
 
 
@@ -141,11 +142,13 @@ class Node:
         return self.home / experiment
 
     def check(self, config: DictConfig, plan: Plan) -> None:
-        """Refuse a run that this site's own words do not allow, and write down what it may spend.
+        """Refuse a run that this site's own words do not allow.
 
         Raises:
             ConfigError: more rounds than agreed, no privacy where it is required, or no budget left.
         """
+        if plan.experiment != str(config.engine.experiment):
+            raise ConfigError(f"the plan is of '{plan.experiment}', the run of '{config.engine.experiment}'")
         if self.max_rounds is not None and config.rounds > self.max_rounds:
             raise ConfigError(
                 f"this site takes part in at most {self.max_rounds} rounds (max-rounds), the run has "
@@ -156,16 +159,34 @@ class Node:
         privacy: Any = config.get("privacy") or {}
         if not str(privacy.get("_target_", "")).endswith(".DPSGD"):
             raise ConfigError("this site takes part in private runs alone (epsilon); say privacy=dp_sgd")
-        path = self.home / "promised.json"
-        promised: dict[str, float] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        others = sum(epsilon for name, epsilon in promised.items() if name != plan.experiment)
+        others = sum(epsilon for name, epsilon in self._promised().items() if name != plan.experiment)
         if others + privacy.epsilon > self.epsilon * (1 + 1e-9):
             raise ConfigError(
                 f"this site spends epsilon {self.epsilon:g} at most over all runs; {others:g} are promised "
                 f"to others, this one asks {privacy.epsilon:g}"
             )
-        text = json.dumps(promised | {plan.experiment: float(privacy.epsilon)}, indent=2) + "\n"
-        write_whole(path, lambda file: file.write_text(text, "utf-8"))
+
+    def promise(self, config: DictConfig, plan: Plan) -> None:
+        """Write down what a run may spend here, before it spends any of it.
+
+        Raises:
+            ConfigError: as `check` does; other runs may have come between.
+        """
+        self.check(config, plan)
+        if self.epsilon is None:
+            return
+        known, epsilon = self._promised(), float(config.privacy.epsilon)
+        if known.get(plan.experiment, 0.0) < epsilon:
+            text = json.dumps(known | {plan.experiment: epsilon}, indent=2) + "\n"
+            write_whole(self.home / PROMISED, lambda file: file.write_text(text, "utf-8"))
+
+    def _promised(self) -> dict[str, float]:
+        """Epsilon by experiment, of all runs that this site has trained for."""
+        path = self.home / PROMISED
+        try:
+            return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+        except ValueError as error:
+            raise CheckpointError(f"'{path}', what this site has promised, is damaged: {error}") from error
 
     def rows(self, config: DictConfig, labels: Sequence[str]) -> list[Row]:
         """Its rows for a run.

@@ -67,6 +67,8 @@ class Worker:
         assert self._site is not None
         if message.metadata.message_type == "query.profile":
             return self._profile(message, config, node)
+        if message.metadata.message_type == "train":
+            node.promise(config, plan)
         if "config" in message.content.config_records:
             round = message.content.config_records["config"]["round"]
             if isinstance(round, int) and round > config.rounds + 1:  # one more, for a last evaluation

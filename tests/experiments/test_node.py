@@ -189,13 +189,29 @@ def test_a_budget_is_that_of_all_runs_together(
     def asks(experiment: str, epsilon: float) -> Message:
         config = composed("privacy=dp_sgd", f"privacy.epsilon={epsilon}")
         config.engine.experiment = experiment
-        return ask(config, words, experiment=experiment)()
+        asked = ask(config, words, experiment=experiment)
+        reply = asked()
+        if not reply.has_error():  # a check alone promises nothing
+            asked("train", RecordDict({"config": ConfigRecord({"round": 99, "seed": 0})}))
+        return reply
 
     assert not asks("one", 3.0).has_error()
     assert not asks("one", 3.0).has_error()  # the same run again, after a restart
     assert "3 are promised to others" in asks("two", 2.5).error.reason
     assert not asks("two", 2.0).has_error()
     assert asks("three", 0.1).has_error()
+
+
+def test_a_check_promises_nothing(ask: Any, composed: Any, site: dict[str, Any], tmp_path: Path) -> None:
+    words = site | {"epsilon": 5.0, "data": str(rows(tmp_path / "many.jsonl", 200))}
+    for experiment in ("check", "other"):
+        config = composed("privacy=dp_sgd", "privacy.epsilon=4")
+        config.engine.experiment = experiment
+        assert not ask(config, words, experiment=experiment)().has_error()
+
+
+def test_a_plan_of_another_run_is_refused(ask: Any, composed: Any, site: dict[str, Any]) -> None:
+    assert "the plan is of 'other'" in ask(composed(), site, experiment="other").why()
 
 
 def test_a_lie_about_rounds_ends_with_them(ask: Any, composed: Any, site: dict[str, Any]) -> None:
