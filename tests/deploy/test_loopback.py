@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -9,7 +11,9 @@ from typing import Any
 
 import pytest
 from conftest import JOB, summary
-from trial import Trial
+from trial import Trial, free_ports
+
+from fedlora.experiments.certificates import node_key
 
 pytestmark = pytest.mark.slow
 DEPLOY = ("engine=deploy", "engine.superlink=fedlora", *JOB)
@@ -73,3 +77,23 @@ def test_a_check_sees_every_site_and_says_what_is_wrong(trial: Trial) -> None:
     assert done.returncode == 2
     assert "client 1 is of rank 4, this run can serve 1 to 2" in done.stdout
     assert "1 of 3 sites" in done.stdout
+
+
+def test_a_site_whose_key_is_not_registered_stays_outside(trial: Trial, tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger"
+    shutil.copytree(trial.folder / "sites" / "north", stranger, ignore=lambda *_: ["state", "flower"])
+    (stranger / "node.key").unlink()
+    (stranger / "node.key").write_bytes(node_key("stranger")[0])
+    (stranger / "node.key").chmod(0o600)
+    (stranger / "supernode.sh").write_text(
+        re.sub(r"(?m)^PORT=\d+", f"PORT={free_ports(1)[0]}", (stranger / "supernode.sh").read_text())
+    )
+    with (tmp_path / "log").open("w+") as log:
+        done = subprocess.run(
+            [stranger / "supernode.sh"], stdout=log, stderr=log, env=trial.environment, timeout=60
+        )
+    assert done.returncode != 0
+    again = subprocess.run(
+        [trial.folder / "server" / "register.sh"], capture_output=True, text=True, env=trial.environment
+    )
+    assert again.stdout == "north: was registered before\nsouth: was registered before\n"

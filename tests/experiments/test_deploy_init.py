@@ -1,9 +1,6 @@
-import re
-import socket
 import ssl
 import stat
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,54 +155,3 @@ def test_help_and_unknown_verbs(refused: Callable[..., str], capsys: Any) -> Non
     main(["deploy", "--help"])
     assert "fedlora deploy init" in capsys.readouterr().out
     assert "frob" in refused("deploy", "frob")
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-@pytest.mark.slow
-def test_the_scripts_bring_up_flower_which_knows_registered_sites_only(tmp_path: Path) -> None:
-    folder = tmp_path / "a b"
-    main(["deploy", "init", str(folder), "--sites", "2", "--port", str(free_port())])
-    for site in ("site-0", "site-1"):
-        script = folder / "sites" / site / "supernode.sh"
-        script.write_text(re.sub(r"^PORT=\d+", f"PORT={free_port()}", script.read_text(), flags=re.MULTILINE))
-    (folder / "server" / "keys" / "site-1.pub").unlink()
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start(script: str) -> subprocess.Popen[bytes]:
-        log = (tmp_path / f"{len(started)}.log").open("wb")
-        with log:
-            started.append(subprocess.Popen([folder / script], stdout=log, stderr=log))
-        return started[-1]
-
-    def flwr(script: str) -> str:
-        words = ["bash", "-c", script, "bash", str(folder / "server")]
-        return subprocess.run(words, capture_output=True, text=True).stdout
-
-    try:
-        start("server/superlink.sh")
-        wait(lambda: flwr('"$1/register.sh"').startswith("site-0 "), 30)
-        assert flwr('"$1/register.sh"') == "site-0: was registered before\n"
-        start("sites/site-0/supernode.sh")
-        stranger = start("sites/site-1/supernode.sh")
-        listing = '. "$1/env.sh"; flwr supernode list fedlora --format json'
-        wait(lambda: '"status": "online"' in flwr(listing), 30)
-        assert flwr(listing).count('"node-id"') == 1
-        assert (folder / "server" / "nodes.txt").read_text().split()[1] in flwr(listing)
-        assert stranger.wait(30) != 0
-    finally:
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.wait(30)
-
-
-def wait(done: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end, "it did not come up in time"
-        time.sleep(0.2)
