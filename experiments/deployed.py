@@ -105,7 +105,6 @@ def _check(config: DictConfig, grid: Grid, teller: Teller) -> None:
         max(job.ranks),
         lambda text: teller.tell("refused", text),
         _plan(config, job).record(),
-        600.0,
     )
     patient = Patience(grid, job.rules.enough)
     there = roster.gather(patient, job.rules.clients, config.engine.wait)

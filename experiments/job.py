@@ -89,7 +89,7 @@ class Run:
         federation = Federation(
             job.strategy,
             self.state,
-            Roster(job.peer, max(job.ranks), progress.warn, plan, job.rules.timeout),
+            Roster(job.peer, max(job.ranks), progress.warn, plan),
             job.rules,
             job.evaluate,
             job.named,

@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedlora.engine.asked import Asked
 from fedlora.errors import FedLoraError, IncompatibleUpdates
 from fedlora.protocol import Peer
 
+AWAY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+PATIENCE = 900.0  # seconds for a node on another machine to load its model and say who it is
 PAUSE = 0.5  # seconds between two looks at who is there
 SILENT = 5.0  # seconds of waiting before anything is said of it
 
@@ -23,7 +26,6 @@ class Roster:
         most: the largest rank that the run can serve.
         warn: takes a line for the user about every node that cannot take part.
         plan: what a node has to know of the run before it can say whether it takes part.
-        patience: seconds to wait for what it says; None waits.
     """
 
     def __init__(
@@ -32,10 +34,10 @@ class Roster:
         most: int,
         warn: Callable[[str], None],
         plan: Mapping[str, str | int | list[str]] | None = None,
-        patience: float | None = None,
     ) -> None:
         self._peer, self._most, self._warn = peer, most, warn
-        self._plan, self._patience = dict(plan or {}), patience
+        self._plan = dict(plan or {})
+        self._patience = PATIENCE if plan else None  # in one process nobody is ever late
         self._refused: set[int] = set()
         self.peers: dict[int, Peer] = {}
         self.profiles: dict[int, dict[str, Any]] = {}  # what each said of itself
@@ -82,6 +84,8 @@ class Roster:
         for reply in grid.send_and_receive(questions, timeout=self._patience):
             if (node := asked.node(reply)) is None or node not in nodes:
                 continue
+            if reply.has_error() and reply.error.code in AWAY:
+                continue  # it is asked again
             try:
                 self.peers[node] = self._read(reply)
                 self.profiles[node] = dict(reply.content.config_records["profile"])

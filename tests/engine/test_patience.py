@@ -213,6 +213,15 @@ def test_a_node_that_lies_about_itself_cannot_take_part(what: str, roster: Any) 
     assert slow.pushed == [102, 103]
 
 
+def test_a_node_that_could_not_be_reached_is_asked_again(roster: Any) -> None:
+    slow, (found, said) = Slow({101: 0.0, 102: 0.0}, [102]), roster()
+    grid = Patience(slow, int, 0.01)  # type: ignore[arg-type]
+    assert found.gather(grid) == [101]
+    slow.failing = []
+    assert found.gather(grid) == [101, 102]
+    assert said == []
+
+
 def test_a_reply_without_a_profile_is_no_client(roster: Any) -> None:
     slow, (found, said) = Slow({101: 0.0}), roster()
     slow.reply = lambda message: Message(RecordDict(), reply_to=message)  # type: ignore[method-assign]
