@@ -47,5 +47,6 @@ def load_base(config: DictConfig, dataset: Dataset, loader: Callable[..., Base] 
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
     path = config.model.path or make(config, "model.source")
     m = config.model
-    where = (m.dtype, m.device, config.seed, m.quantize, bool(m.get("allow_pickle")))
+    seed = config.seed if dataset.kind == "classification" else 0  # only a new head is drawn from it
+    where = (m.dtype, m.device, seed, m.quantize, bool(m.get("allow_pickle")))
     return loader(path, dataset.kind, dataset.labels, *where)

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from fedlora.adapter import Adapter
 from fedlora.client import Client
-from fedlora.data import Dataset, Example, Part, encode
+from fedlora.data import Dataset, Example, Part
 from fedlora.engine import Rules, Site
 from fedlora.engine.robust import Robust
 from fedlora.errors import ConfigError
@@ -23,7 +23,7 @@ from . import private
 from .bases import heads_of, load_base, model_choices, shared
 from .begin import begin
 from .ranks import deal_ranks, plain
-from .rows import dataset_of, deal
+from .rows import dataset_of, deal, encoded
 from .targets import make
 
 
@@ -148,6 +148,11 @@ def build(config: DictConfig) -> Job:
             f"evaluate.updates: what a client of {type(strategy).__name__} sends is no whole model; leave it "
             "out, its clients evaluate their own models"
         )
+    if config.get("record_updates") and (privacy is not None or rules.secure_sum or strategy.personal):
+        raise ConfigError(
+            "record_updates: private and secret updates must not be kept, and those of personal strategies "
+            "are no whole models; leave it out"
+        )
     if privacy is not None:
         private.check(privacy, strategy, rules, bool(config.lora.get("dora")))
     if isinstance(privacy, DPSGD):
@@ -156,7 +161,6 @@ def build(config: DictConfig) -> Job:
     if config.lora.head not in ("train", "last", "freeze"):
         raise ConfigError(f"lora.head: expected train, last or freeze, got '{config.lora.head}'")
     dataset = dataset_of(config)
-    d = config.data
     parts = deal(config, dataset) if dataset.train else []
     clients = len(parts) if parts else config.clients
     if clients is None:
@@ -187,11 +191,8 @@ def build(config: DictConfig) -> Job:
         modules = targets(base, plain(config.lora.targets)) if config.lora.targets else {}
     heads = heads_of(config, base)
     start = begin(config, strategy, base, lora, modules, ranks, heads if apart is None else ())
-    rows = [
-        encode(dataset.kind, dataset.train, dataset.labels, model.tokenizer, d.max_length)
-        for model in bases or [base]
-    ]
-    test = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, d.max_length)
+    rows = [encoded(config, dataset, dataset.train, model) for model in bases or [base]]
+    test = encoded(config, dataset, dataset.test, base)
     own = [[rows[k % len(rows)][i] for i in part.rows] for k, part in enumerate(parts)]
     site = Site(base, client, own.__getitem__, None, rules.evaluate_clients, bases=bases)
     job = Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules, privacy, robust)

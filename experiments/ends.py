@@ -17,9 +17,11 @@ from fedlora.engine import RunFolder, megabytes
 from fedlora.models import save_adapter
 from fedlora.privacy import Ledger
 from fedlora.protocol import State
+from fedlora.report.read import DATA
 
 from . import private
 from .build import Job
+from .defaults import defaults
 
 
 def strategy_name(config: DictConfig) -> str:
@@ -49,6 +51,24 @@ def opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
     if job.rules.secure_sum:
         lines.insert(1, "secure_sum: clients send under masks, the server sees their weighted sum alone")
     return "\n".join(lines)
+
+
+def write_holdings(job: Job, folder: RunFolder) -> None:
+    """Write who holds how many rows of which label; never where anything about rows is protected."""
+    if job.privacy is not None or job.rules.secure_sum or not job.parts:
+        return
+    said = [[job.dataset.train[i].target for i in part.rows] for part in job.parts]
+    clients = [
+        {
+            "client": client,
+            "name": part.name,
+            "rank": rank,
+            "rows": len(part.rows),
+            "labels": [found.count(label) for label in job.dataset.labels],
+        }
+        for client, (part, rank, found) in enumerate(zip(job.parts, job.ranks, said, strict=True))
+    ]
+    folder.write_json(DATA, {"labels": list(job.dataset.labels), "clients": clients})
 
 
 def finish(
@@ -109,7 +129,7 @@ def finish(
     folder.write_json("summary.json", summary)
     from fedlora.report import read_run, write_report
 
-    write_report([read_run(folder.path)], folder.path / "report.html")
+    write_report([read_run(folder.path)], folder.path / "report.html", defaults())
 
 
 def closing(path: Path) -> str:

@@ -12,14 +12,16 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from fedlora.engine import Central, Display, Federation, Grid, InProcessGrid, Progress, Roster, RunFolder
+from fedlora.engine.recording import Recording
 from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 from fedlora.privacy import DPSGD, ClientLevel, Ledger
 from fedlora.protocol import State
 
 from . import private
 from .build import Job, build, fuse_of
-from .ends import finish, opening, strategy_name
+from .ends import finish, opening, strategy_name, write_holdings
 from .targets import Trust, kept, read
+from .tracking import check, tracked
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Run:
             folder = RunFolder.create(path, kept(config))
             done, state = 0, job.start
             folder.save_state(0, state)
+        write_holdings(job, folder)
         initial = job.named(*job.evaluate([job.initial()])[0]) if config.evaluate.every else {}
         return cls(config, job, folder, state, done, initial, began, time.perf_counter() - began)
 
@@ -82,6 +85,14 @@ class Run:
         Raises:
             FedLoraError: no client sent anything good in any round.
         """
+        tracker = tracked(self.config, self.folder, progress)
+        try:
+            self._go(grid, tracker or progress, plan)
+        finally:
+            if tracker is not None:
+                tracker.close(self.folder.summary())
+
+    def _go(self, grid: Grid, progress: Display, plan: Mapping[str, Any] | None) -> None:
         job, folder = self.job, self.folder
         if plan is None:  # else every site checks its own
             private.check_ledgers(job.privacy, folder)
@@ -99,6 +110,7 @@ class Run:
             partial(self._spent, plan is not None),
             central,
             job.robust,
+            Recording(folder.path) if self.config.get("record_updates") else None,
         )
         federation.run(grid)
         own = federation.last_look(grid)
@@ -138,6 +150,9 @@ def run_job(config: DictConfig, console: Console) -> Path:
         The run's folder.
     """
     path = Path(config.resume) if config.resume is not None else _out(config)
+    if config.get("pairs"):
+        raise ConfigError("pairs: one run cannot have several settings of a kind; say fedlora run -m")
+    check(config)
     if config.engine.name == "deploy":
         from .deploy import deploy
 

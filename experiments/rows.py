@@ -1,12 +1,16 @@
 """The rows that a configuration names, and whose they are."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
 
 from omegaconf import DictConfig
 
-from fedlora.data import Dataset, Part, partition
+from fedlora.data import Dataset, Example, Kind, Part, Row, encode, partition
 from fedlora.data.dataset import hold_out
 from fedlora.errors import ConfigError
+from fedlora.models import Base
 
 from .targets import make
 
@@ -25,7 +29,9 @@ def dataset_of(config: DictConfig) -> Dataset:
     if config.evaluate.rows != "validation":
         raise ConfigError(f"evaluate.rows: expected test or validation, got '{config.evaluate.rows}'")
     if not dataset.train:
-        raise ConfigError("evaluate.rows=validation: the training rows are at the sites; say evaluate.rows=test")
+        raise ConfigError(
+            "evaluate.rows=validation: the training rows are at the sites; say evaluate.rows=test"
+        )
     kept, held = hold_out(dataset.train, dataset.kind, VALIDATION, config.seed)
     return replace(dataset, train=tuple(kept), test=tuple(held))
 
@@ -35,3 +41,28 @@ def deal(config: DictConfig, dataset: Dataset) -> list[Part]:
     d = config.data
     how = (d.partition, config.clients, d.alpha, d.shards, d.min_rows, d.max_rows, config.seed)
     return partition(dataset.train, *how, kind=dataset.kind)
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    """A tokenizer, the same as any other that was loaded from there."""
+
+    path: str
+    itself: Any = field(compare=False)
+
+
+def encoded(config: DictConfig, dataset: Dataset, rows: Sequence[Row], base: Base) -> Sequence[Example]:
+    """The tokens of some of a data set's rows; the jobs of a process share those of equal rows.
+
+    Nobody writes to what is shared. Other rows of another seed are other rows: tokens are kept of the last
+    training and test rows only, since a large set's take gigabytes and a small one's a tenth of a second.
+    """
+    tokenizer = _Tokenizer(base.path, base.tokenizer)
+    return _encoded(dataset.kind, tuple(rows), dataset.labels, tokenizer, config.data.max_length)
+
+
+@lru_cache(maxsize=2)
+def _encoded(
+    kind: Kind, rows: tuple[Row, ...], labels: tuple[str, ...], tokenizer: _Tokenizer, max_length: int
+) -> Sequence[Example]:
+    return encode(kind, rows, labels, tokenizer.itself, max_length)

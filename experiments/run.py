@@ -29,9 +29,11 @@ USAGE = """fedlora: federated LoRA, in one process by default
   fedlora demo                          a first result on a packaged model and real text, under 4 minutes
   fedlora run [GROUP=CHOICE] [KEY=VALUE] ...   one federation; -m sweeps over comma-separated values
   fedlora run resume=DIR [rounds=N]     continue a run
+  fedlora compare [--to DIR] [KEY=VALUE] ...   strategies at learning rates of their own, over seeds
   fedlora report DIR... [--to FILE]     one HTML page about a run, or several
   fedlora export RUN --to DIR [--merge] the adapter in PEFT's files, or a merged model
   fedlora verify RUN                    load a run's adapter with plain PEFT and compare
+  fedlora replay RUN strategy=NAME      a run's recorded updates, aggregated by another strategy
   fedlora privacy plan|show|audit       what privacy costs, has cost, and whether training keeps its word
   fedlora deploy init DIR               what a server and its sites need to begin, on real machines
 
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "report": _report,
         "export": _export,
         "verify": _verify,
+        "replay": _replay,
+        "compare": _compare,
         "privacy": _privacy,
         "deploy": _deploy,
         "demo": _demo,
@@ -99,46 +103,26 @@ def _run(words: list[str]) -> None:
     if words in (["-h"], ["--help"]):
         print(_run_help(), end="")
         return
+    from fedlora.report.read import SWEEP
+
+    resume = next((word.partition("=")[2] for word in words if word.startswith("resume=")), None)
+    many = {"-m", "--multirun"}.intersection(words)
+    if many or (resume and (Path(resume) / SWEEP).is_file()):
+        from .sweep import sweep
+
+        sweep(words if many else ["-m", *words])
+        return
     if any(word.startswith("-") for word in words):
-        settings.register()
-        _hydra(words)
+        from .sweep import hydra_s_own
+
+        hydra_s_own(words)
         return
     from .ends import closing
     from .job import continued, run_job
 
-    resume = next((word.partition("=")[2] for word in words if word.startswith("resume=")), None)
     config = continued(Path(resume), words) if resume else settings.compose(words)
     path = run_job(config, Console())
     print(closing(path))
-
-
-def _hydra(words: list[str]) -> None:
-    """Run under Hydra's own main, for sweeps and its flags."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig, OmegaConf
-
-    from . import settings
-    from .targets import Trust
-
-    def task(config: DictConfig) -> None:
-        from .ends import closing
-        from .job import run_job
-
-        OmegaConf.resolve(config)
-        config = trust.into(config)
-        if config.out is None:
-            config.out = HydraConfig.get().runtime.output_dir
-        try:
-            path = run_job(config, Console())
-        except FedLoraError as error:
-            _fail(str(error), 2)
-        print(closing(path))
-
-    settings.check_keys([word for word in words if not word.startswith("-")])
-    trust, _ = Trust.said(words)  # and no file of --config-dir
-    sys.argv = ["fedlora run", *words]
-    hydra.main("conf", "config", version_base="1.3")(task)()
 
 
 def _run_help() -> str:
@@ -163,17 +147,24 @@ def _run_help() -> str:
 
 def _report(words: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="fedlora report", description="One HTML page about a run or several."
+        prog="fedlora report",
+        description="One HTML page about a run or several, PNG and CSV beside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs, or of sweeps")
     parser.add_argument("--to", type=Path, metavar="FILE", help="where to write; default: report.html in DIR")
     given = parser.parse_args(words)
-    from fedlora.report import read_runs, runs_table, seeds_table, write_report
+    from fedlora.report import missing, read_runs, runs_table, seeds_table, write_files, write_report
 
-    runs = [run for path in given.runs for run in read_runs(path)]
-    written = write_report(runs, given.to or Path(given.runs[0]) / "report.html")
+    from .defaults import defaults
+
+    for path, jobs in ((path, jobs) for path in given.runs if (jobs := missing(path))):
+        shown = ", ".join(jobs[:3]) + (", ..." if len(jobs) > 3 else "")
+        print(f"{len(jobs)} runs of the sweep in {path} are missing: {shown}; fedlora run -m resume={path}")
+    runs = [*{run.path: run for path in given.runs for run in read_runs(path)}.values()]
+    written = write_report(runs, given.to or Path(given.runs[0]) / "report.html", defaults())
+    beside = write_files(runs, written.with_suffix(""))
     Console().print(seeds_table(runs) or runs_table(runs))
-    print(written)
+    print(f"{written}\npictures and numbers: {beside}")
 
 
 def _export(words: list[str]) -> None:
@@ -206,6 +197,29 @@ def _verify(words: list[str]) -> None:
 
     trust, words = Trust.said(words)
     print(verify(parser.parse_args(words).run, trust))
+
+
+def _compare(words: list[str]) -> None:
+    from .compare import main as compare
+
+    compare(words)
+
+
+def _replay(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fedlora replay",
+        description="Aggregate the updates of a run with record_updates=true by another strategy.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the folder of the run")
+    parser.add_argument(
+        "strategy", nargs="*", metavar="strategy=NAME", help="and its settings, strategy.KEY=VALUE"
+    )
+    from .replay import replay
+    from .targets import Trust
+
+    trust, words = Trust.said(words)
+    given = parser.parse_args(words)
+    Console().print(replay(given.run, given.strategy, trust))
 
 
 def _privacy(words: list[str]) -> None:

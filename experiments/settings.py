@@ -59,6 +59,9 @@ class Schema:
     strategy: dict[str, Any] = field(default_factory=dict)
     privacy: dict[str, Any] = field(default_factory=dict)
     robust: dict[str, Any] = field(default_factory=dict)
+    track: dict[str, Any] = field(default_factory=dict)
+    pairs: list[Any] = field(default_factory=list)
+    compare: dict[str, Any] = field(default_factory=dict)
     models: Any = None
     clients: int | None = 8
     clients_per_round: int | None = None
@@ -67,6 +70,7 @@ class Schema:
     weights: str = "examples"
     min_updates: int = 1
     secure_sum: bool = False
+    record_updates: bool = False
     seed: int = 0
     lora: Lora = field(default_factory=Lora)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -95,7 +99,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             config = hydra.compose("config", list(overrides))
             OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
     return config
 
 
@@ -105,7 +109,7 @@ def check_keys(overrides: Sequence[str]) -> None:
         with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
             _know(overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def _quoted(word: str) -> str:
@@ -115,6 +119,21 @@ def _quoted(word: str) -> str:
     if not given or key not in PATHS or not plain:
         return word
     return key + "='" + value.replace("'", "\\'") + "'"
+
+
+def choices() -> dict[str, list[str]]:
+    """The configuration groups and their choices, wherever Hydra stands."""
+    with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
+        return groups()
+
+
+def with_hydra(overrides: Sequence[str]) -> DictConfig:
+    """The configuration with Hydra's own part, unresolved."""
+    try:
+        with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
+            return hydra.compose("config", list(overrides), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
 
 
 def groups() -> dict[str, list[str]]:
@@ -163,7 +182,7 @@ def _know(overrides: Sequence[str]) -> None:
             node = node.get(part)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Hydra's message, and that of its cause where it says more, without line breaks."""
     if isinstance(error, MissingMandatoryValue | InterpolationToMissingValueError):
         key = str(error).splitlines()[0].rpartition(" ")[2]

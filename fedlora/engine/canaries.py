@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from fedlora.algebra import mean_tensors, normalised
-from fedlora.engine.certificate import certificate, seal, sizes
+from fedlora.engine.certificate import certificate, seal, sizes, tail_kept
 from fedlora.protocol import State, Task, Update
 from fedlora.strategy import Strategy
 
@@ -65,7 +65,7 @@ def of_state(
         return {}, found
     if not found:
         found += _heads(strategy, before, after, updates, tasks)
-    numbers = {**sizes(after), **certificate(after, updates, tasks)}
+    numbers = {**sizes(after), **tail_kept(before, after, updates), **certificate(after, updates, tasks)}
     error = numbers.get("aggregation_error", 0.0)
     if strategy.exact and error > 1e4 * _rounding(after):
         found.append(

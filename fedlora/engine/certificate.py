@@ -5,8 +5,10 @@ import statistics
 from collections.abc import Sequence
 
 from fedlora.adapter import Pair, digest
-from fedlora.algebra import effective_rank, error_and_norm, norm, normalised
+from fedlora.algebra import compress, effective_rank, error_and_norm, norm, normalised
 from fedlora.protocol import State, Task, Update
+
+ROUNDING = 1e-10  # of ‖ΔW‖²: a tail below it is none
 
 
 def seal(state: State) -> str:
@@ -46,3 +48,33 @@ def sizes(state: State) -> dict[str, float]:
         "delta_norm": math.hypot(*(norm(pair) for pair in pairs)),
         "effective_rank": statistics.fmean(effective_rank(pair) for pair in pairs),
     }
+
+
+def tail_kept(before: State, after: State, updates: Sequence[Update]) -> dict[str, float]:
+    """The share that a round has kept of ΔW's tail T, its directions beyond the clients' smallest rank.
+
+    ⟨ΔW_after, T⟩ / ‖T‖², over all modules. Where nobody learns it is 1, or the weight of those who hold such
+    directions if the others count as zeros, round after round: rank collapse. Nothing where ranks are equal,
+    where there is no tail yet, or where the base holds ΔW, which no client can cut.
+    """
+    kept = length = whole = 0.0
+    for name, pair in {} if before.fold else before.adapter.pairs.items():
+        ranks = [update.adapter.pairs[name].rank for update in updates if name in update.adapter.pairs]
+        if ranks and min(ranks) < max(ranks):
+            old = _wide(pair)
+            leading = compress(old, min(ranks))
+            kept += _inner(after.adapter.pairs[name], old) - _inner(after.adapter.pairs[name], leading)
+            length += _inner(old, old) - _inner(leading, leading)
+            whole += _inner(old, old)
+    return {"tail_kept": kept / length} if length > ROUNDING * whole else {}
+
+
+def _wide(pair: Pair) -> Pair:
+    plain = pair.plain()
+    return Pair(plain.A.double(), plain.B.double(), plain.scale)
+
+
+def _inner(one: Pair, other: Pair) -> float:
+    """⟨ΔW_1, ΔW_2⟩ from the factors."""
+    one, other = _wide(one), _wide(other)
+    return one.scale * other.scale * float(((one.B.T @ other.B) * (one.A @ other.A.T)).sum())

@@ -24,6 +24,7 @@ from fedlora.engine.folder import RunFolder
 from fedlora.engine.inbox import Inbox, line_of
 from fedlora.engine.patience import Patience
 from fedlora.engine.progress import Display
+from fedlora.engine.recording import Recording
 from fedlora.engine.robust import Robust, Screened
 from fedlora.engine.roster import Roster
 from fedlora.engine.rules import Rules
@@ -56,6 +57,7 @@ class Federation(FlowerStrategy):
             "epsilon" and what belongs to it.
         central: client-level privacy; it samples, and the strategy then sees no update but its noised mean.
         robust: a rule between the updates and the strategy.
+        recording: keeps what the strategy is given.
     """
 
     def __init__(
@@ -72,11 +74,12 @@ class Federation(FlowerStrategy):
         spent: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda lines: {},
         central: Central | None = None,
         robust: Robust | None = None,
+        recording: Recording | None = None,
     ) -> None:
         self.strategy, self.state = strategy, state
         self._roster, self._rules, self._evaluate, self._named = roster, rules, evaluate, named
         self._folder, self._progress, self._done, self._spent = folder, progress, done, spent
-        self._central, self._robust = central, robust
+        self._central, self._robust, self._recording = central, robust, recording
         self._sum: SecureSum | None = None  # of the round that goes on
         self._least = rules.min_updates  # good updates that the round needs
         self._over: str | None = None  # why no round may change the state any more
@@ -197,6 +200,8 @@ class Federation(FlowerStrategy):
             kept = self._robust.screen(self.strategy, before, updates, tasks, widest)
         for line in lines:
             line |= kept.notes.get(line["client"], {})
+        if self._recording:
+            self._recording.write(round, before, kept.updates)
         self.state = self.strategy.aggregate(before, kept.updates, rng)
         numbers, wrong = of_state(self.strategy, before, self.state, kept.updates, kept.tasks)
         for text in [*odd, *wrong]:

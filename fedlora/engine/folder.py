@@ -77,6 +77,13 @@ class RunFolder:
         """Whether the run has come to its end."""
         return (self.path / "summary.json").is_file()
 
+    def summary(self) -> dict[str, Any]:
+        """What the run has come to; empty before its end."""
+        if not self.finished:
+            return {}
+        found: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return found
+
     def write(self, name: str, make: Callable[[Path], Any]) -> Path:
         """Make a file or folder of the run, whole or not at all."""
         return write_whole(self.path / name, make)

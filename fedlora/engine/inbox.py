@@ -10,6 +10,7 @@ from fedlora.engine.wire import Held, size, write_task
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task, Update
 
+GRACE = 60.0  # seconds for which a message outlives its round, so that who is late is known to be alive
 Read = Callable[[Message, Task, Peer, int], Update]
 
 
@@ -18,7 +19,7 @@ class Inbox:
 
     Args:
         warn: takes a line for the user about every client that is dropped.
-        patience: seconds after which a message is void, and a reply missing; None for never.
+        patience: seconds after which a reply is missing; None for never.
     """
 
     def __init__(self, warn: Callable[[str], None], patience: float | None = None) -> None:
@@ -45,7 +46,8 @@ class Inbox:
         content, held = write_task(task, round, seed, held, version)
         content.update(more)
         self._sent[node] = (peer, task, size(content), held)
-        return self._asked.note(Message(content, node, "train", ttl=self._patience, group_id=str(round)))
+        ttl = None if self._patience is None else self._patience + GRACE
+        return self._asked.note(Message(content, node, "train", ttl=ttl, group_id=str(round)))
 
     def receive(
         self, round: int, replies: Iterable[Message], read: Read

@@ -1,8 +1,20 @@
 """What a run left on disk, as tables, pictures and one HTML page; reads files only, never a model."""
 
+from fedlora.report.files import write_files
 from fedlora.report.html import write_report
-from fedlora.report.read import Run, read_run, read_runs
+from fedlora.report.read import DATA, Run, missing, read_run, read_runs
 from fedlora.report.seeds import seeds_table
 from fedlora.report.tables import Table, runs_table
 
-__all__ = ["Run", "Table", "read_run", "read_runs", "runs_table", "seeds_table", "write_report"]
+__all__ = [
+    "DATA",
+    "Run",
+    "Table",
+    "missing",
+    "read_run",
+    "read_runs",
+    "runs_table",
+    "seeds_table",
+    "write_files",
+    "write_report",
+]

@@ -33,11 +33,23 @@ def plain(value: object) -> str:
     return clean(value)
 
 
-def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """The dotted settings that are not the same in all runs, with each run's value."""
+def differences(runs: Sequence[Run], also: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The dotted settings that are not the same in all runs, with each run's value.
+
+    Args:
+        runs: any.
+        also: settings to tell that every label has.
+    """
     flat = [_flatten(run.config) for run in runs]
     rows = {key: [settings.get(key, ABSENT) for settings in flat] for key in sorted(set().union(*flat))}
-    return {key: row for key, row in rows.items() if len(set(row)) > 1 and key not in _NOT_SETTINGS}
+    for key in [key for key in rows if key.startswith("data.source.")]:
+        if rows.get(key.replace("source.", "")) == rows[key]:
+            rows.pop(key)  # handed down from the group
+    return {
+        key: row
+        for key, row in rows.items()
+        if len(set(row)) > 1 and (key in also or key not in _NOT_SETTINGS)
+    }
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
@@ -76,7 +88,8 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value and all(isinstance(inner, str) for inner in value):
             flat.update(_flatten(value, f"{name}."))
         elif key == "_target_" and prefix:
-            flat[prefix[:-1]] = plain(value).rsplit(".", 1)[-1]
+            *_, owner, last = ["", *plain(value).split(".")]
+            flat[prefix[:-1]] = f"{owner}.{last}" if owner[:1].isupper() else last  # a class makes it
         else:
             flat[name] = plain(value)
     return flat

@@ -1,20 +1,23 @@
-"""One self-contained HTML page about one or several runs: no network, no scripts, pictures inlined."""
+"""One self-contained HTML page about one or several runs: no network, pictures inlined, tables that sort."""
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
+from typing import Any
 
 from fedlora.errors import ConfigError
-from fedlora.report import plots
+from fedlora.report import draw, plots
+from fedlora.report.alarms import MEANING, collapses
+from fedlora.report.clients import clients_table, fairness_table, holdings, left_out_table, ranks_table
 from fedlora.report.compare import clean, labels, words
+from fedlora.report.page import PAGE
 from fedlora.report.read import Run, number
-from fedlora.report.seeds import seeds_table
+from fedlora.report.seeds import groups, interval, seeds_table, spread
 from fedlora.report.tables import (
     Table,
-    clients_table,
+    changes_table,
     differences_table,
     megabytes,
     privacy_table,
@@ -23,77 +26,80 @@ from fedlora.report.tables import (
     score,
 )
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-body { margin: 0 auto; max-width: 66rem; padding: 2.5rem 1rem 4rem; background: #fff; color: #222;
-  font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Source Serif 4", Georgia, "Liberation Serif", serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 600; margin: 0 0 .6rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; font-weight: 600; margin: 2.6rem 0 .6rem; }
-.result { font-size: 1.2rem; margin: 0; max-width: 54rem; overflow-wrap: anywhere; text-wrap: pretty; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
-  gap: 2rem 2.5rem; margin-top: 2.2rem; }
-figure { margin: 0; break-inside: avoid; }
-img { display: block; width: 100%; max-width: 32rem; height: auto; }
-figcaption, .note { font-size: .92rem; line-height: 1.45; color: #555; margin: .5rem 0 0; max-width: 32rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; line-height: 1.4;
-  font-variant-numeric: tabular-nums lining-nums; border: solid #222; border-width: 1.5px 0; }
-th, td { padding: .28rem 1.1rem .28rem 0; text-align: right; white-space: nowrap; vertical-align: baseline; }
-th { font-weight: 600; border-bottom: 1px solid #999; }
-.left, .hash { text-align: left; }
-td.left { white-space: normal; min-width: 5rem; overflow-wrap: anywhere; }
-td.left:last-child { min-width: 14rem; }
-td.hash { font: .85em/1.4 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
-th:last-child, td:last-child { padding-right: .2rem; }
-.marked { color: #a3320b; background: #fdf1ec; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .9rem 1rem; margin: 0;
-  padding: .8rem 0; border: solid #222; border-width: 1.5px 0; font-variant-numeric: lining-nums; }
-dt { font-size: .85rem; line-height: 1.3; color: #555; }
-dd { margin: 0; overflow-wrap: anywhere; }
-details { margin: .6rem 0; }
-summary { cursor: pointer; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="result">$result</p>
-<div class="pictures">
-$pictures
-</div>
-$tables
-</body>
-</html>
-""")
 
-
-def write_report(runs: Sequence[Run], to: Path) -> Path:
+def write_report(runs: Sequence[Run], to: Path, defaults: Mapping[str, Any] | None = None) -> Path:
     """Write the page, under a temporary name first, and return where it is.
 
     Args:
         runs: the runs to show, in this order.
         to: the page's file.
+        defaults: settings of a run that says none; what of a single run differs from them is shown.
 
     Raises:
         ConfigError: no run was given.
     """
     if not runs:
         raise ConfigError("report: expected one run folder or more, got none; name the folders to report on")
-    page = _PAGE.substitute(
-        title=escape(_title(runs)),
-        result=escape(_result(runs)),
-        pictures="\n".join(_pictures(runs)),
-        tables="\n".join(_tables(runs)),
+    page = PAGE.substitute(
+        title=escape(_title(runs)), result=escape(_result(runs)), body="\n".join(_body(runs, defaults or {}))
     )
     to.parent.mkdir(parents=True, exist_ok=True)
     temporary = to.with_name(f".{to.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, to)
     return to
+
+
+def _body(runs: Sequence[Run], defaults: Mapping[str, Any]) -> list[str]:
+    alarms = "<br>".join(map(escape, collapses(runs)))
+    over, each = seeds_table(runs), runs_table(runs)
+    shown = [f'<p class="alarm">{alarms}</p>' if alarms else "", _pictures(plots.results(runs))]
+    shown.append(_section(over or each))
+    if over:
+        shown.append(f"<details><summary>Every run</summary>{_cells(each)}</details>")
+    shown.append(_optional(privacy_table(runs)))
+    fair = fairness_table(runs)
+    shown.append(_section(fair, _pictures(plots.by_client(runs))) if fair else "")
+    shown += _aggregation(runs)
+    shown += _clients(runs)
+    shown.append(_optional(left_out_table(runs)))
+    firsts = [group[0] for group in groups(runs)]
+    differs = differences_table(firsts) if len(runs) > 1 else changes_table(runs[0], defaults)
+    if len(differs.header) > 1 and differs.rows and (len(runs) > 1 or defaults):
+        shown.append(_section(differs))
+    shown.append(_section(provenance_table(runs)))
+    return [part for part in shown if part]
+
+
+def _aggregation(runs: Sequence[Run]) -> list[str]:
+    """The certificate of every round, how many directions carry the update, and what becomes of its tail."""
+    shown, error = [_pictures(plots.aggregation(runs))], plots.exact(runs)
+    if error is not None:
+        text = "In every round the update is the exact weighted sum of the clients’, up to rounding"
+        shown.insert(0, f"<p>{text}: its error is {error:.0e} of it at most.</p>")
+    if any(run.series("tail_kept") for run in runs):
+        shown.append(f'<p class="note">{escape(MEANING)}</p>')
+    return ["<h2>Aggregation</h2>", *shown] if any(shown) else []
+
+
+def _clients(runs: Sequence[Run]) -> list[str]:
+    """What the clients were and did; of several runs folded up, the first of each setting."""
+    firsts = [group[0] for group in groups(runs)]
+    shown, seen = [], dict[str, str]()
+    for name, run in zip(labels(firsts), firsts, strict=True):
+        inside, picture = [], plots.data(run)
+        if picture and (same := seen.setdefault(str(holdings(run)), name)) != name:
+            inside.append(f'<p class="note">{escape(f"Rows and labels as those of {same}.")}</p>')
+        elif picture:
+            inside.append(_pictures([picture]))
+        inside += [_inner(table) for table in (ranks_table(run), clients_table(run)) if table and table.rows]
+        if not any(inside):
+            continue
+        text = "\n".join(inside)
+        shown.append(
+            text if len(runs) == 1 else f"<details><summary>{escape(name)}</summary>{text}</details>"
+        )
+    return ["<h2>Clients</h2>", *shown] if shown else []
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -103,21 +109,29 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _result(runs: Sequence[Run]) -> str:
-    """One sentence: what a single run reached, or which of several comparable runs did best."""
-    names = labels(runs)
+    """One sentence: what a single run reached, or which of several comparable settings did best."""
+    together = groups(runs)
+    names = labels([group[0] for group in together])
+    metric = runs[0].metric
     if len(runs) == 1:
         return _reached(runs[0], names[0])
-    final = [number(run.summary.get(runs[0].metric)) for run in runs]
     alike = {(run.metric, run.summary.get("data"), run.summary.get("model")) for run in runs}
-    measured = [value for value in final if value is not None]
-    if len(alike) > 1 or len(measured) < len(runs):
+    final = [interval(run.summary.get(metric) for run in group) for group in together]
+    measured = [found[0] for found in final if found is not None]
+    if len(alike) > 1 or any(number(run.summary.get(metric)) is None for run in runs):
         return (
             "The runs differ in model, data or metric, or were not all measured, so none is called the best."
         )
     top = (max if runs[0].more_is_better else min)(measured)
-    winners = [at for at, value in enumerate(final) if value == top]
-    level = f" (level with {', '.join(names[at] for at in winners[1:])})" if winners[1:] else ""
-    return f"Best of {len(runs)}: {_reached(runs[winners[0]], names[winners[0]])[:-1]}{level}."
+    winners = [at for at, value in enumerate(measured) if value == top]
+    others = [names[at] for at in winners[1:4]] + ([f"{len(winners) - 4} more"] if winners[4:] else [])
+    level = f" (level with {', '.join(others)})" if others else ""
+    best, name = together[winners[0]], names[winners[0]]
+    if len(best) == 1 == max(map(len, together)):
+        return f"Best of {len(runs)}: {_reached(best[0], name)[:-1]}{level}."
+    mean = f"{words(metric)} {spread((run.summary.get(metric) for run in best), metric)}"
+    of = f"Best mean of {len(together)}: " if len(together) > 1 else ""
+    return f"{of}{name} reached {mean} on {clean(best[0].summary.get('data'))} over {len(best)} seeds{level}."
 
 
 def _reached(run: Run, name: str) -> str:
@@ -138,71 +152,28 @@ def _value(value: object, metric: str) -> str:
     return f"{shown} {words(metric)}" if "accuracy" in metric else f"{words(metric)} {shown}"
 
 
-def _pictures(runs: Sequence[Run]) -> list[str]:
-    shown = []
-    for metric in sorted({run.metric for run in runs}):
-        word = words(metric).capitalize()
-        over_rounds = f"{word} on the test rows after each round; round 0 is before training."
-        over_traffic = f"{word} against all that was sent until then, to and from all clients."
-        shown.append(_picture(plots.metric_over_rounds(runs, metric), over_rounds, _ends(runs, metric)))
-        shown.append(_picture(plots.metric_over_traffic(runs, metric), over_traffic, _ends(runs, metric)))
-        over_epsilon = f"{word} on the test rows against ε, which is of the whole run and never of a round."
-        shown.append(_picture(plots.metric_over_epsilon(runs, metric), over_epsilon, _ends(runs, "epsilon")))
-    loss = "Loss after each round, on the test rows and, dashed, in the clients’ training."
-    error = (
-        "How far the server’s update is from the exact weighted sum of the clients’, relative to that sum."
-    )
-    shown.append(_picture(plots.loss_over_rounds(runs), loss, _ends(runs, "loss")))
-    shown.append(_picture(plots.error_over_rounds(runs), error, _ends(runs, "aggregation_error")))
-    return [picture for picture in shown if picture]
+def _pictures(shown: Sequence[plots.Picture]) -> str:
+    figures = []
+    for picture in shown:
+        data = base64.b64encode(draw.svg(picture.figure)).decode("ascii")
+        told = escape(f"{picture.caption} {picture.told}")
+        figures.append(
+            f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{told}">'
+            f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        )
+    return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
 
 
-def _picture(svg: bytes | None, caption: str, alternative: str) -> str:
-    if svg is None:
-        return ""
-    data = base64.b64encode(svg).decode("ascii")
-    return (
-        f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{escape(f"{caption} {alternative}")}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def _optional(table: Table | None) -> str:
+    return "" if table is None else _section(table)
 
 
-def _ends(runs: Sequence[Run], key: str) -> str:
-    """Where each line starts and ends, in words, for those who cannot see it."""
-    told = []
-    for run, name in zip(runs, labels(runs), strict=True):
-        if line := run.series(key):
-            (first, start), (last, end) = line[0], line[-1]
-            told.append(f"{name}: {start:.3g} in round {first}, {end:.3g} in round {last}.")
-    return " ".join(told)
+def _section(table: Table, more: str = "") -> str:
+    return f"<h2>{escape(table.title)}</h2>\n{_cells(table) if table.header else _facts(table)}{more}"
 
 
-def _tables(runs: Sequence[Run]) -> list[str]:
-    over = seeds_table(runs)
-    shown = [] if over is None else [_section(over)]
-    shown.append(_section(runs_table(runs)))
-    if (private := privacy_table(runs)) is not None:
-        shown.append(_section(private))
-    differs = differences_table(runs)
-    if len(differs.header) > 1:
-        shown.append(_section(differs))
-    clients = [
-        (name, clients_table(run)) for name, run in zip(labels(runs), runs, strict=True) if run.clients
-    ]
-    if len(runs) == 1:
-        shown += [_section(table) for _, table in clients]
-    elif clients:
-        shown.append("<h2>Clients</h2>")
-        shown += [
-            f"<details><summary>{escape(f'{name}: {table.title.lower()}')}</summary>{_cells(table)}</details>"
-            for name, table in clients
-        ]
-    shown.append(_section(provenance_table(runs)))
-    return shown
-
-
-def _section(table: Table) -> str:
-    return f"<h2>{escape(table.title)}</h2>\n{_cells(table) if table.header else _facts(table)}"
+def _inner(table: Table) -> str:
+    return f"<h3>{escape(table.title)}</h3>\n{_cells(table)}"
 
 
 def _facts(table: Table) -> str:

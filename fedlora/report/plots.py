@@ -1,179 +1,298 @@
-"""The report's pictures, as SVG bytes; each is None when no run has anything to draw.
+"""The report's pictures; each is None when no run has anything to draw.
 
-Drawn on Figure objects, so no window system and no pyplot state is involved. Colours are those of Okabe and
-Ito, which stay apart for colour-blind readers; markers tell the runs apart in black and white. Text
-stays text, drawn by the reader's own fonts, so that names in any script are readable.
+Runs that differ in their seed alone are one line, their mean, in a band from the lowest to the highest.
 """
 
-import io
 import itertools
 import statistics
-import warnings
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
-from fedlora.report.compare import labels, words
+from fedlora.report.alarms import KEPT
+from fedlora.report.clients import holdings, own_metric, own_values, worst_first
+from fedlora.report.compare import clean, labels, words
+from fedlora.report.draw import EXACT, Handle, Line, bars, hollow, key, lines
 from fedlora.report.read import Run, number
 from fedlora.report.seeds import groups
 
-Series = list[tuple[float, float]]
-
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_MARKERS = "osD^vPX*"
-_WIDTH, _HEIGHT, _LEGEND_ROW = 4.8, 3.0, 0.185  # inches
-_EXACT = 1e-6  # aggregation errors below this are rounding
-_STYLE: Any = {
-    "font.size": 9.5,
-    "axes.edgecolor": "#777777",
-    "axes.labelcolor": "#333333",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "xtick.color": "#555555",
-    "ytick.color": "#555555",
-    "lines.linewidth": 1.7,
-    "lines.markersize": 4.5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fedlora",  # the same runs give the same bytes
-}
+Series = dict[float, tuple[float, float]]  # a step of the run, most often a round -> x and y
+_LABELS = 6  # of the data, with a colour each; the rest is one part
+_NAMED = 60  # clients whose rows are told in words
+_BAND = "The band is from the lowest seed to the highest."
 
 
-def metric_over_rounds(runs: Sequence[Run], metric: str) -> bytes | None:
+@dataclass(frozen=True)
+class Picture:
+    """A picture with what is said of it.
+
+    Args:
+        name: of its file, without an ending.
+        figure: itself.
+        caption: what is shown.
+        told: the same in words and numbers, for those who cannot see it.
+    """
+
+    name: str
+    figure: Figure
+    caption: str
+    told: str
+
+
+def results(runs: Sequence[Run]) -> list[Picture]:
+    """How good the runs became: over rounds, against traffic, epsilon and rank; and the losses."""
+    shown = []
+    for metric in sorted({run.metric for run in runs}):
+        each = [over_rounds, over_traffic, over_epsilon, over_rank]
+        shown += [draw([run for run in runs if run.metric == metric], metric) for draw in each]
+    return [picture for picture in [*shown, losses(runs)] if picture]
+
+
+def aggregation(runs: Sequence[Run]) -> list[Picture]:
+    """How right the server's arithmetic was, and how many directions carry its update."""
+    told = {
+        "aggregation_error": "How far the server’s update is from the exact weighted sum of the clients’, "
+        "relative to that sum.",
+        "effective_rank": "How many directions carry ΔW, the mean over modules: exp of σ / Σσ’s entropy.",
+        "tail_kept": "What a round keeps of ΔW beyond the clients’ smallest rank; below 1 it shrinks each "
+        f"time, and below {KEPT}, the dotted line, most would be gone in ten.",
+    }
+    bounds = {"tail_kept": KEPT}
+    if exact(runs) is not None:
+        told.pop("aggregation_error")
+    shown = [_simple(runs, name, words(name), told[name], bounds.get(name)) for name in told]
+    return [picture for picture in shown if picture]
+
+
+def exact(runs: Sequence[Run]) -> float | None:
+    """The largest aggregation error where it is never more than rounding."""
+    errors = [value for run in runs for _, value in run.series("aggregation_error")]
+    return max(errors) if errors and max(errors) < EXACT else None
+
+
+def over_rounds(runs: Sequence[Run], metric: str) -> Picture | None:
     """The headline metric after each round; round 0 is before training."""
-    return _draw(runs, [[*run.series(metric)] for run in runs], "round", words(metric))
+    caption = f"{words(metric).capitalize()} on the test rows after each round; round 0 is before training."
+    return _simple(runs, metric, words(metric), caption)
 
 
-def loss_over_rounds(runs: Sequence[Run]) -> bytes | None:
-    """The evaluation loss after each round, and the clients' training loss, dashed."""
-    return _draw(
-        runs,
-        [[*run.series("loss")] for run in runs],
-        "round",
-        "loss",
-        [[*run.series("train_loss")] for run in runs],
-    )
-
-
-def metric_over_traffic(runs: Sequence[Run], metric: str) -> bytes | None:
+def over_traffic(runs: Sequence[Run], metric: str) -> Picture | None:
     """The headline metric against the megabytes that have travelled, both ways, until then."""
-    lines: list[Series] = []
-    for run in runs:
+
+    def series(run: Run) -> Series:
         each = [
             (number(row.get("bytes_down")) or 0) + (number(row.get("bytes_up")) or 0) for row in run.metrics
         ]
-        sent = dict(
-            zip([0, *(row["round"] for row in run.metrics)], itertools.accumulate([0.0, *each]), strict=True)
-        )
-        lines.append([(sent[at] / 1e6, value) for at, value in run.series(metric)])
-    return _draw(runs, lines, "MB sent, down and up", words(metric))
+        until = itertools.accumulate([0.0, *each])
+        sent = dict(zip([0, *(row["round"] for row in run.metrics)], until, strict=True))
+        return {at: (sent[at] / 1e6, value) for at, value in run.series(metric)}
+
+    caption = f"{words(metric).capitalize()} against all that was sent until then, to and from all clients."
+    drawn = _means(runs, series)
+    return _picture(f"{metric}-over-traffic", drawn, "MB sent, down and up", words(metric), caption)
 
 
-def error_over_rounds(runs: Sequence[Run]) -> bytes | None:
-    """How far each round's aggregate was from the exact weighted sum of the clients' updates."""
-    return _draw(runs, [[*run.series("aggregation_error")] for run in runs], "round", "aggregation error")
+def over_epsilon(runs: Sequence[Run], metric: str) -> Picture | None:
+    """The headline metric against epsilon: at the end of runs that differ in it, else round by round."""
+    private = [run for run in runs if number(run.summary.get("epsilon"))]
+    drawn, x = _ends(private, metric, "epsilon", allowed), "ε of the whole run, at most"
+    if not drawn:
+        drawn, x = _means(private, lambda run: _spent(run, metric)), "ε spent so far"
+    caption = f"{words(metric).capitalize()} against ε, which is of the whole run and never of a round."
+    return _picture(f"{metric}-over-epsilon", drawn, x, words(metric), caption)
 
 
-def metric_over_epsilon(runs: Sequence[Run], metric: str) -> bytes | None:
-    """The headline metric against epsilon: at the end of runs that differ in it, else round by round.
+def over_rank(runs: Sequence[Run], metric: str) -> Picture | None:
+    """The headline metric at the end against the clients' rank, where runs differ in it."""
+    alike = _ends([run for run in runs if len(_ranks(run)) == 1], metric, "ranks", mean_rank)
+    order = {line.label: line.at for line in alike}
+    mixed = []
+    for group in groups([run for run in runs if len(_ranks(run)) > 1]):
+        told = [value for run in group if (value := number(run.summary.get(metric))) is not None]
+        at = order.setdefault(clean(group[0].strategy), len(order))
+        if told:
+            point = (mean_rank(group[0]), statistics.fmean(told))
+            mixed.append(Line(clean(group[0].strategy), [point], at=at, style=""))
+    if len({x for line in [*alike, *mixed] for x, _ in line.points}) < 2:
+        return None
+    named = {line.label for line in alike}
+    loose = [line for line in mixed if line.label not in named]
+    joined = [Line("", line.points, at=line.at, style="") for line in mixed if line.label in named]
+    caption = f"{words(metric).capitalize()} at the end against the clients’ rank, the mean over seeds."
+    caption += " Hollow: clients of mixed ranks, at the mean of them." if mixed else ""
+    more: list[tuple[Handle, str]] = [(hollow(), "mixed ranks")] if joined else []
+    y = words(metric)
+    return _picture(f"{metric}-over-rank", [*alike, *loose, *joined], "rank of the clients", y, caption, more)
 
-    Runs that differ in nothing but epsilon and seed are one line, a point an epsilon, the mean over seeds.
-    """
-    private = [run for run in runs if number(run.summary.get("epsilon")) and run.metric == metric]
-    together = groups(private, but=("epsilon",))
-    if not any(len({_epsilon(run) for run in group}) > 1 for group in together):
-        lines = [_spent(run, metric) for run in private]
-        return _draw(private, lines, "ε spent so far", words(metric))
-    lines = []
-    for group in together:
-        found: dict[float, list[float]] = {}
-        for run in group:
-            if (value := number(run.summary.get(metric))) is not None:
-                found.setdefault(_epsilon(run), []).append(value)
-        lines.append([(at, statistics.fmean(values)) for at, values in sorted(found.items())])
-    firsts = [min(group, key=_epsilon) for group in together]
-    return _draw(firsts, lines, "ε of the whole run, at most", words(metric))
+
+def losses(runs: Sequence[Run]) -> Picture | None:
+    """The evaluation loss after each round, and the clients' training loss, dashed."""
+    tested = _means(runs, _by_round("loss"))
+    trained = [
+        Line(line.label, line.points, (), line.at, "--") for line in _means(runs, _by_round("train_loss"))
+    ]
+    caption = (
+        "Loss after each round, on the test rows" if tested else "The clients’ training loss in each round"
+    )
+    more: list[tuple[Handle, str]] = []
+    if tested and trained:
+        caption += " and, dashed, in the clients’ training"
+        more = [(key("-"), "on test rows"), (key("--"), "in training")]
+    elif trained:
+        trained = [Line(line.label, line.points, (), line.at) for line in trained]
+    return _picture("loss-over-rounds", [*tested, *trained], "round", "loss", f"{caption}.", more)
 
 
-def _epsilon(run: Run) -> float:
-    """What a run was allowed to spend."""
+def by_client(runs: Sequence[Run]) -> list[Picture]:
+    """Every client's own metric, from the worst to the best; the mean over seeds of each place."""
+    together = groups(runs)
+    named = [*zip(labels([group[0] for group in together]), together, strict=True)]
+    shown = []
+    for metric in ("local_accuracy", "loss"):
+        drawn = []
+        for at, (label, group) in enumerate(named):
+            each = [worst_first([*own_values(run).values()], metric) for run in group]
+            if own_metric(group[0]) == metric and all(each):
+                places = range(1, min(map(len, each)) + 1)
+                series: list[Series] = [
+                    {place: (place, values[place - 1]) for place in places} for values in each
+                ]
+                drawn.append(_mean(label, series, at))
+        y = "training loss" if metric == "loss" else words(metric)
+        rows = "when each last took part" if metric == "loss" else "on the rows that each keeps back"
+        caption = f"The clients’ {y}, {rows}, from the worst to the best."
+        name = f"clients-{metric}".replace("_", "-")
+        shown.append(_picture(name, drawn, "client, by place", y, caption))
+    return [picture for picture in shown if picture]
+
+
+def data(run: Run, name: str = "clients") -> Picture | None:
+    """The rows that each client held, by label where that is known."""
+    held = holdings(run)
+    if not held or any(row.get("rows") is None for row in held.values()):
+        return None
+    named = [clean(label) for label in run.data.get("labels") or []]
+    counts = {label: [row["labels"][at] for row in held.values()] for at, label in enumerate(named)}
+    order = sorted(counts, key=lambda label: -sum(counts[label]))
+    parts = {label: counts[label] for label in order[:_LABELS]}
+    if rest := order[_LABELS:]:
+        parts[f"{len(rest)} more"] = [sum(column) for column in zip(*(counts[r] for r in rest), strict=True)]
+    parts = parts or {"rows": [row["rows"] for row in held.values()]}
+    ranks = len({row["rank"] for row in held.values()}) > 1
+    names = [str(row["name"]) for row in held.values()]
+    if names == [f"client-{at}" for at in held]:
+        names = [str(at) for at in held]
+    ticks = [f"{n}\n{row['rank']}" for n, row in zip(names, held.values(), strict=True)] if ranks else names
+    caption = f"Rows of each client{', by label' if named else ''}."
+    rows = [row["rows"] for row in held.values()]
+    told = "; ".join(f"{n}: {count}" for n, count in zip(names, rows, strict=True))
+    if len(names) > _NAMED:
+        told = f"{len(names)} clients of {min(rows)} to {max(rows)} rows."
+    x = "client, and below it its rank" if ranks else "client"
+    return Picture(name, bars(ticks, parts, x, "rows"), caption, told)
+
+
+def allowed(run: Run) -> float:
+    """The epsilon that a run may spend."""
     ledger = run.summary.get("ledger")
-    allowed = number(ledger.get("budget")) if isinstance(ledger, dict) else None
-    return allowed or number(run.summary.get("epsilon")) or 0.0
+    budget = number(ledger.get("budget")) if isinstance(ledger, dict) else None
+    return budget or number(run.summary.get("epsilon")) or 0.0
+
+
+def mean_rank(run: Run) -> float:
+    """The mean of the clients' ranks."""
+    return statistics.fmean([row["rank"] for row in holdings(run).values()] or _ranks(run) or [0])
+
+
+def _ranks(run: Run) -> list[int]:
+    return [*(run.summary.get("ranks") or [])]
 
 
 def _spent(run: Run, metric: str) -> Series:
     measured = dict(run.series(metric))
-    return [(at, measured[round]) for round, at in run.series("epsilon") if round in measured]
+    return {at: (spent, measured[at]) for at, spent in run.series("epsilon") if at in measured}
 
 
-def _draw(
-    runs: Sequence[Run], lines: list[Series], x: str, y: str, dashed: list[Series] | None = None
-) -> bytes | None:
-    if not any(lines) and not any(dashed or []):
+def _by_round(name: str) -> Callable[[Run], Series]:
+    return lambda run: {at: (at, value) for at, value in run.series(name)}
+
+
+def _simple(
+    runs: Sequence[Run], name: str, y: str, caption: str, bound: float | None = None
+) -> Picture | None:
+    return _picture(
+        f"{name}-over-rounds".replace("_", "-"),
+        _means(runs, _by_round(name)),
+        "round",
+        y,
+        caption,
+        bound=bound,
+    )
+
+
+def _means(runs: Sequence[Run], series: Callable[[Run], Series]) -> list[Line]:
+    """One line for all runs that differ in their seed alone."""
+    together = groups(runs)
+    named = labels([group[0] for group in together])
+    drawn = [
+        _mean(name, [series(run) for run in group], at)
+        for at, (group, name) in enumerate(zip(together, named, strict=True))
+    ]
+    return [line for line in drawn if line.points]
+
+
+def _mean(label: str, each: Sequence[Series], at: int) -> Line:
+    """The mean where all were measured, in a band from the lowest to the highest."""
+    each = [series for series in each if series]
+    steps = sorted(set[float]().union(*each).intersection(*each)) if each else []
+    xs = [statistics.fmean(series[step][0] for series in each) for step in steps]
+    ys = [[series[step][1] for series in each] for step in steps]
+    band = [(min(values), max(values)) for values in ys] if len(each) > 1 else []
+    return Line(label, [*zip(xs, map(statistics.fmean, ys), strict=True)], band, at)
+
+
+def _ends(runs: Sequence[Run], metric: str, setting: str, x: Callable[[Run], float]) -> list[Line]:
+    """The metric at the end over a setting: a line for runs that differ in it and in seeds alone.
+
+    Empty where no two differ in it.
+    """
+    together = groups(runs, but=(setting,))
+    if not any(len({x(run) for run in group}) > 1 for group in together):
+        return []
+    drawn = []
+    for at, (group, label) in enumerate(
+        zip(together, labels([min(g, key=x) for g in together]), strict=True)
+    ):
+        found: dict[float, list[float]] = {}
+        for run in group:
+            if (value := number(run.summary.get(metric))) is not None:
+                found.setdefault(x(run), []).append(value)
+        band = [(min(ys), max(ys)) for _, ys in sorted(found.items())]
+        points = [(at_x, statistics.fmean(ys)) for at_x, ys in sorted(found.items())]
+        drawn.append(Line(label, points, band if any(len(ys) > 1 for ys in found.values()) else (), at))
+    return [line for line in drawn if line.points]
+
+
+def _picture(
+    name: str,
+    drawn: Sequence[Line],
+    x: str,
+    y: str,
+    caption: str,
+    more: Sequence[tuple[Handle, str]] = (),
+    bound: float | None = None,
+) -> Picture | None:
+    if not any(line.points for line in drawn):
         return None
-    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # measured here, drawn by the reader
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-        axes = figure.add_subplot(xlabel=x, ylabel=y)
-        handles = [_line(axes, at, line, "-") for at, line in enumerate(lines)]
-        for at, line in enumerate(dashed or []):
-            _line(axes, at, line, "--")
-        if x == "round":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
-        _scale(axes, [value for line in [*lines, *(dashed or [])] for _, value in line])
-        named = [*zip(handles, labels(runs), strict=True)] if len(runs) > 1 else []
-        if any(dashed or []):
-            named += [(_key("-"), "on test rows"), (_key("--"), "in training")]
-        _legend(figure, named)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
-    return picture.getvalue()
+    if any(line.band for line in drawn):
+        caption = f"{caption} {_BAND}"
+    told = " ".join(_told(line, x) for line in drawn)
+    return Picture(name, lines(drawn, x, y, more, bound), caption, told)
 
 
-def _line(axes: Axes, at: int, line: Series, style: str) -> Line2D:
-    drawn = axes.plot(
-        [x for x, _ in line],
-        [y for _, y in line],
-        style,
-        color=_COLOURS[at % len(_COLOURS)],
-        marker=_MARKERS[at % len(_MARKERS)] if style == "-" else None,
-        clip_on=False,
-        markevery=max(1, len(line) // 12),
-    )
-    return drawn[0]
-
-
-def _key(style: Literal["-", "--"]) -> Line2D:
-    return Line2D([], [], color="#777777", linestyle=style)
-
-
-def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """Start at zero where that wastes no space; logarithmic where values span over two decades."""
-    low, high = min(values), max(values)
-    if 100 * low < high and low >= 0:
-        axes.set_yscale("symlog", linthresh=max(_EXACT, low))
-    if 0 <= low < high / 2:
-        axes.set_ylim(bottom=0)
-
-
-def _legend(figure: Figure, named: Sequence[tuple[Line2D, str]]) -> None:
-    if not named:
-        return
-    columns = max(1, min(3, 60 // (6 + max(len(name) for _, name in named))))
-    rows = -(-len(named) // columns)
-    figure.set_size_inches(_WIDTH, _HEIGHT + _LEGEND_ROW * rows)  # the axes keep their size
-    handles = [handle for handle, _ in named]
-    legend = figure.legend(
-        handles, ["run"] * len(named), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
-    for text, (_, name) in zip(legend.get_texts(), named, strict=True):
-        text.set_parse_math(False)  # a folder may be called $x$
-        text.set_text(name)
+def _told(line: Line, x: str) -> str:
+    (first, start), (last, end) = line.points[0], line.points[-1]
+    at = "in round" if x == "round" else "at"
+    name = f"{line.label}{' in training' if line.style == '--' else ''}: " if line.label else ""
+    return f"{name}{start:.3g} {at} {first:.3g}, {end:.3g} {at} {last:.3g}."

@@ -2,13 +2,16 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
 from fedlora.errors import CheckpointError
+
+SWEEP = "sweep.json"  # in the folder of a sweep: the words of its command, and the names of its jobs
+DATA = "data.json"  # in the folder of a run: who holds how many rows of which label
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Run:
         metrics: one object a round, rounds from 1.
         clients: one object a client a round.
         config: the resolved configuration.
+        data: the clients' rows and labels, where the run knew them and may tell.
     """
 
     path: Path
@@ -28,6 +32,7 @@ class Run:
     metrics: list[dict[str, Any]]
     clients: list[dict[str, Any]]
     config: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
 
     @property
     def strategy(self) -> str:
@@ -45,6 +50,13 @@ class Run:
     def more_is_better(self) -> bool:
         """Whether a higher headline metric is better; it is for accuracies alone."""
         return self.metric.endswith("accuracy")
+
+    @property
+    def counts(self) -> bool:
+        """Whether `examples` in the clients' lines are their rows; under hidden counts each sends a 1."""
+        privacy = self.config.get("privacy")
+        hidden = isinstance(privacy, dict) and privacy.get("public_counts") is False
+        return not hidden and not self.config.get("secure_sum")
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(round, value) wherever `key` was measured; round 0 is the state before training."""
@@ -65,6 +77,15 @@ def read_runs(path: str | Path) -> list[Run]:
     """
     found = sorted(summary.parent for summary in Path(path).glob("**/summary.json"))
     return [read_run(folder) for folder in found] or [read_run(path)]
+
+
+def missing(path: str | Path) -> list[str]:
+    """The jobs of a sweep's folder that have not finished, as far as they are known; none of a run's."""
+    folder = Path(path)
+    if not (folder / SWEEP).is_file():
+        return []
+    jobs = _object(folder / SWEEP).get("jobs")
+    return [str(job) for job in jobs or [] if not (folder / str(job) / "summary.json").is_file()]
 
 
 def read_run(path: str | Path) -> Run:
@@ -88,6 +109,7 @@ def read_run(path: str | Path) -> Run:
         metrics=_lines(folder / "metrics.jsonl"),
         clients=_lines(folder / "clients.jsonl"),
         config=_config(folder / "config.yaml"),
+        data=_object(folder / DATA) if (folder / DATA).is_file() else {},
     )
 
 

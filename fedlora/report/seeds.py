@@ -1,47 +1,77 @@
-"""Runs that differ in their seed alone, as one row each: mean and standard deviation."""
+"""Runs that differ in their seed alone, as one row each: means with 95 % intervals."""
 
 import json
+import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from scipy.special import stdtrit
+
 from fedlora.report.compare import ABSENT, labels, words
 from fedlora.report.read import Run, number
-from fedlora.report.tables import Table, amounts, megabytes, score
+from fedlora.report.tables import Table, amounts, megabytes, score, setting
 
+INTERVAL = "Mean ± 95 % interval over seeds (Student’s t)"
 _NOT_SETTINGS = ("seed", "out", "resume")
 
 
 def groups(runs: Sequence[Run], but: Sequence[str] = ()) -> list[list[Run]]:
     """The runs, those together that differ in seed and folder alone, in the order of the first of each.
 
+    A repetition with the same seed is a group of its own: it says nothing about other seeds.
+
     Args:
         runs: any.
         but: further keys in which those of a group may differ, whatever group they are of.
     """
-    found: dict[str, list[Run]] = {}
+    found: dict[tuple[str, int], list[Run]] = {}
+    times = Counter[tuple[str, str]]()
     for run in runs:
-        settings = _settings(run.config, (*_NOT_SETTINGS, *but))
-        found.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+        settings = _key(_settings(run.config, (*_NOT_SETTINGS, *but)))
+        same = (settings, _key(_settings(run.config, ("out", "resume"))))
+        found.setdefault((settings, times[same]), []).append(run)
+        times[same] += 1
     return list(found.values())
+
+
+def interval(values: Iterable[object]) -> tuple[float, float | None] | None:
+    """The mean of what was measured, and how far its 95 % interval reaches; None of less than two values."""
+    found = [value for item in values if (value := number(item)) is not None]
+    if not found:
+        return None
+    if len(found) < 2:
+        return found[0], None
+    reach = float(stdtrit(len(found) - 1, 0.975)) * statistics.stdev(found) / math.sqrt(len(found))
+    return statistics.fmean(found), reach
+
+
+def spread(values: Iterable[object], metric: str) -> str:
+    """Mean and interval as a cell."""
+    found = interval(values)
+    if found is None:
+        return ABSENT
+    mean, reach = found
+    return score(mean, metric) + (f" ± {score(reach, metric)}" if reach is not None else "")
 
 
 def seeds_table(runs: Sequence[Run]) -> Table | None:
     """One row for all runs that differ in their seed alone; None where no two do.
 
-    The deviation is the sample's (n - 1). Bytes and seconds are means of a whole run; the aggregation error
-    is the mean of the last round's, the effective rank that after the first round and after the last.
+    Bytes and seconds are means of a whole run; the aggregation error is the mean of the last round's, the
+    effective rank that after the first round and after the last.
     """
     together = groups(runs)
     if max(map(len, together)) < 2:
         return None
-    metrics = list(dict.fromkeys(run.metric for run in runs))
     columns: dict[str, list[str]] = {"runs": labels([group[0] for group in together])}
-    columns["ranks"] = [", ".join(map(str, group[0].summary.get("ranks") or [])) for group in together]
+    columns["ranks"] = [setting(group[0].summary.get("ranks")) for group in together]
     columns["seeds"] = [str(len(group)) for group in together]
+    metrics = dict.fromkeys([*(run.metric for run in runs), "loss"])
     for metric in metrics:
         columns[words(metric)] = [
-            _spread([run.summary.get(metric) for run in group], metric) for group in together
+            spread((run.summary.get(metric) for run in group), metric) for group in together
         ]
     columns["ε"] = amounts([_mean(run.summary.get("epsilon") for run in group) for group in together])
     for way in ("down", "up"):
@@ -52,7 +82,7 @@ def seeds_table(runs: Sequence[Run]) -> Table | None:
         [_mean(run.summary.get("wall_seconds") for run in group) for group in together]
     )
     columns["aggregation error"] = [
-        score(_mean(_end(run, "aggregation_error", -1) for run in group), "loss") for group in together
+        _small(_mean(_end(run, "aggregation_error", -1) for run in group)) for group in together
     ]
     columns["effective rank"] = [
         " → ".join(
@@ -63,8 +93,13 @@ def seeds_table(runs: Sequence[Run]) -> Table | None:
     shown = {
         name: cells for name, cells in columns.items() if set(cells) - {ABSENT, "", f"{ABSENT} → {ABSENT}"}
     }
-    note = "Mean ± standard deviation over seeds."
-    return Table("Over seeds", [*shown], [list(row) for row in zip(*shown.values(), strict=True)], note)
+    return Table(
+        "Over seeds", [*shown], [list(row) for row in zip(*shown.values(), strict=True)], f"{INTERVAL}."
+    )
+
+
+def _key(settings: Any) -> str:
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _settings(config: Any, without: Sequence[str]) -> Any:
@@ -80,15 +115,10 @@ def _end(run: Run, key: str, at: int) -> float | None:
 
 
 def _mean(values: Iterable[object]) -> float | None:
-    found = [value for item in values if (value := number(item)) is not None]
-    return statistics.fmean(found) if found else None
+    found = interval(values)
+    return found and found[0]
 
 
-def _spread(values: Sequence[object], metric: str) -> str:
-    found = [value for item in values if (value := number(item)) is not None]
-    if not found:
-        return ABSENT
-    deviation = statistics.stdev(found) if len(found) > 1 else None
-    return score(statistics.fmean(found), metric) + (
-        f" ± {score(deviation, metric)}" if len(found) > 1 else ""
-    )
+def _small(value: float | None) -> str:
+    """An error: three decimals, or its power of ten where those would be zeros."""
+    return f"{value:.0e}" if value and value < 5e-4 else score(value, "loss")

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
@@ -14,7 +14,7 @@ from fedlora.report.compare import ABSENT, clean, differences, labels, plain, wo
 from fedlora.report.read import Run, number
 
 _SETTINGS = ("model", "data", "clients", "ranks", "rounds", "seed")
-_NUMBER = re.compile(r"–|[\d.,e+-]+( \(\d+\))?")
+_NUMBER = re.compile(r"–|[\d.,e+-]+( \(\d+\)|( [±→] |–)[\d.,e+-]+)?")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def runs_table(runs: Sequence[Run]) -> Table:
     """One row a run, what all share in the note; a single run as a list of facts."""
     columns: dict[str, list[str]] = {"run": labels(runs)}
     for key in _SETTINGS:
-        columns[key] = [_setting(run.summary.get(key)) for run in runs]
+        columns[key] = [setting(run.summary.get(key)) for run in runs]
     for metric in sorted({"token_accuracy", *(run.metric for run in runs)}):
         columns[words(metric)] = [score(run.summary.get(metric), metric) for run in runs]
     columns["best (round)"] = [_best(run) for run in runs]
@@ -101,37 +101,21 @@ def runs_table(runs: Sequence[Run]) -> Table:
         return Table("The run", [], [[name, cells[0]] for name, cells in shown.items()])
     same = [key for key in (*_SETTINGS, "dropped") if len(set(columns[key])) == 1]
     note = "; ".join(f"{key} {shown.pop(key)[0]}" for key in same if key in shown)
-    return Table("The runs", [*shown], _turned(shown), f"In all runs: {note}." if note else "")
+    return Table("The runs", [*shown], turned(shown), f"In all runs: {note}." if note else "")
 
 
 def differences_table(runs: Sequence[Run]) -> Table:
     """The settings that are not the same in all runs; no columns but the label when there are none."""
     columns = {"run": labels(runs), **differences(runs)}
-    return Table("What differs", [*columns], _turned(columns))
+    return Table("What differs", [*columns], turned(columns))
 
 
-def clients_table(run: Run) -> Table:
-    """The clients of the last round, dropped ones marked."""
-    last = max((row["round"] for row in run.clients), default=0)
-    rows = sorted((row for row in run.clients if row["round"] == last), key=lambda row: row["client"])
-    columns = {
-        "client": [clean(row.get("name") or row["client"]) for row in rows],
-        "rank": [_setting(row.get("rank")) for row in rows],
-        "examples": [_setting(row.get("examples")) for row in rows],
-        "steps": [_setting(row.get("steps")) for row in rows],
-        "ε": amounts([row.get("epsilon") for row in rows]),
-        "σ": amounts([row.get("sigma") for row in rows]),
-        "clipped": [score(row.get("clipped"), "loss") for row in rows],
-        "training loss": [score(row.get("loss"), "loss") for row in rows],
-        "alone on test rows": [score(row.get("test_accuracy"), "accuracy") for row in rows],
-        "local accuracy": [score(row.get("local_accuracy"), "accuracy") for row in rows],
-        "MB down": megabytes([row.get("bytes_down") for row in rows]),
-        "MB up": megabytes([row.get("bytes_up") for row in rows]),
-        "status": [_status(row) for row in rows],
-    }
-    shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
-    marked = frozenset(at for at, row in enumerate(rows) if row.get("status") == "dropped")
-    return Table(f"Clients in round {last}", [*shown], _turned(shown), marked=marked)
+def changes_table(run: Run, defaults: Mapping[str, Any]) -> Table:
+    """The settings of one run that are not the defaults, a row each."""
+    usual = replace(run, config=dict(defaults))
+    found = differences([usual, run], also=("strategy",))
+    rows = [[key, *values] for key, values in found.items() if values[1] != ABSENT]
+    return Table("What differs from the defaults", ["setting", "default", "here"], rows)
 
 
 def privacy_table(runs: Sequence[Run]) -> Table | None:
@@ -142,11 +126,11 @@ def privacy_table(runs: Sequence[Run]) -> Table | None:
     ledgers = [run.summary["ledger"] for run in private]
     columns = {
         "run": [name for name, run in zip(labels(runs), runs, strict=True) if run in private],
-        "protects each": [_setting(ledger.get("unit")) for ledger in ledgers],
+        "protects each": [setting(ledger.get("unit")) for ledger in ledgers],
         "ε": amounts([run.summary.get("epsilon") for run in private]),
         "of": amounts([ledger.get("budget") for ledger in ledgers]),
         "δ": [f"{run.summary.get('delta') or 0:g}" for run in private],
-        "clip": [_setting(ledger.get("clip")) for ledger in ledgers],
+        "clip": [setting(ledger.get("clip")) for ledger in ledgers],
         "σ, least": amounts([_last(run, "sigma") for run in private]),
         "clipped, share": [score(_last(run, "clipped"), "loss") for run in private],
         "noise": ["random" if ledger.get("valid") else "NOT VALID, from a test seed" for ledger in ledgers],
@@ -159,7 +143,7 @@ def privacy_table(runs: Sequence[Run]) -> Table | None:
         f"Not covered: {'; '.join(left)}."
     )
     marked = frozenset(at for at, ledger in enumerate(ledgers) if not ledger.get("valid"))
-    return Table("Privacy", [*shown], _turned(shown), note, marked)
+    return Table("Privacy", [*shown], turned(shown), note, marked)
 
 
 def provenance_table(runs: Sequence[Run]) -> Table:
@@ -173,19 +157,16 @@ def provenance_table(runs: Sequence[Run]) -> Table:
     if len(set(versions)) > 1:
         columns["versions"] = versions
     note = f"Made with {versions[0]}." if len(set(versions)) == 1 and versions[0] else ""
-    return Table("Adapters and versions", [*columns], _turned(columns), note)
+    return Table("Adapters and versions", [*columns], turned(columns), note)
 
 
-def _turned(columns: dict[str, list[str]]) -> list[list[str]]:
+def turned(columns: dict[str, list[str]]) -> list[list[str]]:
+    """Columns as rows."""
     return [list(row) for row in zip(*columns.values(), strict=True)]
 
 
-def _status(row: dict[str, Any]) -> str:
-    return clean(": ".join(str(row[key]) for key in ("status", "reason") if row.get(key)))
-
-
-def _setting(value: object) -> str:
-    """A setting; a long list of ranks as its range."""
+def setting(value: object) -> str:
+    """A setting; a long list, of ranks, as its range."""
     if value is None:
         return ABSENT
     if isinstance(value, list) and len(value) > 8:

@@ -16,7 +16,7 @@ def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr(fedlora.report, "write_report", lambda runs, to: to)
+        patch.setattr(fedlora.report, "write_report", lambda runs, to, *more: to)
         os.chdir(tmp_path_factory.mktemp("cwd"))
         yield
         os.chdir(here)

@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 
 from fedlora.errors import FedLoraError
 
-FILES = {"config.yaml", "metrics.jsonl", "clients.jsonl", "summary.json", "adapter", "checkpoint"}
+FILES = {
+    "config.yaml",
+    "data.json",
+    "metrics.jsonl",
+    "clients.jsonl",
+    "summary.json",
+    "adapter",
+    "checkpoint",
+}
 SUMMARY = {
     "accuracy",
     "loss",
@@ -41,6 +49,13 @@ def adapter(found: Any) -> dict[str, torch.Tensor]:
 def test_what_a_run_leaves(flex: Any) -> None:
     assert {path.name for path in flex.path.iterdir()} >= FILES
     assert flex.summary.keys() >= SUMMARY
+    data = json.loads((flex.path / "data.json").read_text())
+    assert [(c["client"], c["rank"]) for c in data["clients"]] == [(0, 2), (1, 4), (2, 2)]
+    assert all(sum(c["labels"]) == c["rows"] > 0 for c in data["clients"])
+    assert {c["client"]: c["rows"] for c in data["clients"]} == {
+        c["client"]: c["examples"] for c in flex.clients
+    }
+    assert "tail_kept" in flex.metrics[-1]
     assert flex.summary["ranks"] == [2, 4]
     assert flex.summary["peak_memory_mb"] > 50
     assert [m["round"] for m in flex.metrics] == [1, 2, 3]

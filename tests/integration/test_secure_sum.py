@@ -16,6 +16,7 @@ def test_a_private_run_under_masks_is_the_same_run(run: Any, capsys: pytest.Capt
     one, other = (load_file(r.path / "adapter" / "adapter_model.safetensors") for r in (plain, secure))
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+    assert not any((r.path / "data.json").exists() for r in (plain, secure))  # rows are nobody's business
     assert secure.summary["epsilon"] == plain.summary["epsilon"]
     assert capsys.readouterr().out.count("the server sees their weighted sum alone") == 1
 

@@ -48,11 +48,13 @@ def test_the_page_is_whole_and_fetches_nothing(make_run, tmp_path):
     shown = page(tmp_path, make_run())
     assert shown.open == []
     pictures = [attributes for tag, attributes in shown.tags if tag == "img"]
-    assert len(pictures) == 4
+    assert len(pictures) == 6
     for picture in pictures:
         assert picture["src"].startswith("data:image/svg+xml;base64,")
-        assert "in round 2" in picture["alt"]
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in shown.tags}
+        assert picture["alt"]
+    assert sum("in round 2" in picture["alt"] for picture in pictures) == 3
+    assert [attributes for tag, attributes in shown.tags if tag == "script"] == [{}]
+    assert not {"link", "iframe"} & {tag for tag, _ in shown.tags}
     assert "url(" not in (tmp_path / "report.html").read_text()
 
 
@@ -109,7 +111,7 @@ def test_names_cannot_become_markup(make_run, tmp_path):
         for at in range(2)
     ]
     shown = page(tmp_path, *folders)
-    assert "script" not in {tag for tag, _ in shown.tags}
+    assert [tag for tag, _ in shown.tags].count("script") == 1  # ours
     assert shown.open == []
     assert evil in shown.text
 
@@ -133,3 +135,31 @@ def test_the_page_replaces_the_old_one_at_once(make_run, tmp_path):
 def test_no_runs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected one run folder or more, got none"):
         write_report([], tmp_path / "report.html")
+
+
+def test_the_best_of_several_seeds_is_a_mean_and_not_the_luckiest_of_them(make_run, tmp_path):
+    told = [("x.FedIT", 0, 0.5), ("x.FedIT", 1, 0.9), ("x.SLoRA", 0, 0.75), ("x.SLoRA", 1, 0.75)]
+    folders = [make_run(f"{t}-{s}", t, {"seed": s}, accuracy=value) for t, s, value in told]
+    assert (
+        "Best mean of 2: SLoRA reached accuracy 0.750 ± 0.000 on trec over 2 seeds."
+        in page(tmp_path, *folders).text
+    )
+
+
+def test_a_single_run_shows_what_is_not_the_default(make_run, tmp_path):
+    run = read_run(make_run(config={"rounds": 9, "seed": 0, "own": 1}))
+    usual = {"rounds": 5, "seed": 0, "only": "default", "strategy": {"_target_": "x.FedIT"}}
+    shown = Page(write_report([run], tmp_path / "page.html", usual).read_text("utf-8"))
+    table = shown.text[shown.text.index("What differs from the defaults") :]
+    for cells in ("rounds59", "own–1", "strategyFedITFlexLoRA"):
+        assert cells in table
+    assert "only" not in table
+    assert "from the defaults" not in page(tmp_path, run.path).text
+
+
+def test_a_collapse_stands_above_everything(make_run, tmp_path):
+    rounds = [{"round": at, "tail_kept": 0.5} for at in (2, 3)]
+    shown = page(tmp_path, make_run(metrics=rounds, ranks=[2, 8]))
+    alarm = "Rank collapse in FlexLoRA: a round keeps 50% of what the update holds beyond rank 2"
+    assert shown.text.index(alarm) < shown.text.index("The run")
+    assert ("p", {"class": "alarm"}) in shown.tags

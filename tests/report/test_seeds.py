@@ -38,15 +38,21 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group(six):
     ]
 
 
+def test_a_repetition_with_the_same_seed_is_no_other_seed(make_run):
+    runs = [read_run(make_run(f"out-{at}")) for at in (1, 2)]
+    assert groups(runs) == [[runs[0]], [runs[1]]]
+    assert seeds_table(runs) is None
+
+
 def test_another_setting_is_another_group(make_run):
     runs = [read_run(make_run(f"out-{r}", config={"seed": r, "rounds": r})) for r in (1, 2)]
     assert len(groups(runs)) == 2
 
 
-def test_a_row_has_the_mean_and_the_deviation_of_a_sample(six):
+def test_a_row_has_the_mean_and_its_interval(six):
     table = seeds_table(six)
-    assert cells(table, 0)["accuracy"] == "0.600 ± 0.100"
-    assert cells(table, 1)["accuracy"] == "0.300 ± 0.141"
+    assert cells(table, 0)["accuracy"] == "0.600 ± 0.248"
+    assert cells(table, 1)["accuracy"] == "0.300 ± 1.271"
     assert cells(table, 2)["accuracy"] == "0.900"
     assert [cells(table, at)["seeds"] for at in range(3)] == ["3", "2", "1"]
 
@@ -77,7 +83,7 @@ def test_the_command_shows_it(six, capsys):
 
 
 def test_the_page_has_it(six, tmp_path):
-    assert "0.600 ± 0.100" in write_report(six, tmp_path / "page.html").read_text()
+    assert "0.600 ± 0.248" in write_report(six, tmp_path / "page.html").read_text()
 
 
 def test_no_folder_is_refused_in_one_line(tmp_path, capsys):

@@ -3,9 +3,9 @@ import io
 from rich.console import Console
 
 from fedlora.report import read_run, runs_table
+from fedlora.report.clients import clients_table
 from fedlora.report.tables import (
     amounts,
-    clients_table,
     differences_table,
     megabytes,
     privacy_table,

@@ -1,0 +1,177 @@
+"""What the clients of a run were, how well the result serves each of them, and who was left out."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from fedlora.report.compare import ABSENT, clean, labels, words
+from fedlora.report.read import Run, number
+from fedlora.report.seeds import INTERVAL, groups, spread
+from fedlora.report.tables import Table, amounts, megabytes, score, turned
+
+_MOST = 40  # rows of those left out; the CSV file has all
+
+
+def clients_table(run: Run) -> Table:
+    """The clients of the last round, those marked that did not count."""
+    last = max((row["round"] for row in run.clients), default=0)
+    rows = sorted((row for row in run.clients if row["round"] == last), key=lambda row: row["client"])
+    columns = {
+        "client": [_name(row) for row in rows],
+        "rank": [_whole(row.get("rank")) for row in rows],
+        "examples": [_whole(row.get("examples")) if run.counts else ABSENT for row in rows],
+        "steps": [_whole(row.get("steps")) for row in rows],
+        "ε": amounts([row.get("epsilon") for row in rows]),
+        "σ": amounts([row.get("sigma") for row in rows]),
+        "clipped": [score(row.get("clipped"), "loss") for row in rows],
+        "training loss": [score(row.get("loss"), "loss") for row in rows],
+        "alone on test rows": [score(row.get("test_accuracy"), "accuracy") for row in rows],
+        "local accuracy": [score(row.get("local_accuracy"), "accuracy") for row in rows],
+        "MB down": megabytes([row.get("bytes_down") for row in rows]),
+        "MB up": megabytes([row.get("bytes_up") for row in rows]),
+        "status": [_status(row) for row in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
+    marked = frozenset(at for at, row in enumerate(rows) if _left_out(row))
+    return Table(f"Clients in round {last}", [*shown], turned(shown), marked=marked)
+
+
+def left_out_table(runs: Sequence[Run]) -> Table | None:
+    """Whose updates did not count, how often, and why the last time; None where all did."""
+    rows = []
+    for label, run in zip(labels(runs), runs, strict=True):
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in run.clients:
+            if kind := _left_out(row):
+                found.setdefault((_name(row), kind), []).append(row)
+        for (name, kind), lines in found.items():
+            rounds = sorted({line["round"] for line in lines})
+            span = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]}–{rounds[-1]}"
+            why = clean(lines[-1].get("rejected") or lines[-1].get("reason") or ABSENT)
+            rows.append([label, name, kind, str(len(rounds)), span, why])
+    if not rows:
+        return None
+    header = ["run", "client", "was", "rounds", "from–to", "reason, the last time"]
+    if len(runs) == 1:
+        header, rows = header[1:], [row[1:] for row in rows]
+    note = f"{_MOST} of {len(rows)}; clients.csv has all." if len(rows) > _MOST else ""
+    return Table("Left out", header, rows[:_MOST], note)
+
+
+def ranks_table(run: Run) -> Table | None:
+    """How many clients had which rank, and how many rows they held, where that may be known."""
+    held = holdings(run)
+    if not held:
+        return None
+    columns: dict[str, list[str]] = {"rank": [], "clients": [], "rows": [], "rows a client": []}
+    for rank in sorted({row["rank"] for row in held.values()}):
+        rows = [row.get("rows") for row in held.values() if row["rank"] == rank]
+        known = [int(count) for count in rows if count is not None]
+        columns["rank"].append(str(rank))
+        columns["clients"].append(str(len(rows)))
+        columns["rows"].append(f"{sum(known):,}" if len(known) == len(rows) else ABSENT)
+        span = (
+            f"{min(known)}–{max(known)}"
+            if known and min(known) < max(known)
+            else str(max(known, default=ABSENT))
+        )
+        columns["rows a client"].append(span)
+    shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
+    return Table("Ranks and rows", [*shown], turned(shown))
+
+
+def holdings(run: Run) -> dict[int, dict[str, Any]]:
+    """Each client's name, rank and, where known, `rows` and `labels`, as data.json or the log has them."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in run.clients:
+        before = found.get(row["client"], {}).get("rows")
+        rows = row.get("examples") if run.counts and row.get("status") == "ok" else before
+        found[row["client"]] = {"name": _name(row), "rank": row.get("rank") or 0, "rows": rows}
+    for row in run.data.get("clients") or []:
+        found[row["client"]] = {**row, "name": clean(row.get("name") or row["client"])}
+    return dict(sorted(found.items()))
+
+
+def own_metric(run: Run) -> str | None:
+    """What tells how a client fares: its own accuracy on rows it keeps back, else its training loss."""
+    if any("local_accuracy" in row for row in run.clients) or _own(run):
+        return "local_accuracy"
+    return "loss" if any(number(row.get("loss")) is not None for row in run.clients) else None
+
+
+def own_values(run: Run) -> dict[str, float]:
+    """Each client's own metric, after the last round if measured then, else when it last took part."""
+    metric, names, found = own_metric(run), {}, {}
+    for row in run.clients:
+        names[str(row["client"])] = _name(row)
+        if metric and (value := number(row.get(metric))) is not None:
+            found[str(row["client"])] = value
+    if metric == "local_accuracy":
+        own = {client: number(row.get(metric)) for client, row in _own(run).items()}
+        found |= {client: value for client, value in own.items() if value is not None}
+    return {names.get(client, clean(client)): value for client, value in found.items()}
+
+
+def worst_first(values: Sequence[float], metric: str) -> list[float]:
+    """The clients' values from the worst on: the lowest accuracy, the highest loss."""
+    return sorted(values, reverse=not metric.endswith("accuracy"))
+
+
+def fairness_table(runs: Sequence[Run]) -> Table | None:
+    """Mean, spread and worst decile of the clients' own metrics; None where no client tells any."""
+    told = [group for group in groups(runs) if all(own_values(run) for run in group)]
+    if not told:
+        return None
+    columns: dict[str, list[str]] = {"runs": labels([group[0] for group in told])}
+    metrics = [own_metric(group[0]) or "" for group in told]
+    columns["of the clients’"] = [_called(metric) for metric in metrics]
+    columns["clients"] = [str(len(own_values(group[0]))) for group in told]
+    facts = [[_facts(run, metric) for run in group] for group, metric in zip(told, metrics, strict=True)]
+    for at, name in enumerate(["mean", "spread", "worst decile"]):
+        columns[name] = [spread((fact[at] for fact in each), "loss") for each in facts]
+    columns["worst client"] = [_worst(group[0], metric) for group, metric in zip(told, metrics, strict=True)]
+    if len(runs) == 1:
+        columns.pop("runs")
+    note = "Spread: standard deviation over clients. Worst decile: mean of the worst tenth, at least one."
+    note += f" {INTERVAL}; the worst client is that of the first." if max(map(len, told)) > 1 else ""
+    return Table("Fairness", [*columns], turned(columns), note)
+
+
+def _facts(run: Run, metric: str) -> tuple[float, float, float]:
+    values = worst_first([*own_values(run).values()], metric)
+    worst = values[: max(1, len(values) // 10)]
+    return statistics.fmean(values), statistics.pstdev(values), statistics.fmean(worst)
+
+
+def _worst(run: Run, metric: str) -> str:
+    values = own_values(run)
+    worst = worst_first([*values.values()], metric)[0]
+    return next(f"{name} ({score(value, 'loss')})" for name, value in values.items() if value == worst)
+
+
+def _called(metric: str) -> str:
+    return "training loss" if metric == "loss" else words(metric)
+
+
+def _own(run: Run) -> dict[str, dict[str, Any]]:
+    own = run.summary.get("own")
+    return own if isinstance(own, dict) else {}
+
+
+def _name(row: dict[str, Any]) -> str:
+    return clean(row.get("name") or row["client"])
+
+
+def _whole(value: object) -> str:
+    found = number(value)
+    return ABSENT if found is None else f"{found:,.0f}"
+
+
+def _left_out(row: dict[str, Any]) -> str:
+    """Dropped as unusable, or rejected by a robust rule; empty where the update counted."""
+    return "dropped" if row.get("status") == "dropped" else "rejected" if row.get("rejected") else ""
+
+
+def _status(row: dict[str, Any]) -> str:
+    told = (_left_out(row) or row.get("status"), row.get("reason") or row.get("rejected"))
+    return clean(": ".join(str(part) for part in told if part))

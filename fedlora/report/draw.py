@@ -1,0 +1,233 @@
+"""How the report draws: lines with bands, points, bars; as SVG for the page and PNG for a paper.
+
+Drawn on Figure objects, so no window system and no pyplot state is involved. Colours are those of Okabe and
+Ito and two of Tol, which stay apart for colour-blind readers; markers tell lines apart in black and white.
+Text of an SVG stays text, drawn by the reader's own fonts, so that names in any script are readable.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
+
+Handle = Line2D | Patch
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933"]
+_MARKERS = "osD^vPX*"
+_GREY, _REST = "#777777", "#bbbbbb"
+_WIDTH, _HEIGHT, _LEGEND_ROW = 4.8, 3.0, 0.185  # inches
+EXACT = 1e-6  # aggregation errors below this are rounding
+_STYLE: Any = {
+    "font.size": 9.5,
+    "axes.edgecolor": _GREY,
+    "axes.labelcolor": "#333333",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "lines.linewidth": 1.7,
+    "lines.markersize": 4.5,
+    "hatch.linewidth": 0.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedlora",  # the same runs give the same bytes
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is drawn of one run, or of several as their mean.
+
+    Args:
+        label: its name in the legend.
+        points: (x, y), by x.
+        band: lowest and highest y at every x, where several runs have one.
+        at: which colour and marker it has; lines that belong together share it.
+        style: solid, dashed, or points alone.
+    """
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float]] = ()
+    at: int = 0
+    style: Literal["-", "--", ""] = "-"
+
+
+def lines(
+    drawn: Sequence[Line],
+    x: str,
+    y: str,
+    more: Sequence[tuple[Handle, str]] = (),
+    bound: float | None = None,
+) -> Figure:
+    """A picture of lines.
+
+    Args:
+        drawn: those with points; a legend names them if their labels differ.
+        x: the axis; of rounds and ranks it has whole numbers.
+        y: the axis; from zero where that wastes no space.
+        more: further keys of the legend.
+        bound: where a dotted line goes, which lies in the picture.
+    """
+    with matplotlib.rc_context(_STYLE), _quiet():
+        figure, axes = _empty(x, y)
+        banded = sum(bool(line.band) for line in drawn)
+        each = [(line, _line(axes, line, 0.16 if banded < 4 else 0.5 / banded)) for line in drawn]
+        handles = {line.label: made for line, made in each if line.style != "--"}
+        if x == "round":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        if x.startswith("rank"):
+            _doubling(axes, [at for line in drawn for at, _ in line.points])
+        if bound is not None:
+            axes.axhline(bound, color=_GREY, linestyle=":", linewidth=1.2)
+        _scale(axes, [value for line in drawn for _, value in [*line.points, *line.band]], y)
+        named: list[tuple[Handle, str]] = [(handle, label) for label, handle in handles.items() if label]
+        _legend(figure, [*(named if len(handles) > 1 else []), *more])
+    return figure
+
+
+def bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
+    """Stacked bars, a part a colour from dark to light; the last is grey if there are more than colours."""
+    with matplotlib.rc_context(_STYLE), _quiet():
+        figure, axes = _empty(x, y)
+        axes.grid(False, axis="x")
+        axes.use_sticky_edges = False
+        axes.margins(y=0.04)
+        floor, handles = [0.0] * len(names), []
+        for at, heights in enumerate(parts.values()):
+            colour = COLOURS[at] if at < len(COLOURS) - 1 else _REST
+            shown = axes.bar(
+                range(len(names)),
+                heights,
+                0.8 if len(names) < 60 else 1.0,
+                bottom=floor,
+                color=colour,
+                edgecolor="white",
+                linewidth=0.4 if len(names) < 60 else 0,
+                hatch=["", "///", "...", "xxx", "\\\\\\", "ooo", ""][at % 7],
+            )
+            floor = [low + height for low, height in zip(floor, heights, strict=True)]
+            handles.append(shown[0])
+        room = len("".join(names)) <= 90 and len(names) <= 32
+        turned = not room and len(names) <= 40
+        names = [name.replace("\n", " r") for name in names] if turned else names
+        axes.set_xticks(range(len(names)) if room or turned else [], names if room or turned else [])
+        if turned:
+            axes.tick_params(axis="x", rotation=90, labelsize=8)
+        for tick in axes.get_xticklabels():
+            tick.set_parse_math(False)
+        axes.set_ylim(bottom=0)
+        _legend(figure, [*zip(handles, parts, strict=True)] if len(parts) > 1 else [])
+    return figure
+
+
+def svg(figure: Figure) -> bytes:
+    """The picture for the page, without a background of its own."""
+    return _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as pixels, 200 an inch, on white."""
+    return _saved(figure, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+
+
+def key(style: Literal["-", "--"]) -> Line2D:
+    """What a legend shows for a style of line, whatever its colour."""
+    return Line2D([], [], color=_GREY, linestyle=style)
+
+
+def hollow() -> Line2D:
+    """What a legend shows for points alone."""
+    return Line2D([], [], color=_GREY, linestyle="", marker="o", markerfacecolor="none")
+
+
+def _saved(figure: Figure, **how: Any) -> bytes:
+    picture = io.BytesIO()
+    with matplotlib.rc_context(_STYLE), _quiet():
+        figure.savefig(picture, **how)
+    return picture.getvalue()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings about letters that no font of this machine has: the page is drawn by the reader's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield
+
+
+def _empty(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    return figure, figure.add_subplot(xlabel=x, ylabel=y)
+
+
+def _line(axes: Axes, line: Line, shade: float) -> Line2D:
+    colour = COLOURS[line.at % len(COLOURS)]
+    marker = _MARKERS[line.at % len(_MARKERS)]
+    xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
+    if line.band:
+        axes.fill_between(
+            xs,
+            [low for low, _ in line.band],
+            [high for _, high in line.band],
+            color=colour,
+            alpha=shade,
+            lw=0,
+        )
+    drawn = axes.plot(
+        xs,
+        ys,
+        line.style or "none",
+        color=colour,
+        marker=None if line.style == "--" else marker,
+        markerfacecolor="none" if line.style == "" else colour,
+        clip_on=False,
+        markevery=max(1, len(xs) // 12),
+    )
+    return drawn[0]
+
+
+def _doubling(axes: Axes, ranks: Sequence[float]) -> None:
+    """Ranks 2, 4, 8, 16 at equal distances, whole numbers below them."""
+    axes.set_xscale("log", base=2)
+    low, high = min(ranks), max(ranks)
+    ticks = [2.0**k for k in range(12) if low / 1.5 <= 2**k <= high * 1.5]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+
+
+def _scale(axes: Axes, values: Sequence[float], y: str) -> None:
+    """Start at zero where that wastes no space; logarithmic where errors or losses span two decades."""
+    low, high = min(values), max(values)
+    if 100 * low < high and low >= 0 and "accuracy" not in y:
+        axes.set_yscale("symlog", linthresh=max(EXACT, low))
+    if 0 <= low < high / 2:
+        axes.set_ylim(bottom=0)
+
+
+def _legend(figure: Figure, named: Sequence[tuple[Handle, str]]) -> None:
+    if not named:
+        return
+    columns = max(1, min(3, 60 // (6 + max(len(name) for _, name in named))))
+    rows = -(-len(named) // columns)
+    figure.set_size_inches(_WIDTH, _HEIGHT + _LEGEND_ROW * rows)  # the axes keep their size
+    handles = [handle for handle, _ in named]
+    legend = figure.legend(
+        handles, ["run"] * len(named), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
+    for text, (_, name) in zip(legend.get_texts(), named, strict=True):
+        text.set_parse_math(False)  # a folder may be called $x$
+        text.set_text(name)
