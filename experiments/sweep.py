@@ -115,15 +115,16 @@ def _quiet(words: Sequence[str]) -> list[str]:
 
 def _placed(words: Sequence[str]) -> tuple[Path, list[str]]:
     """The folder of a sweep, and the words that say what runs in it."""
-    said = {key: word for word in words for key in ("out", "resume") if word.startswith(f"{key}=")}
+    keys = ("out", "resume", "hydra.sweep.dir")  # the last is Hydra's own word for the first
+    said = {key: word for word in words for key in keys if word.startswith(f"{key}=")}
     words = [word for word in words if word not in said.values()]
     if "resume" in said:
         folder = Path(said["resume"].partition("=")[2].strip("'\""))
         if not (folder / SWEEP).is_file():
             raise CheckpointError(f"resume: expected the folder of a sweep, '{folder}' has no {SWEEP}")
         return folder, [*_kept_words(folder), *words]
-    if "out" in said:
-        return Path(said["out"].partition("=")[2].strip("'\"")), words
+    if named := said.get("out", said.get("hydra.sweep.dir")):
+        return Path(named.partition("=")[2].strip("'\"")), words
     same = sorted(word for word in words if not word.startswith(("-", "hydra")))
     return Path("runs") / f"sweep-{hashlib.sha256(' '.join(same).encode()).hexdigest()[:8]}", words
 

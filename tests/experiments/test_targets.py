@@ -211,7 +211,8 @@ def test_a_site_listens_to_its_own_word_alone(tmp_path: Path) -> None:
     from fedlora.experiments.node import Node, Plan, site_of
     from fedlora.experiments.settings import compose
 
-    config = compose([*SMALL, "strategy._target_=my_module.Mine", "allow=[my_module]"])
+    deployed = ("engine=deploy", "engine.superlink=s", "engine.experiment=x")
+    config = compose([*SMALL, *deployed, "strategy._target_=my_module.Mine", "allow=[my_module]"])
     node = Node.read({"client": 0, "data": "run", "state": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"allow=\[my_module\]"):
         site_of(config, node, Plan("x", ("a", "b"), ""))
