@@ -10,7 +10,9 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -97,22 +99,18 @@ def address(home: Path) -> str:
 
 
 def secret(home: Path) -> bytes:
-    """What both ends of the socket know; made when first asked for."""
+    """What both ends of the socket know; made when first asked for, whole or not at all."""
     folder = home / "worker"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        handle = os.open(folder / "secret.new", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        pass
-    else:
-        os.write(handle, secrets.token_bytes(32))
-        os.close(handle)
-        if not (folder / "secret").exists():
-            os.link(folder / "secret.new", folder / "secret")
-    until = time.monotonic() + 5
-    while not (folder / "secret").exists() and time.monotonic() < until:
-        time.sleep(0.01)
-    return (folder / "secret").read_bytes()
+    known = folder / "secret"
+    if not known.exists():
+        handle, made = tempfile.mkstemp(dir=folder)  # readable by its owner alone
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(32))
+        with suppress(FileExistsError):  # another caller came first
+            os.link(made, known)
+        os.unlink(made)
+    return known.read_bytes()
 
 
 def _connected(home: Path) -> Connection:
