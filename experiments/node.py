@@ -159,6 +159,9 @@ class Node:
         privacy: Any = config.get("privacy") or {}
         if not str(privacy.get("_target_", "")).endswith(".DPSGD"):
             raise ConfigError("this site takes part in private runs alone (epsilon); say privacy=dp_sgd")
+        for key in ("insecure_test_seed", "public_metrics"):
+            if privacy.get(key) not in (None, False):
+                raise ConfigError(f"this site's epsilon would not hold: leave privacy.{key} out")
         others = sum(epsilon for name, epsilon in self._promised().items() if name != plan.experiment)
         if others + privacy.epsilon > self.epsilon * (1 + 1e-9):
             raise ConfigError(

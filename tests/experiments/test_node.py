@@ -146,6 +146,16 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "more rounds than agreed": ({"max-rounds": 4}, (), "at most 4 rounds"),
     "privacy off": ({"epsilon": 8.0}, (), "private runs alone"),
     "client-level privacy": ({"epsilon": 8.0}, ("privacy=client_level",), "private runs alone"),
+    "noise that others know": (
+        {"epsilon": 8.0},
+        ("privacy=dp_sgd", "privacy.insecure_test_seed=1"),
+        "privacy.insecure_test_seed",
+    ),
+    "losses without noise": (
+        {"epsilon": 8.0},
+        ("privacy=dp_sgd", "privacy.public_metrics=true"),
+        "privacy.public_metrics",
+    ),
     "more epsilon than its budget": ({"epsilon": 2.0}, ("privacy=dp_sgd", "privacy.epsilon=3"), "2 at most"),
     "another data set": ({}, ("data=tiny",), "its own file alone"),
     "another file": ({}, ("data.file=secret.jsonl",), "which is not 'secret.jsonl'"),
