@@ -77,13 +77,13 @@ def deploy(config: DictConfig, path: Path, console: Console) -> Path:
         check_name(str(config.engine.experiment))
         RunFolder.create(path, kept(config))
     else:
-        (path / "config.yaml").write_text(kept(config), "utf-8")
+        RunFolder(path).write_config(kept(config))
     known = json.loads(note.read_text("utf-8")) if note.exists() else {}
     run = known.get("run") if known.get("superlink") == superlink else None
     again = (path / "summary.json").exists()  # it has finished before, and has rounds added
     if run is None or again or _status(superlink, run) not in ALIVE:
         run = submit(config, "run", superlink)
-        note.write_text(json.dumps({"superlink": superlink, "run": run}) + "\n", "utf-8")
+        RunFolder(path).write_json(NOTE, {"superlink": superlink, "run": run})
     console.print(
         f"run {run} on SuperLink {superlink}; its log: flwr log {run} {superlink}",
         highlight=False,

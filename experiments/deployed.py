@@ -9,13 +9,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora.engine import Grid, Patience, Roster, RunFolder, Teller
+from fedlora.engine.told import files_of
 from fedlora.errors import ConfigError, FedLoraError
 
 from .bases import heads_of
 from .build import Job, build
 from .job import Run
 from .node import Plan, check_name
-from .targets import Trust, read
+from .targets import differences
 
 LEDGER = "checkpoint/ledger.json"  # of client-level privacy
 BROUGHT = ("metrics.jsonl", "clients.jsonl", "summary.json", "adapter", "report.html", LEDGER)
@@ -56,7 +57,11 @@ def state_folder() -> Path:
 def _run(config: DictConfig, grid: Grid, teller: Teller) -> None:
     path = state_folder() / str(config.engine.experiment)
     if (path / "config.yaml").exists():  # the server was stopped in this run before
-        _check_same(config, path)
+        if differ := differences(config, path, MAY_CHANGE):
+            raise ConfigError(
+                f"engine.experiment: '{path.name}' is another run on this server, whose {', '.join(differ)} "
+                "differ; give this one a name of its own"
+            )
         config.resume = str(path)
     run = Run.begin(config, path)
     job = run.job
@@ -66,24 +71,11 @@ def _run(config: DictConfig, grid: Grid, teller: Teller) -> None:
     _bring(run.folder, teller)
 
 
-def _check_same(config: DictConfig, path: Path) -> None:
-    """Refuse to go on with another run's state."""
-    found = [OmegaConf.to_container(c) for c in (read(path, Trust()), Trust().into(config))]
-    before, now = ({k: v for k, v in dict(c).items() if k not in MAY_CHANGE} for c in found)  # type: ignore
-    if before != now:
-        differ = sorted(str(key) for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        raise ConfigError(
-            f"engine.experiment: '{path.name}' is another run on this server, whose {', '.join(differ)} "
-            "differ; give this one a name of its own"
-        )
-
-
 def _bring(folder: RunFolder, teller: Teller) -> None:
     """Send the files of a finished run to whoever follows it."""
     last = folder.last_checkpoint
     names = [*BROUGHT, str(last.relative_to(folder.path))]
-    files = [f for n in names for f in [folder.path / n, *(folder.path / n).rglob("*")] if f.is_file()]
-    if (size := sum(file.stat().st_size for file in files)) > LARGEST:
+    if (size := sum(file.stat().st_size for file in files_of(folder.path, names))) > LARGEST:
         teller.warn(
             f"{size / 1e6:.0f} MB are too much for the log; adapter and checkpoint stay in {folder.path}"
         )

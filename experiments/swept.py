@@ -21,7 +21,7 @@ from fedlora.report.read import number, read_run
 
 from .ends import closing
 from .job import run_job
-from .targets import Trust, kept
+from .targets import Trust, differences
 
 ERROR = "error.txt"  # in the folder of a run that failed: why in its first line, then the traceback
 LONGEST = 120  # characters of a folder's name
@@ -66,7 +66,11 @@ class Sweep:
             config = self.trust.into(config)
             config.out, config.pairs = str(path), []
             if (path / "config.yaml").is_file():
-                _check_same(config, path)
+                if names := differences(config, path, {"out", "resume"}):
+                    raise ConfigError(
+                        f"out: '{path}' holds a run with other settings ({', '.join(names)}); name another "
+                        "folder"
+                    )
                 if RunFolder(path).finished:
                     return _headline(path)
                 config.resume = str(path)
@@ -80,19 +84,6 @@ class Sweep:
             return None
         (path / ERROR).unlink(missing_ok=True)
         return _headline(path)
-
-
-def _check_same(config: DictConfig, path: Path) -> None:
-    """Refuse to take a run of other settings for this job."""
-    text = (path / "config.yaml").read_text(encoding="utf-8")
-    old, new = (OmegaConf.to_container(OmegaConf.create(one)) for one in (text, kept(config)))
-    assert isinstance(old, dict)
-    assert isinstance(new, dict)
-    names = sorted(str(key) for key in {*old, *new} - {"out"} if old.get(key) != new.get(key))
-    if names:
-        raise ConfigError(
-            f"out: '{path}' holds a run with other settings ({', '.join(names)}); name another folder"
-        )
 
 
 def _headline(path: Path) -> float | None:

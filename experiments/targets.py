@@ -4,7 +4,7 @@ A configuration can come from anyone: with a run's folder, over the wire. Its `_
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -93,6 +93,12 @@ def read(run: Path, trust: Trust) -> DictConfig:
 def kept(config: DictConfig) -> str:
     """The configuration as a run keeps it: one that was continued is the same run, and grants nothing."""
     return OmegaConf.to_yaml(Trust().into(OmegaConf.merge(config, {"resume": None})))  # type: ignore[arg-type]
+
+
+def differences(config: DictConfig, run: Path, but: Collection[str]) -> list[str]:
+    """The settings in which a configuration differs from that in a run's folder, these left out."""
+    old, new = (dict(OmegaConf.to_container(c)) for c in (read(run, Trust()), OmegaConf.create(kept(config))))  # type: ignore[arg-type]
+    return sorted(str(key) for key in {*old, *new} - {*but} if old.get(key) != new.get(key))
 
 
 def checked(config: DictConfig, key: str) -> Any:

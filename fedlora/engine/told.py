@@ -50,15 +50,19 @@ class Teller:
         """Send files and folders of a run, as far as they exist."""
         packed = io.BytesIO()
         with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in names:
-                for path in [folder / name, *sorted((folder / name).rglob("*"))]:
-                    if path.is_file():
-                        archive.write(path, path.relative_to(folder))
+            for path in files_of(folder, names):
+                archive.write(path, path.relative_to(folder))
         data = packed.getvalue()
         pieces = [data[i : i + PIECE] for i in range(0, len(data), PIECE)]
         for i, piece in enumerate(pieces):
             self.tell("piece", i, len(pieces), base64.b64encode(piece).decode())
         self.tell("brought", zlib.crc32(data))
+
+
+def files_of(folder: Path, names: Iterable[str]) -> list[Path]:
+    """The files that these names of files and folders stand for, as far as they exist."""
+    found = (path for name in names for path in [folder / name, *sorted((folder / name).rglob("*"))])
+    return [path for path in found if path.is_file()]
 
 
 class Listener:
