@@ -85,7 +85,7 @@ class Inbox:
             told = {**update.metrics, **valid, **line}
             lines.append({**told, "examples": int(update.weight), "status": "ok"})
         for node, (peer, _, down, _) in self._sent.items():
-            why = "no reply" if self._patience is None else f"no reply within {self._patience:g} s"
+            why = "no reply by the end of the round"
             why = f"{why}, but one to another message, such as a former round's" if node in strays else why
             lines.append(line_of(round, peer, down, 0) | {"status": "dropped", "reason": why})
             self._warn(f"round {round}: client {peer.id} dropped: {why}")

@@ -24,7 +24,7 @@ class Rules:
         evaluate_clients: whether clients evaluate their own models, before they train and at the end.
         secure_sum: whether clients send under masks that cancel in the sum, so that the server sees no more.
         timeout: seconds after which a round goes on without those who have not answered; None waits.
-        over_select: share of clients sampled beyond `clients_per_round`; the first that many replies count.
+        over_select: share of clients sampled beyond `clients_per_round`, for whose number the round waits.
         min_replies: share of the clients waited for whose good updates a round needs to change the state.
         wait: seconds to wait at the beginning of a round until there are nodes enough.
     """

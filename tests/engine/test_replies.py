@@ -18,7 +18,11 @@ def test_a_dropped_client_is_named_counted_and_leaves_no_trace(lab: Any, noise: 
     (metrics,) = ran.lines("metrics.jsonl")
     assert (metrics["clients"], metrics["dropped"]) == (2, 1)
     silent = without.lines("clients.jsonl")[1]
-    assert (silent["status"], silent["reason"], silent["bytes_up"]) == ("dropped", "no reply", 0)
+    assert (silent["status"], silent["reason"], silent["bytes_up"]) == (
+        "dropped",
+        "no reply by the end of the round",
+        0,
+    )
     assert silent["bytes_down"] > 0
 
 
