@@ -25,9 +25,9 @@ from fedlora.adapter import Adapter, Pair
 from fedlora.client import Assignment, Client, Outcome
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError
+from fedlora.evaluation import measure
 from fedlora.models import Bank, Base, Tap
 from fedlora.protocol import Task
-from fedlora.trainer import measure
 
 from .local import LocalTraining
 
@@ -97,7 +97,9 @@ class Mixture:
             raise ConfigError("FedMS needs LoRA pairs, for its gate to look at; name some lora.targets")
         own = _local(expert, assignment.memory)
         self._base, self._open = base, ExitStack()
-        self._bank = Bank(base, [Task(expert, NOBODY, fold=task.fold), Task(own, fold=task.fold)], train)
+        self._bank = Bank(
+            base, [Task(expert, NOBODY, fold=task.fold), Task(own, fold=task.fold)], train, every_token=True
+        )
         self._tap = Tap(base, expert.top_down()[0])
         gate = {n: nn.Parameter(t.to(base.device, copy=True), train) for n, t in task.adapter.extra.items()}
         self._A, self._B = gate["gate.A"], gate["gate.B"]

@@ -29,10 +29,10 @@ from fedlora.adapter import Adapter, Pair
 from fedlora.client import Assignment, Client, Outcome
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError, ModelError
+from fedlora.evaluation import measure
 from fedlora.models import Bank, Base, LoRA, Tap, fresh_adapter, targets
 from fedlora.protocol import Task
 from fedlora.seeds import generator
-from fedlora.trainer import measure
 
 from .local import LocalTraining
 
@@ -134,7 +134,8 @@ class Personal:
             P = _projection(assignment.seed, pair.shape[1], base)
         self._base, self._mu, self._scale, self._open = base, mu, pair.scale, ExitStack()
         self._A, self._B, self._P = (nn.Parameter(t.to(base.device, copy=True)) for t in (pair.A, pair.B, P))
-        self._bank, self._tap = Bank(base, [Task(_own(fresh, memory))], train), Tap(base)
+        own = Task(_own(fresh, memory))
+        self._bank, self._tap = Bank(base, [own], train, every_token=True), Tap(base)
 
     def __enter__(self) -> Self:
         self._open.enter_context(self._bank)

@@ -13,11 +13,11 @@ from fedlora.data import Dataset, Example, Part
 from fedlora.engine import Rules, Site
 from fedlora.engine.robust import Robust
 from fedlora.errors import ConfigError
+from fedlora.evaluation import evaluate
 from fedlora.models import Base, LoRA, load, targets
 from fedlora.privacy import DPSGD, ClientLevel, Plan, Privacy
 from fedlora.protocol import Peer, State, Task
 from fedlora.strategy import Strategy
-from fedlora.trainer import evaluate
 
 from . import private
 from .bases import heads_of, load_base, model_choices, shared

@@ -11,9 +11,9 @@ from fedlora.client import Assignment
 from fedlora.data import Dataset, collate, encode
 from fedlora.engine import Memory, RunFolder
 from fedlora.errors import CheckpointError, ConfigError, ModelError
+from fedlora.evaluation import evaluate
 from fedlora.models import Bank, by_peft, merge, save_adapter
 from fedlora.protocol import Task, whole
-from fedlora.trainer import evaluate
 
 from .bases import load_base
 from .build import build

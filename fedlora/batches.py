@@ -1,4 +1,4 @@
-"""Rows of several clients cut into micro-batches of like length, which removes most padding."""
+"""Which clients train together, and their rows cut into micro-batches of like length: less padding."""
 
 import itertools
 from collections.abc import Sequence
@@ -21,6 +21,31 @@ def micro_batches(rows: Micro, tokens: int) -> list[Micro]:
         low, high = (low, middle) if len(_cuts(lengths, middle)) <= fewest else (middle, high)
     spans = itertools.pairwise([*_cuts(lengths, high), len(ordered)])
     return [sorted(ordered[start:stop], key=lambda item: item[0]) for start, stop in spans]
+
+
+def groups(batches: Sequence[Sequence[Sequence[Example]]], tokens: int) -> list[list[int]]:
+    """Cut clients into groups whose steps hold at most `tokens` tokens on the average; most steps first.
+
+    A client of larger batches is alone: it would gain nothing from company. Clients of like numbers of steps
+    are together, so that few steps are taken by a part of a group. By the rows alone and never by the cores:
+    another grouping adds gradients up in another order.
+
+    Args:
+        batches: of each client, in the order of its steps.
+        tokens: what a step of a group may hold.
+    """
+    order = sorted(range(len(batches)), key=lambda slot: -len(batches[slot]))
+    found: list[list[int]] = []
+    room = 0.0
+    for slot in order:
+        lengths = [len(row.input_ids) for batch in batches[slot] for row in batch]
+        need = sum(lengths) / max(1, len(batches[slot]))
+        if not found or need > room:
+            found.append([])
+            room = float(tokens)
+        found[-1].append(slot)
+        room -= need
+    return [sorted(group) for group in found]
 
 
 def _cuts(lengths: Sequence[int], tokens: int) -> list[int]:

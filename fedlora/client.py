@@ -9,10 +9,10 @@ from torch import Tensor
 from fedlora.adapter import Adapter, Pair
 from fedlora.data import Example
 from fedlora.errors import ConfigError
+from fedlora.evaluation import evaluate
 from fedlora.models import Base
 from fedlora.privacy import DPSGD, Ledger, Plan
 from fedlora.protocol import Task
-from fedlora.trainer import evaluate
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """The K-client trainer: several clients learn in one pass over one frozen base, each as if it were alone.
 
-A step takes the next batch of every client that still has one. Their rows are pooled, sorted by length and
-cut into micro-batches, which removes most padding and changes no client's step: a row's loss is divided by
-its own client's batch, and a gradient reaches its own client's factors only. Each client has its own
-optimizer, schedule and gradient clipping, and stops after its own last batch.
+Clients of small batches go in groups. A step of a group takes the next batch of every client that still has
+one. Their rows are pooled, sorted by length and cut into micro-batches, which removes most padding and
+changes no client's step: a row's loss is divided by its own client's batch, and a gradient reaches its own
+client's factors only. Each client has its own optimizer, schedule and gradient clipping, and stops after its
+own last batch. No group waits for another, so that they keep every core busy.
 """
 
-import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter
-from fedlora.batches import Micro, micro_batches
-from fedlora.data import Example, collate
+from fedlora.batches import Micro, groups, micro_batches
+from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
+from fedlora.evaluation import losses_of
 from fedlora.models import Bank, Base
 from fedlora.privacy import Mechanism
 from fedlora.protocol import Tail, Task
@@ -80,8 +80,6 @@ def fit(
 
     A client that diverges ends in non-finite tensors of its own; the others do not notice.
     """
-    steps = [len(job.batches) for job in jobs]
-    losses = [0.0] * len(jobs)
     mechanisms = [job.mechanism for job in jobs if job.mechanism is not None]
     if mechanisms and (clip is not None or len(mechanisms) < len(jobs)):
         raise ConfigError("private and other clients cannot train in one pass, nor with a second clip")
@@ -89,47 +87,61 @@ def fit(
         Bank(base, [job.task for job in jobs], train=True, per_row=bool(mechanisms)) as bank,
         Workers(base) as workers,
     ):
-        factors = [bank.factors(slot) for slot in range(len(jobs))]
-        optimizers = [make_optimizer(own) for own in factors]
-        rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        leaves = [[p for found in own.values() for p in found] for own in factors]
-        private = [m.wrap(optimizer) for m, optimizer in zip(mechanisms, optimizers, strict=False)]
+        learners = [_Learner(job, bank.factors(slot), make_optimizer) for slot, job in enumerate(jobs)]
 
         def backward(micro: Micro) -> tuple[Gradients, list[tuple[int, float]]]:
-            each, _ = _forward(base, bank, micro, len(jobs))
-            counts = [share[slot] for slot, _ in micro]
-            weighted = each * torch.tensor(counts, dtype=each.dtype, device=each.device)
-            present = [p for slot in sorted({slot for slot, _ in micro}) for p in leaves[slot]]
-            loss = each.sum() if private else weighted.sum()
+            each, _ = losses_of(base, bank, micro, len(jobs))
+            shares = [learners[slot].share for slot, _ in micro]
+            weighted = each * torch.tensor(shares, dtype=each.dtype, device=each.device)
+            present = [p for slot in sorted({slot for slot, _ in micro}) for p in learners[slot].leaves]
+            loss = each.sum() if mechanisms else weighted.sum()
             grads = torch.autograd.grad(loss, bank.leaves(present), allow_unused=True)
             told = [(slot, x) for (slot, _), x in zip(micro, weighted.tolist(), strict=True)]
             return list(zip(present, grads, strict=True)), told
 
-        for step in range(max(steps)):
-            live = {slot: job.batches[step] for slot, job in enumerate(jobs) if step < steps[slot]}
-            share = {slot: 1 / max(1, len(batch)) for slot, batch in live.items()}
-            rows = [(slot, row) for slot, batch in live.items() for row in batch]
-            for grads, told in workers.map(backward, micro_batches(rows, tokens)):
-                (_collect if private else _accumulate)(grads)
-                for slot, loss in told:
-                    losses[slot] += loss
-            if private:
-                workers.map(lambda item: private[item[0]].release(len(item[1])), list(live.items()))
-            if step == 0:
-                _all_called([p for slot in live for p in leaves[slot]])
-            for slot in live:
-                if (tail := jobs[slot].task.tail) is not None:
-                    _press(factors[slot], tail)
-                _step(optimizers[slot], clip, rates[slot], schedule, step, steps[slot])
-        return [
-            Fitted(
-                bank.adapter(slot),
-                losses[slot] / max(1, steps[slot]),
-                steps[slot],
-                private[slot].clipped / max(1, private[slot].seen) if private else None,
-            )
-            for slot in range(len(jobs))
-        ]
+        def train(slots: Sequence[int]) -> None:
+            """All steps of clients that share micro-batches, and wait for nobody else."""
+            for step in range(max(len(jobs[slot].batches) for slot in slots)):
+                live = {slot: jobs[slot].batches[step] for slot in slots if step < len(jobs[slot].batches)}
+                for slot, batch in live.items():
+                    learners[slot].share = 1 / max(1, len(batch))
+                rows = [(slot, row) for slot, batch in live.items() for row in batch]
+                for grads, told in workers.map(backward, micro_batches(rows, tokens)):
+                    (_collect if mechanisms else _accumulate)(grads)
+                    for slot, loss in told:
+                        learners[slot].loss += loss
+                workers.map(_release, [(learners[slot], len(batch)) for slot, batch in live.items()])
+                if step == 0:
+                    _all_called([p for slot in live for p in learners[slot].leaves])
+                for slot in live:
+                    learners[slot].step(clip, schedule, step)
+
+        workers.map(train, groups([job.batches for job in jobs], tokens))
+        return [learner.fitted(bank.adapter(slot)) for slot, learner in enumerate(learners)]
+
+
+class _Learner:
+    """One client while it trains: its parameters, its optimizer, and what has come of its steps so far."""
+
+    def __init__(self, job: Job, factors: Parameters, make_optimizer: MakeOptimizer) -> None:
+        self.job, self.factors = job, factors
+        self.leaves = [p for found in factors.values() for p in found]
+        self.optimizer = make_optimizer(factors)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.private = None if job.mechanism is None else job.mechanism.wrap(self.optimizer)
+        self.share, self.loss = 0.0, 0.0
+
+    def step(self, clip: float | None, schedule: Schedule | None, step: int) -> None:
+        """Move by the gradient that is there."""
+        if self.job.task.tail is not None:
+            _press(self.factors, self.job.task.tail)
+        _step(self.optimizer, clip, self.rates, schedule, step, len(self.job.batches))
+
+    def fitted(self, adapter: Adapter) -> Fitted:
+        """The result."""
+        steps, private = len(self.job.batches), self.private
+        clipped = None if private is None else private.clipped / max(1, private.seen)
+        return Fitted(adapter, self.loss / max(1, steps), steps, clipped)
 
 
 def descend(
@@ -174,30 +186,11 @@ def descend(
     return total / max(1, len(batches)), len(batches)
 
 
-def measure(
-    base: Base,
-    scores: Callable[[list[Example]], tuple[Tensor, Tensor]],
-    rows: Sequence[Example],
-    tokens: int = 1024,
-) -> tuple[float, float]:
-    """The means of two numbers a row, such as its loss and its share of right answers; (nan, nan) of none.
-
-    Args:
-        base: the frozen model, for its device.
-        scores: the numbers of a micro-batch's rows, both (rows,); called from several threads.
-        rows: all rows.
-        tokens: padded tokens a micro-batch holds at most.
-    """
-
-    @torch.no_grad()
-    def sums(micro: Micro) -> list[float]:
-        return [float(found.double().sum()) for found in scores([row for _, row in micro])]
-
-    with Workers(base) as workers:
-        found = list(workers.map(sums, micro_batches([(0, row) for row in rows], tokens)))
-    if not rows:
-        return math.nan, math.nan
-    return math.fsum(f[0] for f in found) / len(rows), math.fsum(f[1] for f in found) / len(rows)
+def _release(item: tuple[_Learner, int]) -> None:
+    """Make a client's noised gradient of the rows of a step, under privacy."""
+    learner, rows = item
+    if learner.private is not None:
+        learner.private.release(rows)
 
 
 def _accumulate(grads: Gradients) -> None:
@@ -248,40 +241,3 @@ def _step(
         group["lr"] = rate * factor
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def _forward(base: Base, bank: Bank, micro: Micro, slots: int) -> tuple[Tensor, Tensor]:
-    """Losses and shares of right answers of a micro-batch's rows."""
-    held = Counter(slot for slot, _ in micro)
-    bank.route([held[slot] for slot in range(slots)])
-    return base.losses(collate([row for _, row in micro], base.pad_id))
-
-
-def evaluate(
-    base: Base, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], tokens: int = 1024
-) -> list[tuple[float, float]]:
-    """The mean loss and the mean share of right answers of each task's adapter, as it is, on its own rows.
-
-    Args:
-        base: the frozen model.
-        tasks: one a slot.
-        rows: the rows of each; (nan, nan) where there are none.
-        tokens: padded tokens a micro-batch holds at most.
-    """
-    totals = [[0.0, 0.0] for _ in tasks]
-    micros = micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens)
-    with Bank(base, tasks) as bank, Workers(base) as workers:
-
-        @torch.no_grad()
-        def measure(micro: Micro) -> tuple[list[float], list[float]]:
-            loss, right = _forward(base, bank, micro, len(tasks))
-            return loss.tolist(), right.tolist()
-
-        for micro, found in zip(micros, workers.map(measure, micros), strict=True):
-            for (slot, _), one, hit in zip(micro, *found, strict=True):
-                totals[slot][0] += one
-                totals[slot][1] += hit
-    return [
-        (loss / len(own), right / len(own)) if own else (math.nan, math.nan)
-        for (loss, right), own in zip(totals, rows, strict=True)
-    ]

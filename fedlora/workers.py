@@ -5,7 +5,7 @@ with threads that wait by spinning. Whole micro-batches side by side keep every 
 each is computed by one thread and they are added up in order, the result does not depend on the cores.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self, TypeVar
@@ -24,8 +24,8 @@ class Workers:
     def __init__(self, base: Base) -> None:
         self._threads = torch.get_num_threads()
         self._pool: ThreadPoolExecutor | None = None
-        if base.device.type == "cpu" and self._threads > 1:
-            self._pool = ThreadPoolExecutor(self._threads, "fedlora", torch.set_num_threads, (1,))
+        if base.device.type == "cpu" and self._threads > 1:  # the caller's own thread is one of them
+            self._pool = ThreadPoolExecutor(self._threads - 1, "fedlora", torch.set_num_threads, (1,))
 
     def __enter__(self) -> Self:
         return self
@@ -36,12 +36,21 @@ class Workers:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def map(self, work: Callable[[Work], Result], items: Sequence[Work]) -> Iterable[Result]:
-        """The results in the order of the items; a single item has all cores to itself."""
-        if self._pool is None or len(items) == 1:
+    def map(self, work: Callable[[Work], Result], items: Sequence[Work]) -> list[Result]:
+        """The results in the order of the items; a single item has all cores to itself.
+
+        Work may call this in its turn. Its items then go to cores that have nothing else to do, and what none
+        has begun the caller does: no thread waits for one that waits for it.
+        """
+        if self._pool is None or len(items) < 2:
             return [work(item) for item in items]
+        before = torch.get_num_threads()
         torch.set_num_threads(1)  # MKL's setting is one for all threads
         try:
-            return list(self._pool.map(work, items))
+            others = [self._pool.submit(work, item) for item in items[1:]]
+            found = [work(items[0])]
+            for item, other in zip(items[1:], others, strict=True):
+                found.append(work(item) if other.cancel() else other.result())
+            return found
         finally:
-            torch.set_num_threads(self._threads)
+            torch.set_num_threads(before)

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.batches import micro_batches
+from fedlora.batches import groups, micro_batches
 from fedlora.data import Example, collate
+from fedlora.evaluation import evaluate
 from fedlora.models import Bank, Base, load, targets
 from fedlora.models.packaged import tiny
 from fedlora.protocol import Task
-from fedlora.trainer import Job, evaluate, fit
+from fedlora.trainer import Job, fit
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,47 @@ def test_micro_batches_hold_every_row_once_slot_by_slot_within_the_budget(
             greedy, room = greedy + 1, max(1, tokens // length)
         room -= 1
     assert len(found) == greedy
+
+
+work = st.lists(
+    st.tuples(st.integers(0, 6), st.integers(1, 30)), max_size=12
+)  # a client's steps, its row's length
+
+
+@given(work=work, tokens=st.integers(1, 90))
+def test_groups_hold_every_client_once_within_their_tokens(work: list[tuple[int, int]], tokens: int) -> None:
+    batches = [[[Example([1] * length, 0)] * 2] * steps for steps, length in work]
+    found = groups(batches, tokens)
+    assert sorted(slot for group in found for slot in group) == list(range(len(work)))
+    fewest = math.inf
+    for group in found:
+        assert group == sorted(group)
+        assert len(group) == 1 or sum(2 * work[slot][1] for slot in group if work[slot][0]) <= tokens
+        assert max(work[slot][0] for slot in group) <= fewest  # the longest work first, like with like
+        fewest = min(work[slot][0] for slot in group)
+
+
+def test_clients_who_fill_a_step_are_alone_and_small_ones_are_not() -> None:
+    batches = [[[Example([1] * length, 0)]] * 3 for length in (40, 8, 8, 8, 50)]
+    assert groups(batches, 30) == [[0], [1, 2, 3], [4]]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_and_of_groups_trains_the_same_to_the_bit(base: Base, threads: int) -> None:
+    jobs = [
+        Job(Task(adapter(base, 2, k)), [rows(4, s + k) for s in range(n)]) for k, n in enumerate((3, 1, 2, 2))
+    ]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for now in (1, threads):
+            torch.set_num_threads(now)
+            found.append([one.adapter.digest() for one in fit(base, jobs, sgd, tokens=30)])
+            assert torch.get_num_threads() == now
+    finally:
+        torch.set_num_threads(before)
+    assert len(groups([job.batches for job in jobs], 30)) > 2
+    assert found[0] == found[1]
 
 
 def test_micro_batches_are_of_even_size() -> None:

@@ -7,10 +7,9 @@ base has folded in among them, and trained whole modules (the head) stand in for
 open. An extra `MODULE.magnitude` makes that module one of DoRA.
 """
 
-import copy
 import itertools
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,13 +19,15 @@ from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.errors import ModelError
+from fedlora.models import slots
 from fedlora.models.base import Base
-from fedlora.models.dora import MAGNITUDE, lengths, split, stretch
+from fedlora.models.dora import MAGNITUDE, lengths, stretch
+from fedlora.models.first_token import keep_first
 from fedlora.models.lora import layer_shape
 from fedlora.models.low_rank import add_low_rank
 from fedlora.models.per_row import Copies, call_rows
 from fedlora.protocol import Task
-from fedlora.sparse import SPARSE, places, spread
+from fedlora.sparse import SPARSE, spread
 
 
 class Bank:
@@ -37,13 +38,21 @@ class Bank:
         tasks: one a slot, of any ranks, scales and folds.
         train: whether gradients reach what the tasks train.
         per_row: whether each row gets its own gradient, by differentiating by `leaves`.
+        every_token: whether a classifier's last layer is wanted of every token, whatever its head reads.
 
     Raises:
         ModelError: an adapter names a module that the model lacks, or of another shape; or per row, there
             are sparse values or magnitudes, which have no such gradient.
     """
 
-    def __init__(self, base: Base, tasks: Sequence[Task], train: bool = False, per_row: bool = False) -> None:
+    def __init__(
+        self,
+        base: Base,
+        tasks: Sequence[Task],
+        train: bool = False,
+        per_row: bool = False,
+        every_token: bool = False,
+    ) -> None:
         first = tasks[0].adapter
         for task in tasks:
             if (
@@ -51,18 +60,18 @@ class Bank:
                 or task.adapter.extra.keys() != first.extra.keys()
             ):
                 raise ModelError("the adapters of one pass must have the same modules and the same heads")
-        self._model = base.model
+        self._model, self._after = base.model, None if every_token else base.after
         self._batch = threading.local()  # batches may be on their way in several threads
         self._tasks = tasks
-        self._pairs = [_leaves(base, task, train) for task in tasks]
-        self._folds = _folds(base, tasks)
-        self._sparse = [_values(base, task, train) for task in tasks]
-        self._magnitudes = [_magnitudes(base, task.adapter, train) for task in tasks]
-        self._heads = [_copies(base, task.adapter, train) for task in tasks]
+        self._pairs = [slots.leaves(base, task, train) for task in tasks]
+        self._folds = slots.folds(base, tasks)
+        self._sparse = [slots.values(base, task, train) for task in tasks]
+        self._magnitudes = [slots.magnitudes(base, task.adapter, train) for task in tasks]
+        self._heads = [slots.copies(base, task.adapter, train) for task in tasks]
         if per_row and (any(self._sparse) or any(self._magnitudes)):
             raise ModelError("sparse values and DoRA's magnitudes have no gradient for each row")
-        slots = range(len(tasks)) if per_row else ()
-        self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in slots])
+        alone = range(len(tasks)) if per_row else ()
+        self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in alone])
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
 
@@ -80,6 +89,8 @@ class Bank:
                 raise ModelError(f"the adapter's update of '{name}' is {pair.shape}, the layer {expected}")
         for name in dict.fromkeys([*(name for name, _ in named), *self._sparse[0], *self._magnitudes[0]]):
             self._handles.append(modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
+        if self._after is not None:
+            self._handles.append(keep_first(self._after))
         for name in self._heads[0]:
             modules[name].forward = self._stand_in(name)
             self._replaced.append(modules[name])
@@ -144,9 +155,11 @@ class Bank:
             x = args[0] if args else next(iter(named.values()))
             segments = self._segments(x, name)
             if pairs:
-                found = [{f: self._rows.of(own) for f, own in p.items()} for p in pairs]
+                live = [k for k, (start, stop) in enumerate(segments) if stop > start]
+                found = [{f: self._rows.of(own) for f, own in pairs[k].items()} for k in live]
                 factors = [f for p in found for f in (p["A"], p["B"] @ p["M"] if "M" in p else p["B"])]
-                output = add_low_rank(output, x, segments, scales, factors)
+                ends, s = [segments[k] for k in live], [scales[k] for k in live]
+                output = add_low_rank(output, x, ends, s, factors)
             if folds:
                 every = segments if len(folds) > 1 else [(0, len(x))]
                 output = add_low_rank(
@@ -213,84 +226,3 @@ class Bank:
                 f"cannot be told apart by {what}"
             )
         return segments
-
-
-def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=trained)
-
-
-def _leaves(base: Base, task: Task, train: bool) -> dict[str, dict[str, nn.Parameter]]:
-    """A parameter for every factor, those to train with a gradient."""
-    return {
-        name: {
-            factor: _leaf(tensor, base.device, train and factor in task.train and task.trains(name))
-            for factor, tensor in pair.factors()
-        }
-        for name, pair in task.adapter.pairs.items()
-    }
-
-
-def _folds(base: Base, tasks: Sequence[Task]) -> dict[str, list[Pair]]:
-    """Module -> what each slot's base has folded in; one pair for all where it is the same for all."""
-    found = {}
-    for name in {name: None for task in tasks for name in task.fold}:
-        own = [task.fold[name].plain() if name in task.fold else None for task in tasks]
-        first = next(pair for pair in own if pair is not None)
-        if all(pair is not None and _same(pair, first) for pair in own):
-            own = [first]
-        nothing = Pair(first.A[:0], first.B[:, :0], first.scale)
-        found[name] = [
-            Pair(pair.A.to(base.device), pair.B.to(base.device), pair.scale)
-            for pair in (nothing if pair is None else pair for pair in own)
-        ]
-    return found
-
-
-def _same(one: Pair, two: Pair) -> bool:
-    if one is two:
-        return True
-    return one.scale == two.scale and torch.equal(one.A, two.A) and torch.equal(one.B, two.B)
-
-
-def _values(base: Base, task: Task, train: bool) -> dict[str, tuple[nn.Parameter, Tensor, tuple[int, int]]]:
-    """Module -> the values of its sparse update, their places, and the layer's shape."""
-    if task.mask is None:
-        return {}
-    found = {}
-    for key, values in task.adapter.extra.items():
-        if key.endswith(SPARSE):
-            name = key.removesuffix(SPARSE)
-            shape = layer_shape(base.model.get_submodule(name), name)
-            indices = places(task.mask, name, shape, len(values)).to(base.device)
-            found[name] = (_leaf(values, base.device, train), indices, shape)
-    return found
-
-
-def _magnitudes(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Parameter]:
-    """Module -> the lengths of its weight's rows, by DoRA."""
-    return {name: _leaf(value, base.device, trained) for name, value in split(adapter)[0].items()}
-
-
-def _copies(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Module]:
-    """The adapter's own copy of every head of which it has tensors; the base's own serves for the others."""
-    extra = {key: value for key, value in split(adapter)[1].items() if not key.endswith(SPARSE)}
-    copies = {}
-    for name in (n for n in base.heads if any(key.startswith(f"{n}.") for key in extra)):
-        twin = copy.deepcopy(base.model.get_submodule(name))
-        for key, parameter in twin.named_parameters():
-            given = extra.get(f"{name}.{key}")
-            if given is None or given.shape != parameter.shape:
-                raise ModelError(
-                    f"the adapter's '{name}.{key}' is {None if given is None else tuple(given.shape)}, "
-                    f"the model's {tuple(parameter.shape)}"
-                )
-            parameter.data = given.detach().to(parameter.device, copy=True)
-            parameter.requires_grad_(trained)
-        copies[name] = twin
-    if unknown := _unknown(extra, base.heads):
-        raise ModelError(f"the adapter has tensors that no head of the model owns: {unknown[:3]}")
-    return copies
-
-
-def _unknown(names: Iterable[str], heads: Sequence[str]) -> list[str]:
-    return [name for name in names if not name.startswith(tuple(f"{head}." for head in heads))]

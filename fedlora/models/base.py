@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.adapter import digest
 from fedlora.data import Batch, Kind
 from fedlora.errors import ModelError
+from fedlora.models.first_token import only_first_token
 from fedlora.models.quantized import quantized
 from fedlora.seeds import generator
 
@@ -30,6 +31,7 @@ class Base:
         heads: modules that are trained, sent and saved whole: the classification head, and whatever else the
             checkpoint did not hold and had to be made up.
         path: where the model came from.
+        after: the module from which on the first token of a row is enough, if its head reads no other.
     """
 
     model: Any
@@ -37,6 +39,7 @@ class Base:
     kind: Kind
     heads: tuple[str, ...]
     path: str
+    after: nn.Module | None = None
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +190,8 @@ def load(
     model.requires_grad_(False).eval()
     if not bits:  # else it is there already, and bitsandbytes does not let it move
         model.to(device)
-    return Base(model, tokenizer, kind, heads, str(path))
+    after = only_first_token(model) if kind == "classification" else None
+    return Base(model, tokenizer, kind, heads, str(path), after)
 
 
 def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[str, ...]:

@@ -54,10 +54,18 @@ class Tap:
 
         Args:
             mask: 1 for real tokens, (rows, tokens).
+
+        Raises:
+            ModelError: not every token's states have come past, since the bank leaves them out.
         """
         states = self.states()
         if states.ndim == 2:
             return states
+        if states.shape[1] != mask.shape[1]:
+            raise ModelError(
+                f"expected the states of {mask.shape[1]} tokens, got {states.shape[1]}: open the bank with "
+                "every_token=True"
+            )
         real = mask.to(states)[:, :, None]
         return (states * real).sum(1) / real.sum(1)
 

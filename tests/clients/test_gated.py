@@ -14,9 +14,9 @@ from fedlora.clients import GatedExperts, LocalTraining
 from fedlora.clients.gated import Mixture
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError
+from fedlora.evaluation import evaluate
 from fedlora.models import Bank, Base, LoRA, fresh_adapter, targets
 from fedlora.protocol import Task
-from fedlora.trainer import evaluate
 
 CLIENT = GatedExperts.of(lr=0.01, batch_size=4, epochs=2)
 

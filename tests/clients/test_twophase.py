@@ -121,7 +121,7 @@ def test_the_personal_prediction_is_the_weighted_mean_of_both(base: Base, mu: fl
     pairs = {m: Pair(found[f"{m}.A"], found[f"{m}.B"], 2.0) for m in fresh.pairs}
     own = Adapter(pairs, {name: found[name] for name in fresh.extra})
     batch = collate(job.rows, base.pad_id)
-    with torch.no_grad(), Bank(base, [Task(own)]):
+    with torch.no_grad(), Bank(base, [Task(own)], every_token=True):
         local = base.logits(batch).double().numpy()
         ids, mask = batch.input_ids, batch.attention_mask
         states = base.model.base_model(input_ids=ids, attention_mask=mask)[0].double().numpy()

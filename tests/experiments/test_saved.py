@@ -98,11 +98,11 @@ def test_a_client_s_own_adapter_is_what_it_evaluated(personal: Path, tmp_path: P
     from omegaconf import DictConfig, OmegaConf
 
     from fedlora.adapter import Adapter
+    from fedlora.evaluation import evaluate
     from fedlora.experiments.bases import load_base
     from fedlora.experiments.build import build
     from fedlora.models import by_peft
     from fedlora.protocol import Task
-    from fedlora.trainer import evaluate
 
     main(["export", str(personal), "--client", "1", "--to", str(tmp_path / "one")])
     config = OmegaConf.load(personal / "config.yaml")

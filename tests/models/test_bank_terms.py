@@ -15,10 +15,11 @@ from fedlora.adapter import Adapter, Pair
 from fedlora.algebra import of_dense
 from fedlora.data import collate
 from fedlora.errors import ModelError
+from fedlora.evaluation import evaluate
 from fedlora.models import Bank, Base, targets
 from fedlora.protocol import Task
 from fedlora.sparse import places, spread
-from fedlora.trainer import Job, evaluate, fit
+from fedlora.trainer import Job, fit
 
 NAMES = ["bert", "gpt2"]  # linear layers, and Conv1D, whose weight is transposed
 

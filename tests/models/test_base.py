@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from fedlora.adapter import Adapter
 from fedlora.data import Example, collate
 from fedlora.errors import ModelError
+from fedlora.evaluation import evaluate
 from fedlora.models import load, packaged
 from fedlora.protocol import Task
-from fedlora.trainer import evaluate
 
 LABELS = ("a", "b", "c")
 

@@ -9,9 +9,9 @@ from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from fedlora.errors import ModelError
+from fedlora.evaluation import evaluate
 from fedlora.models import Base, load_adapter, save_adapter
 from fedlora.protocol import Task
-from fedlora.trainer import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

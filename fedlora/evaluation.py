@@ -1,0 +1,77 @@
+"""Losses and shares of right answers on rows, of adapters as they are."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.batches import Micro, micro_batches
+from fedlora.data import Example, collate
+from fedlora.models import Bank, Base
+from fedlora.protocol import Task
+from fedlora.workers import Workers
+
+
+def evaluate(
+    base: Base, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], tokens: int = 1024
+) -> list[tuple[float, float]]:
+    """The mean loss and the mean share of right answers of each task's adapter, as it is, on its own rows.
+
+    Args:
+        base: the frozen model.
+        tasks: one a slot.
+        rows: the rows of each; (nan, nan) where there are none.
+        tokens: padded tokens a micro-batch holds at most.
+    """
+    totals = [[0.0, 0.0] for _ in tasks]
+    micros = micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens)
+    with Bank(base, tasks) as bank, Workers(base) as workers:
+
+        @torch.no_grad()
+        def measure(micro: Micro) -> tuple[list[float], list[float]]:
+            loss, right = losses_of(base, bank, micro, len(tasks))
+            return loss.tolist(), right.tolist()
+
+        for micro, found in zip(micros, workers.map(measure, micros), strict=True):
+            for (slot, _), one, hit in zip(micro, *found, strict=True):
+                totals[slot][0] += one
+                totals[slot][1] += hit
+    return [
+        (loss / len(own), right / len(own)) if own else (math.nan, math.nan)
+        for (loss, right), own in zip(totals, rows, strict=True)
+    ]
+
+
+def measure(
+    base: Base,
+    scores: Callable[[list[Example]], tuple[Tensor, Tensor]],
+    rows: Sequence[Example],
+    tokens: int = 1024,
+) -> tuple[float, float]:
+    """The means of two numbers a row, such as its loss and its share of right answers; (nan, nan) of none.
+
+    Args:
+        base: the frozen model, for its device.
+        scores: the numbers of a micro-batch's rows, both (rows,); called from several threads.
+        rows: all rows.
+        tokens: padded tokens a micro-batch holds at most.
+    """
+
+    @torch.no_grad()
+    def sums(micro: Micro) -> list[float]:
+        return [float(found.double().sum()) for found in scores([row for _, row in micro])]
+
+    with Workers(base) as workers:
+        found = list(workers.map(sums, micro_batches([(0, row) for row in rows], tokens)))
+    if not rows:
+        return math.nan, math.nan
+    return math.fsum(f[0] for f in found) / len(rows), math.fsum(f[1] for f in found) / len(rows)
+
+
+def losses_of(base: Base, bank: Bank, micro: Micro, slots: int) -> tuple[Tensor, Tensor]:
+    """Losses and shares of right answers of a micro-batch, each by its slot's adapter, (rows,) both."""
+    held = Counter(slot for slot, _ in micro)
+    bank.route([held[slot] for slot in range(slots)])
+    return base.losses(collate([row for _, row in micro], base.pad_id))
