@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fedlora.adapter import Adapter
+from fedlora.answers import Answer, answer, chosen
 from fedlora.client import Client
 from fedlora.data import Dataset, Example, Part
 from fedlora.engine import Rules, Site
@@ -44,6 +45,7 @@ class Job:
         rules: sampling, weights, evaluation.
         privacy: that of the clients' records, or of the clients, if any.
         robust: the rule between the updates and the strategy, if any.
+        asked: the numbers of the test rows that are answered word for word.
     """
 
     dataset: Dataset
@@ -58,6 +60,7 @@ class Job:
     rules: Rules
     privacy: Privacy | None = None
     robust: Robust | None = None
+    asked: Sequence[int] = ()
 
     @property
     def plans(self) -> list[Plan]:
@@ -84,6 +87,11 @@ class Job:
     def evaluate(self, tasks: Sequence[Task]) -> list[tuple[float, float]]:
         """Loss and share of right answers of each task's adapter, as it is, on the test rows."""
         return evaluate(self.base, tasks, [self.test] * len(tasks))
+
+    def answers(self, task: Task) -> list[Answer]:
+        """What a task's adapter, as it is, says to the test rows that are to be answered."""
+        said = answer(self.base, task, [self.test[i] for i in self.asked])
+        return [Answer.to(self.dataset.test[i], i, text) for i, text in zip(self.asked, said, strict=True)]
 
     def named(self, loss: float, right: float) -> dict[str, float]:
         """Loss and share of right answers as the metrics of what is trained for."""
@@ -161,6 +169,7 @@ def build(config: DictConfig) -> Job:
     if config.lora.head not in ("train", "last", "freeze"):
         raise ConfigError(f"lora.head: expected train, last or freeze, got '{config.lora.head}'")
     dataset = dataset_of(config)
+    asked = _asked(config, dataset, strategy)
     parts = deal(config, dataset) if dataset.train else []
     clients = len(parts) if parts else config.clients
     if clients is None:
@@ -195,11 +204,29 @@ def build(config: DictConfig) -> Job:
     test = encoded(config, dataset, dataset.test, base)
     own = [[rows[k % len(rows)][i] for i in part.rows] for k, part in enumerate(parts)]
     site = Site(base, client, own.__getitem__, None, rules.evaluate_clients, bases=bases)
-    job = Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules, privacy, robust)
+    job = Job(dataset, base, parts, ranks, test, site, strategy, start, lora, rules, privacy, robust, asked)
     if isinstance(privacy, DPSGD):
         tasks = [strategy.task(start, job.peer(0, rank)) for rank in sorted(set(ranks))]
         private.try_out(client, base, strategy, tasks, [len(part.rows) for part in parts])
     return job
+
+
+def _asked(config: DictConfig, dataset: Dataset, strategy: Strategy) -> list[int]:
+    """The test rows to answer by `evaluate.answers`, refused where no one model could answer them."""
+    count = config.evaluate.get("answers", 0)
+    if count < 0:
+        raise ConfigError(f"evaluate.answers: expected a number of test rows, or 0 for none; got {count}")
+    if count and dataset.kind == "classification":
+        raise ConfigError(
+            "evaluate.answers: a classifier gives labels and writes no text, its accuracy says all; leave it "
+            "out, or name data.prompt and data.response"
+        )
+    if count and strategy.personal:
+        raise ConfigError(
+            f"evaluate.answers: the result of {type(strategy).__name__} is a model for each client, and the "
+            "server has none that could answer; leave it out"
+        )
+    return chosen(dataset.test, count, config.seed)
 
 
 def _check_apart(config: DictConfig, strategy: Strategy, client: Client, apart: bool) -> None:

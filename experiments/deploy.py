@@ -122,8 +122,8 @@ def submit(config: DictConfig, verb: str, superlink: str) -> int:
     """Start a run of the bundle; the number that Flower gives it."""
     sent = config.copy()
     sent.out = sent.resume = None
-    if (local := Path(str(sent.data.get("test") or ""))).is_file():
-        sent.data.test = str(local.absolute())  # the server runs elsewhere in the tree
+    if (test := sent.data.get("test")) and Path(str(test)).exists():
+        sent.data.test = str(Path(str(test)).absolute())  # the server runs elsewhere in the tree
     with tempfile.TemporaryDirectory() as folder:
         bundle, given = Path(folder) / "fedlora-app", Path(folder) / "given.toml"
         bundle.mkdir()

@@ -14,12 +14,13 @@ from fedlora.errors import ConfigError, FedLoraError
 
 from .bases import heads_of
 from .build import Job, build
+from .ends import ANSWERS
 from .job import Run
 from .node import Plan, check_name
 from .targets import differences
 
 LEDGER = "checkpoint/ledger.json"  # of client-level privacy
-BROUGHT = ("metrics.jsonl", "clients.jsonl", "summary.json", "adapter", "report.html", LEDGER)
+BROUGHT = ("metrics.jsonl", "clients.jsonl", "summary.json", "adapter", ANSWERS, "report.html", LEDGER)
 MAY_CHANGE = ("out", "resume", "rounds", "engine")  # of a run that goes on
 LARGEST = 64 * 2**20  # bytes of files that go through the log; larger ones stay with the server
 

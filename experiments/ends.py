@@ -4,7 +4,8 @@ import hashlib
 import platform
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 import fedlora
+from fedlora.answers import Answer, scores
 from fedlora.engine import RunFolder, megabytes
 from fedlora.models import save_adapter
 from fedlora.privacy import Ledger
@@ -22,6 +24,8 @@ from fedlora.report.read import DATA
 from . import private
 from .build import Job
 from .defaults import defaults
+
+ANSWERS = "answers.jsonl"  # in the folder of a run: what the model said to test rows, a line each
 
 
 def strategy_name(config: DictConfig) -> str:
@@ -76,12 +80,15 @@ def finish(
     config: DictConfig,
     folder: RunFolder,
     state: State,
-    initial: dict[str, float],
+    initial: dict[str, Any],
     seconds: Mapping[str, float],
     own: dict[int, dict[str, float]],
     ledgers: Mapping[int, Ledger],
+    answers: Sequence[Answer],
 ) -> None:
-    """Write the adapter, the summary and the report."""
+    """Write the adapter, the answers, the summary and the report."""
+    if answers:
+        folder.write_lines(ANSWERS, [asdict(found) for found in answers])
     digest = None
     whole = state.whole()
     if whole.pairs and not job.strategy.personal:  # a personal one's adapter is only a part of a model
@@ -106,6 +113,7 @@ def finish(
         "metric": job.metric,
         **{name: last[name] for name in names if name in last},
         **ends,
+        **scores(answers),
         "initial": initial,
         "majority": job.majority(),
         "rounds": config.rounds,
@@ -141,9 +149,21 @@ def closing(path: Path) -> str:
     said = f"{run.metric} {best:.3f}, " if best is not None else ""
     sent = f"{megabytes(run.summary['bytes_down'])} down, {megabytes(run.summary['bytes_up'])} up"
     lines = [f"{said}{sent}, {run.summary['wall_seconds']:.0f} s"]
+    if "exact_match" in run.summary:
+        lines.append(_answered(run.summary))
     if "ledger" in run.summary:
         lines.append(private.closing(run.summary))
-    for what, name in (("adapter", "adapter"), ("metrics", "metrics.jsonl"), ("report", "report.html")):
+    files = {"adapter": "adapter", "metrics": "metrics.jsonl", "answers": ANSWERS, "report": "report.html"}
+    for what, name in files.items():
         if (path / name).exists():
             lines.append(f"{what:8} {path / name}")
     return "\n".join(lines)
+
+
+def _answered(summary: Mapping[str, Any]) -> str:
+    """How right the answers are, and how right those of the base were."""
+    names = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
+    said = [
+        f"{words} {summary[key]:.3f} (base {summary['initial'][key]:.3f})" for key, words in names.items()
+    ]
+    return f"answers  {', '.join(said)}"

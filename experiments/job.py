@@ -11,15 +11,16 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
+from fedlora.answers import scores
 from fedlora.engine import Central, Display, Federation, Grid, InProcessGrid, Progress, Roster, RunFolder
 from fedlora.engine.recording import Recording
 from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 from fedlora.privacy import DPSGD, ClientLevel, Ledger
-from fedlora.protocol import State
+from fedlora.protocol import State, Task
 
 from . import private
 from .build import Job, build, fuse_of
-from .ends import finish, opening, strategy_name, write_holdings
+from .ends import ANSWERS, finish, opening, strategy_name, write_holdings
 from .targets import Trust, kept, read
 from .tracking import check, tracked
 
@@ -44,7 +45,7 @@ class Run:
     folder: RunFolder
     state: State
     done: int
-    initial: dict[str, float]
+    initial: dict[str, Any]
     began: float
     startup: float
 
@@ -60,14 +61,17 @@ class Run:
             if not folder.started:  # killed before its first checkpoint
                 folder.save_state(0, job.start)
             done, state = folder.load_state()
-            (path / "summary.json").unlink(missing_ok=True)
+            for last in ("summary.json", ANSWERS):
+                (path / last).unlink(missing_ok=True)
             folder.write_config(kept(config))
         else:
             folder = RunFolder.create(path, kept(config))
             done, state = 0, job.start
             folder.save_state(0, state)
         write_holdings(job, folder)
-        initial = job.named(*job.evaluate([job.initial()])[0]) if config.evaluate.every else {}
+        initial: dict[str, Any] = scores(job.answers(job.initial()))
+        if config.evaluate.every:
+            initial |= job.named(*job.evaluate([job.initial()])[0])
         return cls(config, job, folder, state, done, initial, began, time.perf_counter() - began)
 
     def opening(self) -> str:
@@ -119,12 +123,13 @@ class Run:
                 f"no client sent a good update in any round; the reasons are in {folder.path}/clients.jsonl"
             )
         ledgers = self._ledgers(plan is not None, [])
+        answers = job.answers(Task(federation.state.whole()))
         before = sum(line["seconds"] for line in folder.rounds()[: self.done])
         seconds = {
             "startup_seconds": self.startup,
             "wall_seconds": before + time.perf_counter() - self.began,
         }
-        finish(job, self.config, folder, federation.state, self.initial, seconds, own, ledgers)
+        finish(job, self.config, folder, federation.state, self.initial, seconds, own, ledgers, answers)
 
     def _ledgers(self, apart: bool, lines: Sequence[Mapping[str, Any]]) -> dict[int, Ledger]:
         """What was spent; where clients keep their ledgers on machines of their own, by what they tell."""

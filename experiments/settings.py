@@ -30,6 +30,7 @@ class Evaluate:
     rows: str = "test"
     clients: bool = False
     updates: bool = False
+    answers: int = 0
 
 
 @dataclass

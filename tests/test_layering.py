@@ -16,7 +16,7 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
     {"fedlora"},  # fedlora/__init__.py itself
     {"fedlora.data", "fedlora.models", "fedlora.privacy"},
     {"fedlora.batches", "fedlora.workers"},
-    {"fedlora.trainer", "fedlora.evaluation", "fedlora.client"},
+    {"fedlora.trainer", "fedlora.evaluation", "fedlora.client", "fedlora.answers"},
     {"fedlora.engine", "fedlora.report"},
     {"fedlora.strategies", "fedlora.clients"},
     {"fedlora.experiments"},

@@ -1,6 +1,7 @@
 """Data sets from local files: JSONL, CSV or TSV, in UTF-8.
 
-A held-out test part is cut from the training file when there is no test file.
+A folder stands for the files in it, each of them one natural client named by its stem. A held-out test part
+is cut from the training rows when there are no test files.
 """
 
 import csv
@@ -8,11 +9,14 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora.data.dataset import Dataset, Row, hold_out
 from fedlora.data.fields import Fields, choose
-from fedlora.errors import DataError
+from fedlora.errors import ConfigError, DataError
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def load(
@@ -29,23 +33,24 @@ def load(
     """Read a classification (text, label) or an instruction (prompt, response) data set.
 
     Args:
-        train: a .jsonl or .json file (one object a line), or a .csv or .tsv file with a header.
-        test: the test file, used whole; without it a part of the training file is held out.
+        train: a .jsonl or .json file (one object a line), a .csv or .tsv file with a header, or a folder of
+            such files, a natural client each.
+        test: the test file or folder, used whole; without it a part of the training rows is held out.
         text: the column of the text to classify.
         label: the column of its label.
         prompt: the column of the prompt.
         response: the column of the response.
-        client: the column that names a row's natural client, if there is one.
-        test_rows: how many rows to hold out of the training file, at most a fifth of it.
+        client: the column that names a row's natural client, if there is one; none with a folder.
+        test_rows: how many rows to hold out of the training rows, at most a fifth of them.
         seed: which rows.
     """
     fields = choose(text, label, prompt, response, client)
     path = Path(train)
-    rows = _read(path, fields)
+    rows = _gather(path, fields)
     if test is None:
         kept, held = hold_out(rows, fields.kind, test_rows, seed)
     else:
-        kept, held = rows, _read(Path(test), fields)
+        kept, held = rows, _gather(Path(test), fields)
     return Dataset.build(path.stem, fields.kind, kept, held)
 
 
@@ -60,7 +65,7 @@ def held_out(
     """Read the server's part of a data set whose training rows are at other sites: its test rows.
 
     Args:
-        test: a file as `load` takes it.
+        test: a file or a folder as `load` takes them.
         text: the column of the text to classify.
         label: the column of its label.
         prompt: the column of the prompt.
@@ -68,7 +73,7 @@ def held_out(
         labels: all labels that sites may have; None takes those of the test rows.
     """
     fields = choose(text, label, prompt, response, None)
-    rows = _read(Path(test), fields)
+    rows = _gather(Path(test), fields)
     if fields.kind == "instruction":
         return Dataset(Path(test).stem, fields.kind, (), tuple(rows), ())
     known = tuple(sorted({row.target for row in rows} if labels is None else {str(name) for name in labels}))
@@ -114,9 +119,36 @@ def check_labels(rows: Sequence[Row], labels: Sequence[str], where: str) -> None
         )
 
 
+def _gather(path: Path, fields: Fields) -> list[Row]:
+    """The rows of a file; or of the files of a folder in the order of their names, as clients."""
+    if not path.is_dir():
+        return _read(path, fields)
+    if fields.client:
+        raise ConfigError(
+            f"{path}: expected a file, since client names the column {fields.client!r}; got a folder, whose "
+            f"files are the clients; leave client out, or give one file"
+        )
+    found: dict[str, Path] = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() not in ENDINGS or file.name.startswith("."):
+            continue
+        if file.stem in found:
+            raise DataError(
+                f"{path}: expected one file for each client, got {found[file.stem].name} and {file.name} for "
+                f"{file.stem!r}; join or rename them"
+            )
+        found[file.stem] = file
+    if not found:
+        raise DataError(
+            f"{path}: expected files ending in .jsonl, .json, .csv or .tsv, a client each, got none; "
+            f"check the path"
+        )
+    return [replace(row, client=name) for name, file in found.items() for row in _read(file, fields)]
+
+
 def _read(path: Path, fields: Fields) -> list[Row]:
     ending = path.suffix.lower()
-    if ending not in (".jsonl", ".json", ".csv", ".tsv"):
+    if ending not in ENDINGS:
         came = repr(ending) if ending else "none"
         raise DataError(
             f"{path}: expected a file ending in .jsonl, .json, .csv or .tsv, got {came}; convert the file"

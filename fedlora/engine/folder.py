@@ -93,6 +93,11 @@ class RunFolder:
         text = json.dumps(value, indent=2) + "\n"
         self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
 
+    def write_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write one JSON object a line, letters as they are."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
+
     def finish_round(
         self, round: int, state: State, metrics: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]
     ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from fedlora.errors import ConfigError
 from fedlora.report import draw, plots
 from fedlora.report.alarms import MEANING, collapses
+from fedlora.report.answers import answers_table
 from fedlora.report.clients import clients_table, fairness_table, holdings, left_out_table, ranks_table
 from fedlora.report.compare import clean, labels, words
 from fedlora.report.page import PAGE
@@ -57,6 +58,7 @@ def _body(runs: Sequence[Run], defaults: Mapping[str, Any]) -> list[str]:
     shown.append(_section(over or each))
     if over:
         shown.append(f"<details><summary>Every run</summary>{_cells(each)}</details>")
+    shown.append(_optional(answers_table(runs)))
     shown.append(_optional(privacy_table(runs)))
     fair = fairness_table(runs)
     shown.append(_section(fair, _pictures(plots.by_client(runs))) if fair else "")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.data import partition
 from fedlora.data.dataset import Row
-from fedlora.data.files import load
+from fedlora.data.files import held_out, load, rows_of
 from fedlora.errors import ConfigError, DataError
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2], "site": f"s{i % 3}"} for i in range(20)]
@@ -96,7 +97,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load(tmp_path / "none.jsonl", text="text", label="label")
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match=r"folder\.csv: expected a readable file, got Is a directory"):
-        load(tmp_path / "folder.csv", text="text", label="label")
+        rows_of(tmp_path / "folder.csv", text="text", label="label", labels="ab")
     with pytest.raises(DataError, match=r"data\.xlsx: .*\.jsonl, \.json, \.csv or \.tsv, got '\.xlsx'"):
         load(tmp_path / "data.xlsx", text="text", label="label")
     with pytest.raises(DataError, match=r"data: .*got none; convert"):
@@ -167,3 +168,61 @@ def test_another_encoding_is_named_by_its_line_and_byte(tmp_path: Path) -> None:
     said = message(tmp_path / "a.csv", "text,label\ncafé,a\n".encode("latin-1"))
     assert "a.csv:2: expected UTF-8 text, got the byte 0xe9; save the file as UTF-8" in said
     assert "got the byte 0xff" in message(tmp_path / "b.jsonl", '{"text": "x"}'.encode("utf-16"))
+
+
+def folder(path: Path) -> Path:
+    """Three clients' files, one of each form, and what else may lie in a folder."""
+    path.mkdir()
+    jsonl(path / "b.jsonl", ROWS[:10])
+    table(path / "a.csv", [["label", "text"], ["a", "of a"], ["b", "too"]])
+    table(path / "ward 3.tsv", [["text", "label"], ["of three", "b"]], "\t")
+    (path / "README.txt").write_text("no rows")
+    (path / "._b.jsonl").write_bytes(b"\x00")  # what macOS leaves beside a copied file
+    (path / "old").mkdir()
+    return path
+
+
+def test_the_files_of_a_folder_are_natural_clients_in_the_order_of_their_names(tmp_path: Path) -> None:
+    path = folder(tmp_path / "sites")
+    built = load(path, path, text="text", label="label")
+    assert [row.client for row in built.train] == ["a"] * 2 + ["b"] * 10 + ["ward 3"]
+    assert built.train[:3] == (Row("of a", "a", "a"), Row("too", "b", "a"), Row("text 0", "a", "b"))
+    assert built.test == built.train
+    assert (built.name, [part.name for part in partition(built.train, "natural", None)]) == (
+        "sites",
+        ["a", "b", "ward 3"],
+    )
+    assert held_out(path, text="text", label="label").test == built.train
+
+
+def test_rows_held_out_of_a_folder_keep_their_client(tmp_path: Path) -> None:
+    path = folder(tmp_path / "sites")
+    built = load(path, text="text", label="label", test_rows=2)
+    whole = load(path, path, text="text", label="label").train
+    assert len(built.test) == 2
+    assert {*built.train, *built.test} == {*whole}
+    assert all(row.client for row in built.test)
+
+
+def test_one_file_may_be_tested_on_and_a_folder_trained_on(tmp_path: Path) -> None:
+    path, test = folder(tmp_path / "sites"), jsonl(tmp_path / "test.jsonl", ROWS[:2])
+    assert {row.client for row in load(path, test, text="text", label="label").test} == {None}
+
+
+def test_a_folder_is_refused_with_a_client_column_without_files_and_with_one_name_twice(
+    tmp_path: Path,
+) -> None:
+    path, one = folder(tmp_path / "sites"), jsonl(tmp_path / "one.jsonl", ROWS)
+    for given in ((path, None), (one, path)):
+        with pytest.raises(ConfigError, match=r"sites: expected a file.*'site'.*a folder.*leave client out"):
+            load(*given, text="text", label="label", client="site")
+    with pytest.raises(DataError, match=r"old: expected files ending in .jsonl.*got none"):
+        load(path / "old", text="text", label="label")
+    table(path / "b.csv", [["text", "label"], ["x", "a"]])
+    with pytest.raises(DataError, match=r"sites: expected one file for each client, got b.csv and b.jsonl"):
+        load(path, text="text", label="label")
+
+
+def test_a_site_has_one_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"expected a file ending in"):
+        rows_of(folder(tmp_path / "sites"), text="text", label="label", labels="ab")

@@ -100,3 +100,35 @@ def result() -> type[Result]:
 def flex(run: Run) -> Result:
     """One FlexLoRA run with mixed ranks that many tests read; none may change it."""
     return run("strategy=flexlora", "ranks=[2,4]", "rounds=3", "client.steps=12")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random decoder of two layers, with the byte tokenizer of model=tiny."""
+    import torch
+    from tokenizers import decoders
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from fedlora.models.packaged import tiny
+
+    folder = tmp_path_factory.mktemp("models") / "tiny llama"
+    tokenizer = AutoTokenizer.from_pretrained(tiny())
+    tokenizer.eos_token = "[UNK]"
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.3,  # large enough for a LoRA to have a say
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

@@ -52,35 +52,6 @@ def test_one_client(run: Callable[..., Any], tmp_path: Path) -> None:
     assert found.metrics[0]["aggregation_error"] < 1e-6
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random decoder of two layers, with the byte tokenizer of model=tiny."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    from fedlora.models.packaged import tiny
-
-    folder = tmp_path_factory.mktemp("models") / "tiny llama"
-    tokenizer = AutoTokenizer.from_pretrained(tiny())
-    tokenizer.eos_token = "[UNK]"
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=1,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft and transformers about each other
 def test_instructions_on_a_decoder(run: Callable[..., Any], llama: Path, tmp_path: Path, capsys: Any) -> None:
     from fedlora.experiments.run import main
