@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fedlora.adapter import digest
 from fedlora.data import Batch, Kind
 from fedlora.errors import ModelError
+from fedlora.models.attention import widen
 from fedlora.models.first_token import only_first_token
 from fedlora.models.quantized import quantized
 from fedlora.seeds import generator
@@ -190,6 +191,7 @@ def load(
     model.requires_grad_(False).eval()
     if not bits:  # else it is there already, and bitsandbytes does not let it move
         model.to(device)
+    widen(model)
     after = only_first_token(model) if kind == "classification" else None
     return Base(model, tokenizer, kind, heads, str(path), after)
 
