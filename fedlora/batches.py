@@ -8,18 +8,23 @@ from fedlora.data import Example
 Micro = list[tuple[int, Example]]
 
 
-def micro_batches(rows: Micro, tokens: int) -> list[Micro]:
-    """Cut (slot, row) pairs into lists of like length and at most `tokens` padded tokens, slot by slot.
+def micro_batches(rows: Micro, tokens: int, padded: bool = True) -> list[Micro]:
+    """Cut (slot, row) pairs into lists of like length and at most `tokens` tokens, slot by slot.
 
     As few lists as possible, and of sizes as even as possible, so that no core waits for another.
+
+    Args:
+        rows: in any order.
+        tokens: what a list holds at most, if it holds more than one row.
+        padded: whether each row counts as long as its list's longest.
     """
     ordered = sorted(rows, key=lambda item: -len(item[1].input_ids))
     lengths = [len(row.input_ids) for _, row in ordered]
-    fewest, low, high = len(_cuts(lengths, tokens)), 0, tokens
+    fewest, low, high = len(_cuts(lengths, tokens, padded)), 0, tokens
     while high - low > 1:  # the smallest budget that needs no more lists
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cuts(lengths, middle)) <= fewest else (middle, high)
-    spans = itertools.pairwise([*_cuts(lengths, high), len(ordered)])
+        low, high = (low, middle) if len(_cuts(lengths, middle, padded)) <= fewest else (middle, high)
+    spans = itertools.pairwise([*_cuts(lengths, high, padded), len(ordered)])
     return [sorted(ordered[start:stop], key=lambda item: item[0]) for start, stop in spans]
 
 
@@ -48,10 +53,13 @@ def groups(batches: Sequence[Sequence[Sequence[Example]]], tokens: int) -> list[
     return [sorted(group) for group in found]
 
 
-def _cuts(lengths: Sequence[int], tokens: int) -> list[int]:
-    """Where lists begin that take as many rows of falling length as their first, the longest, allows."""
+def _cuts(lengths: Sequence[int], tokens: int, padded: bool) -> list[int]:
+    """Where lists begin that take as many rows of falling length as there is room for."""
     cuts: list[int] = []
-    for i in range(len(lengths)):
-        if not cuts or (i - cuts[-1] + 1) * lengths[cuts[-1]] > tokens:
+    held = 0
+    for i, length in enumerate(lengths):
+        held = (i - cuts[-1] + 1) * lengths[cuts[-1]] if padded and cuts else held + length
+        if not cuts or held > tokens:
             cuts.append(i)
+            held = length
     return cuts

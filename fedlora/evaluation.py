@@ -23,11 +23,12 @@ def evaluate(
         base: the frozen model.
         tasks: one a slot.
         rows: the rows of each; (nan, nan) where there are none.
-        tokens: padded tokens a micro-batch holds at most.
+        tokens: a micro-batch holds at most, padding included where the model needs it.
     """
     totals = [[0.0, 0.0] for _ in tasks]
-    micros = micro_batches([(slot, row) for slot, own in enumerate(rows) for row in own], tokens)
+    pool = [(slot, row) for slot, own in enumerate(rows) for row in own]
     with Bank(base, tasks) as bank, Workers(base) as workers:
+        micros = micro_batches(pool, tokens, not bank.unpadded)
 
         @torch.no_grad()
         def measure(micro: Micro) -> tuple[list[float], list[float]]:
@@ -72,6 +73,13 @@ def measure(
 
 def losses_of(base: Base, bank: Bank, micro: Micro, slots: int) -> tuple[Tensor, Tensor]:
     """Losses and shares of right answers of a micro-batch, each by its slot's adapter, (rows,) both."""
-    held = Counter(slot for slot, _ in micro)
-    bank.route([held[slot] for slot in range(slots)])
+    rows, tokens = Counter[int](), Counter[int]()
+    for slot, row in micro:
+        rows[slot] += 1
+        tokens[slot] += len(row.input_ids)
+    counts, lengths = ([held[slot] for slot in range(slots)] for held in (rows, tokens))
+    if bank.unpadded:
+        bank.route(counts, lengths)
+        return base.losses_unpadded([row for _, row in micro])
+    bank.route(counts)
     return base.losses(collate([row for _, row in micro], base.pad_id))

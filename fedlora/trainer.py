@@ -76,7 +76,8 @@ def fit(
         schedule: (step, steps) -> factor of the learning rate, step counting from 0; None keeps it constant.
         clip: the largest norm of a client's gradient over all it trains; None does not clip. Not for jobs
             with a mechanism, which has its own.
-        tokens: padded tokens a micro-batch holds at most; a longer row makes one of its own.
+        tokens: a micro-batch holds at most, padding included where the model needs it; a longer row makes
+            one of its own.
 
     A client that diverges ends in non-finite tensors of its own; the others do not notice.
     """
@@ -106,7 +107,7 @@ def fit(
                 for slot, batch in live.items():
                     learners[slot].share = 1 / max(1, len(batch))
                 rows = [(slot, row) for slot, batch in live.items() for row in batch]
-                for grads, told in workers.map(backward, micro_batches(rows, tokens)):
+                for grads, told in workers.map(backward, micro_batches(rows, tokens, not bank.unpadded)):
                     (_collect if mechanisms else _accumulate)(grads)
                     for slot, loss in told:
                         learners[slot].loss += loss

@@ -46,26 +46,27 @@ def rows(number: int, seed: int = 0) -> list[Example]:
 lengths = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 40)), max_size=40)
 
 
-@given(lengths=lengths, tokens=st.integers(1, 200))
+@given(lengths=lengths, tokens=st.integers(1, 200), padded=st.booleans())
 def test_micro_batches_hold_every_row_once_slot_by_slot_within_the_budget(
-    lengths: list[tuple[int, int]], tokens: int
+    lengths: list[tuple[int, int]], tokens: int, padded: bool
 ) -> None:
     pool = [(slot, Example([number] * length, 0)) for number, (slot, length) in enumerate(lengths)]
-    found = list(micro_batches(pool, tokens))
+    found = list(micro_batches(pool, tokens, padded))
     assert sorted(item for micro in found for item in micro) == sorted(pool)
     longest = math.inf
     for micro in found:
         slots = [slot for slot, _ in micro]
         assert slots == sorted(slots)
         size = [len(row.input_ids) for _, row in micro]
-        assert len(micro) == 1 or len(micro) * max(size) <= tokens
+        assert len(micro) == 1 or (len(micro) * max(size) if padded else sum(size)) <= tokens
         assert max(size) <= longest  # like lengths are together
         longest = min(size)
     greedy, room = 0, 0  # as few lists as filling each to the brim gives
     for length in sorted((length for _, length in lengths), reverse=True):
-        if room < 1:
-            greedy, room = greedy + 1, max(1, tokens // length)
-        room -= 1
+        need = 1 if padded else length  # of a room that is counted in rows, or in tokens
+        if room < need:
+            greedy, room = greedy + 1, max(need, tokens // length if padded else tokens)
+        room -= need
     assert len(found) == greedy
 
 

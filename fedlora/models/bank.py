@@ -40,6 +40,9 @@ class Bank:
         per_row: whether each row gets its own gradient, by differentiating by `leaves`.
         every_token: whether a classifier's last layer is wanted of every token, whatever its head reads.
 
+    Attributes:
+        unpadded: whether batches are to be fed by `Base.losses_unpadded`.
+
     Raises:
         ModelError: an adapter names a module that the model lacks, or of another shape; or per row, there
             are sparse values or magnitudes, which have no such gradient.
@@ -61,6 +64,7 @@ class Bank:
             ):
                 raise ModelError("the adapters of one pass must have the same modules and the same heads")
         self._model, self._after = base.model, None if every_token else base.after
+        self.unpadded = base.offset is not None and not per_row and not every_token
         self._batch = threading.local()  # batches may be on their way in several threads
         self._tasks = tasks
         self._pairs = [slots.leaves(base, task, train) for task in tasks]
@@ -105,10 +109,15 @@ class Bank:
             del module.forward
         self._handles, self._replaced = [], []
 
-    def route(self, counts: Sequence[int]) -> None:
-        """Say how many rows each slot has in this thread's next batch, which holds them slot by slot."""
-        stops = list(itertools.accumulate(counts))
-        self._batch.segments = list(zip([0, *stops], stops, strict=False))
+    def route(self, counts: Sequence[int], tokens: Sequence[int] | None = None) -> None:
+        """Say what each slot has in this thread's next batch, which holds the slots one after the other.
+
+        Args:
+            counts: rows of each.
+            tokens: tokens of each, where the rows lie end to end.
+        """
+        self._batch.rows = _segments(counts)
+        self._batch.tokens = None if tokens is None else _segments(tokens)
         self._rows.make(counts)
 
     def leaves(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -154,28 +163,30 @@ class Bank:
         ) -> Tensor:
             x = args[0] if args else next(iter(named.values()))
             segments = self._segments(x, name)
+            units = segments[-1][1]
             if pairs:
                 live = [k for k, (start, stop) in enumerate(segments) if stop > start]
                 found = [{f: self._rows.of(own) for f, own in pairs[k].items()} for k in live]
                 factors = [f for p in found for f in (p["A"], p["B"] @ p["M"] if "M" in p else p["B"])]
                 ends, s = [segments[k] for k in live], [scales[k] for k in live]
-                output = add_low_rank(output, x, ends, s, factors)
+                output = add_low_rank(output, x, units, ends, s, factors)
             if folds:
-                every = segments if len(folds) > 1 else [(0, len(x))]
+                every = segments if len(folds) > 1 else [(0, units)]
                 output = add_low_rank(
-                    output, x, every, [p.scale for p in folds], [f for p in folds for f in (p.A, p.B)]
+                    output, x, units, every, [p.scale for p in folds], [f for p in folds for f in (p.A, p.B)]
                 )
             if sparse:
-                change = [
-                    F.linear(x[a:b].to(s[0]), spread(*s)) for (a, b), s in zip(segments, sparse, strict=True)
-                ]
-                output = output + torch.cat(change).to(output)
+                flat = x.reshape(units, -1, x.shape[-1]).to(sparse[0][0])
+                parts = zip(segments, sparse, strict=True)
+                change = torch.cat([F.linear(flat[a:b], spread(*s)) for (a, b), s in parts])
+                output = output + change.view(output.shape).to(output)
             if magnitudes:
                 ratios = [
                     m if a == b else m / lengths(module, name, self._change(k, name))
                     for k, ((a, b), m) in enumerate(zip(segments, magnitudes, strict=True))
                 ]
-                output = stretch(output, getattr(module, "bias", None), segments, ratios)
+                flat = output.reshape(units, -1, output.shape[-1])
+                output = stretch(flat, getattr(module, "bias", None), segments, ratios).view(output.shape)
             return output
 
         return add
@@ -213,16 +224,25 @@ class Bank:
         return forward
 
     def _segments(self, x: Tensor, name: str) -> list[tuple[int, int]]:
-        """The rows (start, stop) of each slot."""
+        """The rows (start, stop) of each slot; or the tokens, where rows lie end to end."""
+        tokens: list[tuple[int, int]] | None = getattr(self._batch, "tokens", None)
+        if tokens is not None and x.ndim == 3 and x.shape[:2] == (1, tokens[-1][1]):
+            return tokens
         if len(self._pairs) == 1 and not self._rows.on:
             return [(0, x.shape[0])]
-        segments: list[tuple[int, int]] = self._batch.segments
-        if x.shape[0] != segments[-1][1]:
+        rows: list[tuple[int, int]] = self._batch.rows
+        if x.shape[0] != rows[-1][1]:
             what = "client; train this model with engine.fuse=1"
             if self._rows.on:
                 what = "record; leave it out of lora.targets, or use privacy=none"
             raise ModelError(
-                f"'{name}' is fed {x.shape[0]} rows where the batch has {segments[-1][1]}, so that they "
+                f"'{name}' is fed {x.shape[0]} rows where the batch has {rows[-1][1]}, so that they "
                 f"cannot be told apart by {what}"
             )
-        return segments
+        return rows
+
+
+def _segments(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Start and stop of parts of these lengths, one after the other."""
+    stops = list(itertools.accumulate(counts))
+    return list(zip([0, *stops], stops, strict=False))

@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fedlora.adapter import digest
-from fedlora.data import Batch, Kind
+from fedlora.data import Batch, Example, Kind
+from fedlora.data.encode import IGNORED
 from fedlora.errors import ModelError
-from fedlora.models.attention import widen
+from fedlora.models.attention import Pack, attend_our_way
 from fedlora.models.first_token import only_first_token
+from fedlora.models.packing import logits, offset_of
 from fedlora.models.quantized import quantized
 from fedlora.seeds import generator
 
@@ -33,6 +35,7 @@ class Base:
             checkpoint did not hold and had to be made up.
         path: where the model came from.
         after: the module from which on the first token of a row is enough, if its head reads no other.
+        offset: the position of a row's first token, if the model can be fed rows end to end.
     """
 
     model: Any
@@ -41,6 +44,7 @@ class Base:
     heads: tuple[str, ...]
     path: str
     after: nn.Module | None = None
+    offset: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,18 +85,30 @@ class Base:
         """`losses` of logits that are there already, such as a mixture of two models' own."""
         target = batch.target.to(self.device)
         if self.kind == "classification":
-            logits = _precise(logits)
-            right = (logits.argmax(-1) == target).to(logits.dtype)
-            return F.cross_entropy(logits, target, reduction="none"), right
+            return _of_labels(logits, target)
         logits, target = logits[:, :-1], target[:, 1:]
-        told = target != -100
-        rows, places = told.nonzero(as_tuple=True)
-        chosen, wanted = _precise(logits[rows, places]), target[rows, places]
-        each = F.cross_entropy(chosen, wanted, reduction="none")
-        share = 1 / told.sum(1).clamp_min(1).to(each.dtype)[rows]
-        empty = chosen.new_zeros(len(target))
-        right = (chosen.argmax(-1) == wanted).to(each.dtype)
-        return empty.index_add(0, rows, each * share), empty.index_add(0, rows, right * share)
+        rows, places = (target != IGNORED).nonzero(as_tuple=True)
+        return _by_row(logits[rows, places], target[rows, places], rows, len(target))
+
+    def losses_unpadded(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """`losses` of rows that lie end to end; of a decoder, only the response's logits are ever made.
+
+        Not while a client's bank is open that wants padded batches, nor of a model without an `offset`.
+        """
+        assert self.offset is not None
+        ids = torch.tensor([token for example in examples for token in example.input_ids])
+        pack = Pack([len(example.input_ids) for example in examples])
+        if self.kind == "classification":
+            target = torch.tensor([example.target for example in examples])
+            return _of_labels(logits(self.model, ids, pack, self.offset, None), target)
+        told = [
+            (row, start + at - 1, token)  # a token is foretold one place before it
+            for row, (start, example) in enumerate(zip(pack.starts.tolist(), examples, strict=True))
+            for at, token in enumerate(_tokens(example))
+            if at and token != IGNORED
+        ]
+        rows, places, wanted = torch.tensor(told, dtype=torch.long).view(-1, 3).T
+        return _by_row(logits(self.model, ids, pack, self.offset, places), wanted, rows, len(examples))
 
     @property
     def last(self) -> tuple[str, ...]:
@@ -191,9 +207,10 @@ def load(
     model.requires_grad_(False).eval()
     if not bits:  # else it is there already, and bitsandbytes does not let it move
         model.to(device)
-    widen(model)
+    ours = attend_our_way(model)
     after = only_first_token(model) if kind == "classification" else None
-    return Base(model, tokenizer, kind, heads, str(path), after)
+    packs = ours and (after is not None or kind == "instruction")
+    return Base(model, tokenizer, kind, heads, str(path), after, offset_of(model, after) if packs else None)
 
 
 def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[str, ...]:
@@ -227,6 +244,26 @@ def _make_up(model: Any, missing: Sequence[str], seed: int) -> None:
             value.data = torch.full_like(
                 value, 1.0 if name.endswith("weight") else 0.0
             )  # of a norm, or a bias
+
+
+def _of_labels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each row's label, and whether it is the likeliest one."""
+    logits = _precise(logits)
+    return F.cross_entropy(logits, target, reduction="none"), (logits.argmax(-1) == target).to(logits.dtype)
+
+
+def _by_row(logits: Tensor, wanted: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each row's mean of its tokens' cross-entropies, and its share of right ones; zeros without any."""
+    logits = _precise(logits)
+    each, right = F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
+    share = 1 / rows.bincount(minlength=count).clamp_min(1).to(each.dtype)[rows]
+    empty = logits.new_zeros(count)
+    return empty.index_add(0, rows, each * share), empty.index_add(0, rows, right * share)
+
+
+def _tokens(example: Example) -> list[int]:
+    assert isinstance(example.target, list)
+    return example.target
 
 
 def _precise(tensor: Tensor) -> Tensor:

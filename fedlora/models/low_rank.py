@@ -8,19 +8,25 @@ from torch.autograd.function import once_differentiable
 
 
 def add_low_rank(
-    output: Tensor, x: Tensor, segments: list[tuple[int, int]], scales: list[float], factors: list[Tensor]
+    output: Tensor,
+    x: Tensor,
+    rows: int,
+    segments: list[tuple[int, int]],
+    scales: list[float],
+    factors: list[Tensor],
 ) -> Tensor:
     """Add scale · x Aᵀ Bᵀ to the output in place, each segment of rows through its own factors.
 
     Args:
-        output: (rows, ..., d_out), a layer's output that nothing else holds.
-        x: (rows, ..., d_in), the layer's input.
+        output: (rows, ..., d_out), a layer's output that nothing else holds; or rows as (1, rows, d_out).
+        x: (rows, ..., d_in), the layer's input; or (1, rows, d_in).
+        rows: how many there are.
         segments: first and last row of each slot.
         scales: one a slot.
         factors: A (r, d_in) and B (d_out, r) of each slot, one after the other. One with a dimension before
             these holds the same factor once for each of the slot's rows, and gets each row's own gradient.
     """
-    added: Tensor = _LowRank.apply(output, x, segments, scales, *factors)  # type: ignore[no-untyped-call]
+    added: Tensor = _LowRank.apply(output, x, rows, segments, scales, *factors)  # type: ignore[no-untyped-call]
     return added
 
 
@@ -36,18 +42,19 @@ class _LowRank(torch.autograd.Function):
         ctx: Any,
         output: Tensor,
         x: Tensor,
+        rows: int,
         segments: list[tuple[int, int]],
         scales: list[float],
         *factors: Tensor,
     ) -> Tensor:
         flat_x, flat_y = _flat(x, factors[0].dtype), output.view(-1, output.shape[-1])
-        tokens = len(flat_x) // max(1, len(x))
+        tokens = len(flat_x) // max(1, rows)  # of a row
         inner = []
         for k, (start, stop) in enumerate(segments):
-            rows = slice(start * tokens, stop * tokens)
+            part = slice(start * tokens, stop * tokens)
             A, B = _one(factors[2 * k]), _one(factors[2 * k + 1])
-            u = (flat_x[rows] @ A.T).mul_(scales[k])
-            flat_y[rows] += (u @ B.T).to(output.dtype)
+            u = (flat_x[part] @ A.T).mul_(scales[k])
+            flat_y[part] += (u @ B.T).to(output.dtype)
             inner.append(u)
         ctx.mark_dirty(output)
         ctx.save_for_backward(x, *inner, *factors)
@@ -59,26 +66,26 @@ class _LowRank(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         K, grad = len(ctx.segments), grads[0]
         x, inner = ctx.saved_tensors[0], ctx.saved_tensors[1 : K + 1]
-        factors, wanted = ctx.saved_tensors[K + 1 :], ctx.needs_input_grad[4:]
+        factors, wanted = ctx.saved_tensors[K + 1 :], ctx.needs_input_grad[5:]
         flat_x, flat_grad = _flat(x, factors[0].dtype), _flat(grad, factors[0].dtype)
         grad_x = torch.empty_like(flat_x) if ctx.needs_input_grad[1] else None
         grad_factors: list[Tensor | None] = [None] * len(factors)
         for k, (start, stop) in enumerate(ctx.segments):
             if start == stop:
                 continue
-            rows = slice(start * ctx.tokens, stop * ctx.tokens)
-            g = flat_grad[rows]
+            part = slice(start * ctx.tokens, stop * ctx.tokens)
+            g = flat_grad[part]
             if wanted[2 * k + 1]:
                 grad_factors[2 * k + 1] = _product(g, inner[k], factors[2 * k + 1])
             if not (wanted[2 * k] or grad_x is not None):
                 continue
             v = (g @ _one(factors[2 * k + 1])).mul_(ctx.scales[k])
             if wanted[2 * k]:
-                grad_factors[2 * k] = _product(v, flat_x[rows], factors[2 * k])
+                grad_factors[2 * k] = _product(v, flat_x[part], factors[2 * k])
             if grad_x is not None:
-                torch.mm(v, _one(factors[2 * k]), out=grad_x[rows])
+                torch.mm(v, _one(factors[2 * k]), out=grad_x[part])
         grad_x = None if grad_x is None else grad_x.view(x.shape).to(x.dtype)
-        return grad, grad_x, None, None, *grad_factors
+        return grad, grad_x, None, None, None, *grad_factors
 
 
 def _one(factor: Tensor) -> Tensor:

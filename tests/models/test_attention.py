@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from fedlora.models import load
-from fedlora.models.attention import WIDE, widen
+from fedlora.models.attention import OURS, attend_our_way
 from fedlora.models.packaged import tiny
 
 
@@ -17,7 +17,7 @@ def test_only_a_model_in_bfloat16_is_widened_and_its_logits_stay(
 ) -> None:
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
     base = load(tiny(), "classification", ("x", "y", "z"), dtype=dtype)
-    assert base.model.config._attn_implementation == (WIDE if dtype == "bfloat16" else "sdpa")
+    assert base.model.config._attn_implementation == (OURS)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(
         tiny(), num_labels=3, dtype=getattr(torch, dtype)
     ).eval()
@@ -47,8 +47,7 @@ def test_gradients_of_a_decoder_with_grouped_heads_are_those_of_float32() -> Non
         torch.manual_seed(1)
         model = transformers.LlamaForCausalLM(config).to(dtype).eval()
         if dtype == torch.bfloat16:
-            widen(model)
-            assert model.config._attn_implementation == WIDE
+            assert attend_our_way(model)
         x = model.model.embed_tokens(ids).detach().requires_grad_()
         logits = model(inputs_embeds=x, attention_mask=mask).logits
         (grad,) = torch.autograd.grad((logits.float() * mask[..., None]).square().sum(), x)

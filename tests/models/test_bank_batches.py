@@ -65,9 +65,14 @@ class Crossed(nn.Module):
         return type("Output", (), {"logits": self.score(x.mean(1))})()
 
 
+PADDED: dict[str, Any] = {"after": None, "offset": None}  # a model of these tests knows no positions
+
+
 def test_inputs_that_are_not_contiguous(zoo: Any) -> None:
     real = zoo.base("bert")
-    base = dataclasses.replace(real, model=Crossed().double().requires_grad_(False), heads=("score",))
+    base = dataclasses.replace(
+        real, model=Crossed().double().requires_grad_(False), heads=("score",), after=None, offset=None
+    )
     rows = [row for row in zoo.rows(real, 30, 0) if len(row.input_ids) > 3]
     jobs = []
     for k in range(2):
@@ -111,7 +116,9 @@ class Relative(nn.Module):
 @pytest.mark.parametrize("flat", [False, True])
 def test_rows_that_cannot_be_told_apart_are_refused_by_name_and_work_alone(zoo: Any, flat: bool) -> None:
     real = zoo.base("bert")
-    base = dataclasses.replace(real, model=Relative(flat).requires_grad_(False), heads=("score",))
+    base = dataclasses.replace(
+        real, model=Relative(flat).requires_grad_(False), heads=("score",), after=None, offset=None
+    )
     pair = Pair(torch.randn(2, 8), torch.randn(8, 2))
     job = Job(Task(Adapter({"query": pair})), [zoo.rows(real, 4, 0)])
 

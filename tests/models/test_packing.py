@@ -1,0 +1,190 @@
+"""Rows that lie end to end: the same losses and gradients as of padded batches, for every kind of model."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fedlora.adapter import Adapter, Pair
+from fedlora.data import Example
+from fedlora.evaluation import losses_of
+from fedlora.models import Bank, Base, targets
+from fedlora.models.attention import OURS, Pack, attend_our_way
+from fedlora.models.first_token import only_first_token
+from fedlora.models.packing import offset_of
+from fedlora.protocol import Task
+from fedlora.sparse import SPARSE
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "num_labels": 3,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
+ENCODERS: dict[str, dict[str, Any]] = {"Bert": {}, "Roberta": {}, "Electra": {}, "XLMRoberta": {}}
+DECODERS: dict[str, dict[str, Any]] = {"Llama": GROUPED, "Qwen2": GROUPED, "GPT2": {}, "GPTNeoX": {}}
+
+
+def model_of(family: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        **SMALL | {**ENCODERS, **DECODERS}.get(family, {}) | more
+    )
+    task = "ForSequenceClassification" if family in ENCODERS else "ForCausalLM"
+    auto = {"GPT2ForCausalLM": "GPT2LMHeadModel"}.get(family + task, family + task)
+    made = getattr(transformers, auto)(config).to(dtype).eval().requires_grad_(False)
+    assert attend_our_way(made)
+    return made
+
+
+def base_of(family: str, dtype: torch.dtype = torch.float64) -> Base:
+    model = model_of(family, dtype)
+    if family not in ENCODERS:
+        return Base(model, None, "instruction", (), family, None, offset_of(model, None))
+    heads = tuple(n for n, _ in model.named_children() if n != model.base_model_prefix)
+    after = only_first_token(model)
+    return Base(model, None, "classification", heads, family, after, offset_of(model, after))
+
+
+def rows(kind: str, lengths: Sequence[int], seed: int = 0) -> list[Example]:
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for i, length in enumerate(lengths):
+        ids = torch.randint(3, 60, (length,), generator=draw).tolist()
+        told = min(i, length)  # the first row has no response, others all of it or a part
+        target = i % 3 if kind == "classification" else [-100] * (length - told) + ids[length - told :]
+        found.append(Example(ids, target))
+    return found
+
+
+def task_of(base: Base, seed: int, rank: int, sparse: bool = False, fold: bool = False) -> Task:
+    draw = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    shapes = targets(base, "all-linear")
+    pairs = {n: Pair(random(rank, i), random(o, rank), 0.3) for n, (o, i) in shapes.items()}
+    values = {f"{n}{SPARSE}": random(7) for n in shapes} if sparse else {}
+    folded = {n: Pair(random(3, i), random(o, 3), 0.1) for n, (o, i) in shapes.items()} if fold else {}
+    adapter = Adapter(pairs, {**base.head_state(), **values})
+    train = frozenset({"A", "B", "extra"})
+    return Task(adapter, train, mask=5 if sparse else None, fold=folded)
+
+
+def results(base: Base, tasks: list[Task], micro: list[tuple[int, Example]]) -> list[torch.Tensor]:
+    """Losses, shares, and the gradient of a weighted sum of losses by all that is trained."""
+    with Bank(base, tasks, train=True) as bank:
+        each, right = losses_of(base, bank, micro, len(tasks))
+        leaves = [p for slot in range(len(tasks)) for found in bank.factors(slot).values() for p in found]
+        weights = torch.arange(1, 1 + len(each), dtype=each.dtype)
+        grads = torch.autograd.grad((weights * each).sum(), leaves, allow_unused=True)
+    return [each.detach(), right, *(g for g in grads if g is not None)]
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
+@pytest.mark.parametrize(
+    "lengths",
+    [[5, 1, 7, 3], [4], [6, 6, 6]],
+    ids=["of several lengths", "one row", "of one length"],
+)
+def test_losses_and_gradients_of_two_clients_are_those_of_the_padded_batch(
+    family: str, lengths: list[int]
+) -> None:
+    base = base_of(family)
+    assert base.offset == (2 if "oberta" in family.lower() else 0)
+    tasks = [task_of(base, 1, 1), task_of(base, 2, 3, fold=True)]
+    micro = [(int(i >= len(lengths) / 2), row) for i, row in enumerate(rows(base.kind, lengths))]
+    padded = results(dataclasses.replace(base, offset=None), tasks, micro)
+    unpadded = results(base, tasks, micro)
+    assert len(padded) == len(unpadded) > 10
+    for one, other in zip(unpadded, padded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+def test_sparse_values_see_each_token_s_own_client() -> None:
+    base = base_of("Bert")
+    tasks = [task_of(base, 1, 1, sparse=True), task_of(base, 2, 3, sparse=True)]
+    micro = [(i // 2, row) for i, row in enumerate(rows("classification", [5, 1, 7, 3]))]
+    for one, other in zip(
+        results(base, tasks, micro),
+        results(dataclasses.replace(base, offset=None), tasks, micro),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("family", ["Bert", "Llama"])
+def test_in_bfloat16_too_up_to_its_rounding(family: str) -> None:
+    base = base_of(family, torch.bfloat16)
+    assert base.offset == 0
+    batch = rows(base.kind, [5, 1, 7, 3])
+    micro = [(0, row) for row in batch]
+    with torch.no_grad(), Bank(base, [Task(Adapter({}))]) as bank:
+        unpadded, _ = losses_of(base, bank, micro, 1)
+        with Bank(other := dataclasses.replace(base, offset=None), [Task(Adapter({}))]) as plain:
+            padded, _ = losses_of(other, plain, micro, 1)
+    torch.testing.assert_close(unpadded, padded, rtol=2e-2, atol=2e-2)
+
+
+def test_a_decoder_makes_logits_of_the_tokens_before_the_response_s_and_of_no_others() -> None:
+    base, seen = base_of("Llama"), list[tuple[int, ...]]()
+    base.model.lm_head.register_forward_hook(lambda m, x, y: seen.append(tuple(y.shape)))
+    with torch.no_grad(), Bank(base, [Task(Adapter({}))]) as bank:
+        losses_of(base, bank, [(0, row) for row in rows("instruction", [5, 4, 7, 3])], 1)
+    assert seen == [(1, 0 + 1 + 2 + 2, 60)]  # the last row's first token is foretold by nothing
+
+
+def test_models_that_would_say_something_else_are_padded() -> None:
+    assert offset_of(model_of("Qwen2", use_sliding_window=True, sliding_window=2), None) is None
+    torch.manual_seed(0)
+    plain = transformers.DistilBertForSequenceClassification(
+        transformers.DistilBertConfig(vocab_size=60, dim=16, hidden_dim=24, n_layers=2, n_heads=4)
+    ).eval()
+    assert only_first_token(plain) is None  # so that a pack has no first tokens to read
+    eager = model_of("Llama")
+    eager.config._attn_implementation = "eager"
+    assert not attend_our_way(eager)
+
+
+class Sized(torch.nn.Module):
+    """A layer that looks at its whole input, as one that mixes rows or counts tokens would."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(1, keepdim=True)
+
+
+def test_a_layer_that_looks_beyond_a_token_is_found_out() -> None:
+    model = model_of("Llama")
+    model.model.norm = Sized()
+    assert offset_of(model, None) is None
+
+
+def test_unpack_and_pack_are_each_other_s_inverse_and_pad_with_zeros() -> None:
+    pack = Pack([2, 4, 1])
+    x = torch.randn(1, 3, 7, 5)
+    wide = pack.unpack(x)
+    assert wide.shape == (3, 3, 4, 5)
+    torch.testing.assert_close(wide[1], x[0, :, 2:6])
+    assert torch.equal(wide[0, :, 2:], torch.zeros(3, 2, 5))
+    torch.testing.assert_close(pack.pack(wide.transpose(1, 2)), x.transpose(1, 2))
+    assert pack.starts.tolist() == [0, 2, 6]
+    assert pack.positions.tolist() == [0, 1, 0, 1, 2, 3, 0]
+
+
+def test_without_a_pack_a_model_says_what_it_said() -> None:
+    model = model_of("Llama")
+    ids, mask = torch.randint(3, 60, (2, 6)), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    ours = model(input_ids=ids, attention_mask=mask).logits
+    assert model.config._attn_implementation == OURS
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ours, model(input_ids=ids, attention_mask=mask).logits)
