@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedlora.adapter import Pair
 from fedlora.errors import IncompatibleUpdates
+from fedlora.threads import one_thread
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
@@ -191,6 +192,7 @@ def error_and_norm(pairs: Sequence[Pair], weights: Sequence[float], result: Pair
     return norm(_wide([wide, result], [1.0, -1.0])), norm(wide)
 
 
+@one_thread()
 def singular_values(pair: Pair) -> Tensor:
     """The singular values of ΔW, largest first, float64, at most min(rank, d_out, d_in) of them."""
     sigma: Tensor = torch.linalg.svdvals(_core(pair)[2])
@@ -249,6 +251,7 @@ def _compress(pair: Pair, rank: int | None, scale: float, dtype: torch.dtype) ->
     return Pair(A.to(dtype).contiguous(), B.to(dtype).contiguous(), scale)
 
 
+@one_thread()
 def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
     """The same ΔW with room to learn up to `rank`: new rows of A orthonormal to the others, B zero there.
 
@@ -266,6 +269,7 @@ def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
     return Pair(torch.cat([pair.A, fresh.to(pair.A.dtype)]), padded.B, pair.scale)
 
 
+@one_thread()
 def _core(pair: Pair) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """(Q_b, Q_a, core) in float64 with scale·B·A = Q_b · core · Q_aᵀ; (None, None, dense) where cheaper."""
     # Operations by Golub & Van Loan, §5.2 and §8.6: two QRs with their Qs and the SVD of an r × r core,
@@ -281,6 +285,7 @@ def _core(pair: Pair) -> tuple[Tensor | None, Tensor | None, Tensor]:
     return left.Q, right.Q, left.R @ right.R.T
 
 
+@one_thread()
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD (U, S, Vᵀ), with a second try where LAPACK's divide and conquer does not converge."""
     try:

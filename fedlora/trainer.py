@@ -55,6 +55,10 @@ class Fitted:
 
 Gradients = list[tuple[nn.Parameter, Tensor | None]]
 Parameters = dict[str, list[nn.Parameter]]
+# A micro-batch's tokens where one group has all cores: smaller, so that there are more to share. Whatever the
+# cores, so that the result is the same; each micro-batch goes through all the model's weights once more.
+ALONE = 256
+
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 Schedule = Callable[[int, int], float]
 
@@ -107,7 +111,8 @@ def fit(
                 for slot, batch in live.items():
                     learners[slot].share = 1 / max(1, len(batch))
                 rows = [(slot, row) for slot, batch in live.items() for row in batch]
-                for grads, told in workers.map(backward, micro_batches(rows, tokens, not bank.unpadded)):
+                micros = micro_batches(rows, room, not bank.unpadded)
+                for grads, told in workers.map(backward, micros):
                     (_collect if mechanisms else _accumulate)(grads)
                     for slot, loss in told:
                         learners[slot].loss += loss
@@ -117,7 +122,9 @@ def fit(
                 for slot in live:
                     learners[slot].step(clip, schedule, step)
 
-        workers.map(train, groups([job.batches for job in jobs], tokens))
+        cut = groups([job.batches for job in jobs], tokens)
+        room = tokens if len(cut) > 1 else min(tokens, ALONE)
+        workers.map(train, cut)
         return [learner.fitted(bank.adapter(slot)) for slot, learner in enumerate(learners)]
 
 

@@ -13,6 +13,7 @@ from typing import Self, TypeVar
 import torch
 
 from fedlora.models import Base
+from fedlora.threads import one_thread
 
 Work = TypeVar("Work")
 Result = TypeVar("Result")
@@ -37,20 +38,16 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, work: Callable[[Work], Result], items: Sequence[Work]) -> list[Result]:
-        """The results in the order of the items; a single item has all cores to itself.
+        """The results in the order of the items.
 
         Work may call this in its turn. Its items then go to cores that have nothing else to do, and what none
         has begun the caller does: no thread waits for one that waits for it.
         """
-        if self._pool is None or len(items) < 2:
+        if self._pool is None:
             return [work(item) for item in items]
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)  # MKL's setting is one for all threads
-        try:
+        with one_thread():
             others = [self._pool.submit(work, item) for item in items[1:]]
-            found = [work(items[0])]
+            found = [work(item) for item in items[:1]]
             for item, other in zip(items[1:], others, strict=True):
                 found.append(work(item) if other.cancel() else other.result())
             return found
-        finally:
-            torch.set_num_threads(before)

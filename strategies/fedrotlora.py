@@ -30,6 +30,7 @@ from fedlora.algebra import mean_extras, mean_factors
 from fedlora.errors import ConfigError
 from fedlora.protocol import State, Update
 from fedlora.strategy import Strategy
+from fedlora.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def aligned(pair: Pair, reference: Pair, side: Literal["A", "B"], blend: float =
     return Pair((R.T @ A).to(pair.A.dtype), (B @ R).to(pair.B.dtype), pair.scale)
 
 
+@one_thread()
 def rotation(M: Tensor) -> Tensor:
     """The R with RᵀR = I and det R = +1 that is nearest to M, which maximises tr RᵀM; float64.
 

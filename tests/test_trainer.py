@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora import trainer
 from fedlora.adapter import Adapter, Pair
 from fedlora.batches import groups, micro_batches
 from fedlora.data import Example, collate
@@ -109,6 +110,29 @@ def test_any_number_of_threads_and_of_groups_trains_the_same_to_the_bit(base: Ba
         torch.set_num_threads(before)
     assert len(groups([job.batches for job in jobs], 30)) > 2
     assert found[0] == found[1]
+
+
+def test_one_group_alone_takes_smaller_micro_batches_whatever_the_cores(base: Base, monkeypatch: Any) -> None:
+    seen: list[int] = []
+    spied = trainer.losses_of
+
+    def losses_of(base: Base, bank: Bank, micro: Any, slots: int) -> Any:
+        seen.append(sum(len(row.input_ids) for _, row in micro))
+        return spied(base, bank, micro, slots)
+
+    monkeypatch.setattr(trainer, "losses_of", losses_of)
+    many = [Example([5] * 10, 0)] * 60  # 600 tokens a step
+    job = Job(Task(adapter(base, 1, 0)), [many])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for jobs, room in (([job], trainer.ALONE), ([job] * 2, 512)):
+                seen.clear()
+                fit(base, jobs, sgd, tokens=512)
+                assert sorted(seen) == sorted([600 // -(-600 // room)] * (-(-600 // room) * len(jobs)))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_micro_batches_are_of_even_size() -> None:

@@ -25,6 +25,7 @@ from fedlora.errors import ConfigError
 from fedlora.models.base import Base
 from fedlora.models.lora import layer_weight
 from fedlora.seeds import generator
+from fedlora.threads import one_thread
 
 STARTS = ("lora", "pissa", "olora")
 
@@ -55,12 +56,14 @@ def taken_out(base: Base, adapter: Adapter, init: str, seed: int = 0) -> tuple[A
     return Adapter(pairs, adapter.extra), {name: negative(pair) for name, pair in pairs.items()}
 
 
+@one_thread()
 def _principal(weight: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     root = (S[: pair.rank] / pair.scale).sqrt()
     return U[:, : pair.rank] * root, root[:, None] * Vh[: pair.rank]
 
 
+@one_thread()
 def _orthonormal(weight: Tensor, pair: Pair) -> tuple[Tensor, Tensor]:
     Q, R = torch.linalg.qr(weight)
     return Q[:, : pair.rank], R[: pair.rank]
