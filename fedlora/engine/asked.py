@@ -1,5 +1,7 @@
 """Messages that are out, and which of them a reply answers."""
 
+from collections import deque
+
 from flwr.app import Message
 
 SUPERLINK = 1  # the node id under which a SuperLink speaks for nodes that do not
@@ -9,7 +11,7 @@ class Asked:
     """Which node a reply is of: errors that a SuperLink writes for a node name the SuperLink as sender."""
 
     def __init__(self) -> None:
-        self._open: list[Message] = []
+        self._open: deque[Message] = deque()
         self._nodes: dict[str, int] = {}
 
     def note(self, message: Message) -> Message:
@@ -23,9 +25,19 @@ class Asked:
         Only what a SuperLink says itself, an error, may come from elsewhere.
         """
         if reply.metadata.reply_to_message_id not in self._nodes:
-            sent = [message for message in self._open if message.metadata.message_id]
-            self._nodes |= {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
-            self._open = [message for message in self._open if not message.metadata.message_id]
+            self._learn(reply.metadata.reply_to_message_id)
         node = self._nodes.get(reply.metadata.reply_to_message_id)
         senders = (node, SUPERLINK) if reply.has_error() else (node,)
         return node if reply.metadata.src_node_id in senders else None
+
+    def _learn(self, wanted: str) -> None:
+        """Take up the ids that a grid has given since: as sent until one has none, then of all."""
+        while self._open and self._open[0].metadata.message_id:
+            self._take(self._open.popleft())
+        if wanted not in self._nodes:
+            for message in self._open:
+                self._take(message)
+
+    def _take(self, message: Message) -> None:
+        if message.metadata.message_id:
+            self._nodes[message.metadata.message_id] = message.metadata.dst_node_id

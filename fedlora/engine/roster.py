@@ -1,7 +1,7 @@
 """Who takes part: the nodes that are there, and which client each of them is."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -81,21 +81,23 @@ class Roster:
         """Ask nodes which client they are, and of what rank."""
         asked, content = Asked(), RecordDict({"plan": ConfigRecord(dict(self._plan))} if self._plan else {})
         questions = [asked.note(Message(content, n, "query.profile", ttl=self._patience)) for n in nodes]
+        taken, hoped = {peer.id for peer in self.peers.values()}, set(nodes)
         for reply in grid.send_and_receive(questions, timeout=self._patience):
-            if (node := asked.node(reply)) is None or node not in nodes:
+            if (node := asked.node(reply)) is None or node not in hoped:
                 continue
             if reply.has_error() and reply.error.code in AWAY:
                 continue  # it is asked again
             try:
-                self.peers[node] = self._read(reply)
+                self.peers[node] = self._read(reply, taken)
+                taken.add(self.peers[node].id)
                 self.profiles[node] = dict(reply.content.config_records["profile"])
                 self.heard[node] = time.time()
             except IncompatibleUpdates as error:
                 self._refused.add(node)
                 self._warn(f"a node cannot take part: {error}")
 
-    def _read(self, reply: Message) -> Peer:
-        """Who a node says it is.
+    def _read(self, reply: Message, taken: Collection[int]) -> Peer:
+        """Who a node says it is, if no other is that client.
 
         Raises:
             IncompatibleUpdates: it cannot take part, or what it says cannot be.
@@ -111,6 +113,6 @@ class Roster:
                 f"client {client} is of rank {rank!r:.40}, this run can serve 1 to {self._most}; start it "
                 "with ranks=... that hold the largest"
             )
-        if client in {peer.id for peer in self.peers.values()}:
+        if client in taken:
             raise IncompatibleUpdates(f"another node is client {client} already; give each its own number")
         return self._peer(client, rank)

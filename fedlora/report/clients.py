@@ -1,7 +1,8 @@
 """What the clients of a run were, how well the result serves each of them, and who was left out."""
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.report.compare import ABSENT, clean, labels, words
@@ -10,6 +11,7 @@ from fedlora.report.seeds import INTERVAL, groups, spread
 from fedlora.report.tables import Table, amounts, megabytes, score, turned
 
 _MOST = 40  # rows of those left out; the CSV file has all
+_DRAWN = 200  # clients that a picture can show one by one
 
 
 def clients_table(run: Run) -> Table:
@@ -90,6 +92,15 @@ def holdings(run: Run) -> dict[int, dict[str, Any]]:
     for row in run.data.get("clients") or []:
         found[row["client"]] = {**row, "name": clean(row.get("name") or row["client"])}
     return dict(sorted(found.items()))
+
+
+def thinned(held: Mapping[int, dict[str, Any]]) -> tuple[Mapping[int, dict[str, Any]], str]:
+    """Clients few enough to draw one by one, and a sentence on which they are; all where there are few."""
+    if (step := math.ceil(len(held) / _DRAWN)) <= 1:
+        return held, ""
+    order = sorted(held, key=lambda at: held[at]["rows"] or 0)
+    which = f" One in {step} of {len(held)}, in the order of their rows."
+    return {at: held[at] for at in order[::step]}, which
 
 
 def own_metric(run: Run) -> str | None:

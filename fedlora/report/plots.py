@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from fedlora.report.alarms import KEPT
-from fedlora.report.clients import holdings, own_metric, own_values, worst_first
+from fedlora.report.clients import holdings, own_metric, own_values, thinned, worst_first
 from fedlora.report.compare import clean, labels, words
 from fedlora.report.draw import EXACT, Handle, Line, bars, hollow, key, lines
 from fedlora.report.read import Run, number
@@ -169,7 +169,7 @@ def by_client(runs: Sequence[Run]) -> list[Picture]:
 
 def data(run: Run, name: str = "clients") -> Picture | None:
     """The rows that each client held, by label where that is known."""
-    held = holdings(run)
+    held, thin = thinned(holdings(run))
     if not held or any(row.get("rows") is None for row in held.values()):
         return None
     named = [clean(label) for label in run.data.get("labels") or []]
@@ -184,7 +184,7 @@ def data(run: Run, name: str = "clients") -> Picture | None:
     if names == [f"client-{at}" for at in held]:
         names = [str(at) for at in held]
     ticks = [f"{n}\n{row['rank']}" for n, row in zip(names, held.values(), strict=True)] if ranks else names
-    caption = f"Rows of each client{', by label' if named else ''}."
+    caption = f"Rows of each client{', by label' if named else ''}.{thin}"
     rows = [row["rows"] for row in held.values()]
     told = "; ".join(f"{n}: {count}" for n, count in zip(names, rows, strict=True))
     if len(names) > _NAMED:

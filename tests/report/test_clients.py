@@ -4,7 +4,7 @@ import pytest
 
 from fedlora.report import read_run
 from fedlora.report.alarms import collapses
-from fedlora.report.clients import clients_table, fairness_table, left_out_table, ranks_table
+from fedlora.report.clients import clients_table, fairness_table, left_out_table, ranks_table, thinned
 
 
 def rows(*each):
@@ -81,3 +81,12 @@ def test_without_own_metrics_the_training_loss_tells_and_its_worst_is_the_highes
 def test_collapse_is_called_by_the_median_round(make_run, kept, called):
     rounds = [{"round": at, "tail_kept": value} for at, value in enumerate(kept, start=2)]
     assert bool(collapses([read_run(make_run(metrics=rounds, ranks=[2, 8]))])) is called
+
+
+def test_few_clients_are_all_drawn_and_of_many_an_even_sample_by_their_rows() -> None:
+    few = {at: {"rows": 7 - at % 3} for at in range(200)}
+    assert thinned(few) == (few, "")
+    many = {at: {"rows": (37 * at) % 1000} for at in range(1000)}
+    drawn, said = thinned(many)
+    assert [row["rows"] for row in drawn.values()] == list(range(0, 1000, 5))
+    assert "One in 5 of 1000" in said
