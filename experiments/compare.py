@@ -23,12 +23,14 @@ from rich.table import Table
 
 from fedlora.engine import RunFolder
 from fedlora.engine.files import write_whole
+from fedlora.errors import ConfigError
 from fedlora.report import read_run, write_report
 from fedlora.report.read import Run
 
 from .comparison import Comparison, Line, at_bytes, last, lines_of, sent, worth
 from .job import run_job
 from .settings import compose
+from .targets import differences
 
 Go = Callable[[DictConfig, Console], Path]
 
@@ -54,9 +56,11 @@ def compare(
             tried = [(rate, one(name, rate, what.seeds[0], place, "validation")) for rate, place in places]
         rate = max(tried, key=lambda found: worth(found[1]))[0] if tried else what.rates[0]
         chosen[name] = (rate, len(tried), sum(run.summary["wall_seconds"] for _, run in tried))
-        console.print(f"{name}: learning rate x{rate:g}", highlight=False)
+        edge = len(tried) > 1 and rate in (min(what.rates), max(what.rates))
+        beyond = ", the edge of compare.rates: a better one may lie beyond" if edge else ""
+        console.print(f"{name}: learning rate x{rate:g}{beyond}", highlight=False)
     runs = {
-        name: [one(name, rate, seed, out / "runs" / f"{name}-{seed}", "test") for seed in what.seeds]
+        name: [one(name, rate, seed, _run(out, name, rate, seed), "test") for seed in what.seeds]
         for name, (rate, _, _) in chosen.items()
     }
     lines = lines_of(what, runs, chosen)
@@ -89,7 +93,8 @@ def main(words: Sequence[str]) -> None:
     out = given.to or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     console = Console()
     lines = compare(what, lambda name: compose([*overrides, f"strategy={name}"]), run_job, out, console)
-    console.print(table_of(lines, read_run(out / "runs" / f"{what.baseline}-{what.seeds[0]}").metric))
+    (rate,) = (line.rate for line in lines if line.strategy == what.baseline)
+    console.print(table_of(lines, read_run(_run(out, what.baseline, rate, what.seeds[0])).metric))
     print(out / "compare.md")
 
 
@@ -131,18 +136,27 @@ def _one(
     on: str,
 ) -> Run:
     """One run, or what is left of it."""
+    config = composed(name).copy()
+    config.seed, config.out, config.evaluate.rows, config.compare = seed, str(out), on, {}
+    config.client.lr = float(config.client.lr) * rate
+    if not _mixes(config):
+        config.ranks = what.rank
+    if (out / "config.yaml").exists():
+        if names := differences(config, out, {"out", "resume"}):
+            raise ConfigError(
+                f"--to: '{out}' holds a run with other settings ({', '.join(names)}); name another folder"
+            )
+        config.resume = str(out)
     if not (out / "summary.json").exists():
-        config = composed(name).copy()
-        config.seed, config.out, config.evaluate.rows, config.compare = seed, str(out), on, {}
-        config.client.lr = float(config.client.lr) * rate
-        if not _mixes(config):
-            config.ranks = what.rank
-        if (out / "config.yaml").exists():
-            config.resume = str(out)
-            if not RunFolder(out).started:
-                console.print(f"{out}: begins again", highlight=False)
+        if config.resume and not RunFolder(out).started:
+            console.print(f"{out}: begins again", highlight=False)
         go(config, console)
     return read_run(out)
+
+
+def _run(out: Path, name: str, rate: float, seed: int) -> Path:
+    """Where a run lies; one at another rate lies elsewhere, since a comparison may be given more rates."""
+    return out / "runs" / f"{name}-x{rate:g}-{seed}"
 
 
 def _mixes(config: DictConfig) -> bool:

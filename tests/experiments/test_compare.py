@@ -108,14 +108,16 @@ def test_a_comparison_searches_on_validation_rows_then_runs_and_goes_on(
     main(words)
     out = tmp_path / "out"
     searched = OmegaConf.load(out / "search" / "flexlora-x3" / "config.yaml")
-    final = OmegaConf.load(out / "runs" / "flexlora-1" / "config.yaml")
+    found = json.loads((out / "compare.json").read_text())
+    fedit, flexlora = (f"{line['strategy']}-x{line['rate']:g}" for line in found["lines"])
+    final = OmegaConf.load(out / "runs" / f"{flexlora}-1" / "config.yaml")
     assert (searched.evaluate.rows, searched.seed, searched.ranks) == ("validation", 0, [2, 4])
     assert searched.client.lr == pytest.approx(
         3 * OmegaConf.load(out / "search" / "flexlora-x1" / "config.yaml").client.lr
     )
     assert (final.evaluate.rows, final.seed) == ("test", 1)
-    assert OmegaConf.load(out / "runs" / "fedit-0" / "config.yaml").ranks == 3
-    found = json.loads((out / "compare.json").read_text())
+    assert OmegaConf.load(out / "runs" / f"{fedit}-0" / "config.yaml").ranks == 3
+    assert "the edge of compare.rates" in capsys.readouterr().out
     assert [line["strategy"] for line in found["lines"]] == ["fedit", "flexlora"]
     assert all(line["search"][0] == 2 for line in found["lines"])
     with (out / "compare.csv").open() as file:
@@ -136,3 +138,13 @@ def test_a_comparison_searches_on_validation_rows_then_runs_and_goes_on(
     capsys.readouterr()
     main(words)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")} == before
+    # with another rate: what is new is run, and only that
+    main([*words, "compare.rates=[1,2,3]"])
+    assert before.items() <= {p: p.stat().st_mtime_ns for p in out.rglob("summary.json")}.items()
+    assert (out / "search" / "fedit-x2" / "summary.json").exists()
+    # with other settings: runs of the old ones are not taken for new ones
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "client.steps=3"])
+    assert ended.value.code == 2
+    assert "other settings (client)" in capsys.readouterr().err
