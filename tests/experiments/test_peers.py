@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_bare_loop_and_fedlora_end_in_the_same_adapter(tmp_path: Path) -> None:
     size = ["--clients", "2", "--rows", "9", "--batch", "4", "--rounds", "2", "--repeats", "1"]
     command = [sys.executable, "-m", "experiments.benchmarks.peers", *size, "--threads", "1"]
-    systems = ["--systems", "bare", "fedlora one by one", "fedlora fused"]
+    systems = ["--systems", "bare", "fedlora fused"]
     subprocess.run([*command, *systems, "--to", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     found = json.loads((tmp_path / "peers.json").read_text(encoding="utf-8"))["found"]
     assert found["bare"]["apart"] == 0
