@@ -14,8 +14,8 @@ its processes, looked at every 0.2 s. That all end in the same is seen outside o
 - flower-rebuilt: Flower's simulation on Ray, the model made anew for every message, as in its LLM examples.
 - flower-cached: the same, the model kept in each actor.
 - pfl, pfl-workers: Apple's pfl-research, in one process, and in one of one thread for each core.
-- fedlora one by one, fused, bfloat16: `fedlora run strategy=fedit` with `engine.fuse=1`, as it comes, and with
-  the base in bfloat16 by `model.dtype=bfloat16` (all others compute in float32).
+- fedlora one by one, fused, bfloat16: `fedlora run strategy=fedit` with `engine.fuse=1`, as it comes, and
+  with the base in bfloat16 by `model.dtype=bfloat16` (all others compute in float32).
 
 What was chosen in a peer's favour is in its own file. Peers are also spared work that fedlora does within its
 time: reading the texts, tokenising them and dealing them out before round 1; certificate, checkpoint and
