@@ -42,7 +42,8 @@ class LocalTraining(Client):
         clip: largest gradient norm over all that a client trains; None does not clip.
         schedule: "constant", "linear" or "cosine" decay to zero over the client's own steps of a round.
         warmup: share of the steps in which the rate rises from zero.
-        micro_tokens: padded tokens a micro-batch holds at most; speed and memory, not the result.
+        micro_tokens: tokens a micro-batch holds at most, and a step of clients that train together; speed
+            and memory, and of the result no more than its rounding.
         privacy: differential privacy of each row; batches are then drawn at random, of `batch_size` rows on
             the average, `clip` is off beside the privacy's own, and no loss is reported unless it may be.
     """

@@ -18,7 +18,7 @@ from fedlora.engine.site import Site
 from fedlora.engine.wire import FAILED, size
 from fedlora.errors import FedLoraError
 
-TOKENS = 2048  # a step of a group: beyond this, more clients make it no faster
+TOKENS = 16384  # of a step: about thirty groups of clients, one a core; more make it no faster
 MEMORY = 512 * 2**20  # bytes of a group's adapters with their gradients and optimizer states
 FIRST_NODE = 1000
 

@@ -91,6 +91,9 @@ class Bank:
                 raise ModelError(f"the adapter has a pair for '{name}', a module that the model lacks")
             if pair.shape != (expected := layer_shape(modules[name], name)):
                 raise ModelError(f"the adapter's update of '{name}' is {pair.shape}, the layer {expected}")
+        vocabulary = getattr(self._model, "get_output_embeddings", lambda: None)()
+        if vocabulary is not None and any(modules[name] is vocabulary for name, _ in named):
+            self.unpadded = False  # it is shown the tokens before a response's alone
         for name in dict.fromkeys([*(name for name, _ in named), *self._sparse[0], *self._magnitudes[0]]):
             self._handles.append(modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
         if self._after is not None:

@@ -144,6 +144,19 @@ def test_a_decoder_makes_logits_of_the_tokens_before_the_response_s_and_of_no_ot
     assert seen == [(1, 0 + 1 + 2 + 2, 60)]  # the last row's first token is foretold by nothing
 
 
+def test_where_the_vocabulary_s_layer_is_adapted_batches_are_padded() -> None:
+    base = base_of("Llama")
+    draw = torch.Generator().manual_seed(1)
+    A, B = torch.randn(2, 16, generator=draw).double(), torch.randn(60, 2, generator=draw).double()
+    tasks = [Task(Adapter({"lm_head": Pair(s * A, B, 0.3)})) for s in (1.0, -1.0)]
+    micro = [(i // 2, row) for i, row in enumerate(rows("instruction", [5, 4, 7, 3]))]
+    with Bank(base, tasks) as bank:
+        assert not bank.unpadded
+    unpadded, padded = (results(b, tasks, micro) for b in (base, dataclasses.replace(base, offset=None)))
+    for one, other in zip(unpadded, padded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
 def test_models_that_would_say_something_else_are_padded() -> None:
     assert offset_of(model_of("Qwen2", use_sliding_window=True, sliding_window=2), None) is None
     torch.manual_seed(0)
