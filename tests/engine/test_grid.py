@@ -52,9 +52,9 @@ def test_groups_keep_the_order_and_every_message(lab: Any, noise: Any, fuse: int
 
 
 def test_auto_groups_follow_tokens(lab: Any, noise: Any) -> None:
-    client = noise(tokens=700)
+    client = noise(tokens=6000)
     list(lab.grid(client, [4] * 5).send_and_receive(messages(lab, 5)))
-    assert client.groups == [[0, 1], [2, 3], [4]]  # 3 × 700 > 2048
+    assert client.groups == [[0, 1], [2, 3], [4]]  # 3 × 6000 > 16384
     client = noise(tokens=99999)
     list(lab.grid(client, [4] * 2).send_and_receive(messages(lab, 2)))
     assert client.groups == [[0], [1]]

@@ -83,7 +83,7 @@ SYSTEMS: dict[str, Command] = {
 
 @dataclass
 class Bench:
-    """Runs systems, each in a folder of its own; one that fails is left out from then on.
+    """Runs systems, each in a folder of its own; one that fails twice in a turn is left out from then on.
 
     Args:
         folder: where.
@@ -106,20 +106,29 @@ class Bench:
         """Every system once: what was measured, and the adapter that it ended in."""
         found = {}
         for name in list(self.names):
-            folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
-            command = SYSTEMS[name](size, job, folder / "out")
             try:
-                done = measure(command, self.env, folder / "log", size.rounds)
+                done, folder = self.once(name, size, job)
             except RuntimeError as error:
-                say(f"{name} is left out: {error}")
-                self.names.remove(name)
-                continue
+                say(f"{name} failed, and is tried once more: {error}")
+                try:
+                    done, folder = self.once(name, size, job)
+                except RuntimeError:
+                    say(f"{name} is left out")
+                    self.names.remove(name)
+                    continue
             inside = folder / "out" / "adapter" / "adapter_model.safetensors"
             found[name] = done, load_file(inside if inside.exists() else folder / "out")
             rounds = " ".join(f"{seconds:.2f}" for seconds in done.rounds)
             took = f"round 1 at {done.ends[0]:.2f} s, then {rounds}, all {done.whole:.2f} s"
             say(f"{name}, {size.clients} clients: {took}, {done.peak_mb:.0f} MB")
         return found
+
+    def once(self, name: str, size: Size, job: Path) -> tuple[Run, Path]:
+        """One run of a system in a new folder."""
+        folder = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
+        return measure(
+            SYSTEMS[name](size, job, folder / "out"), self.env, folder / "log", size.rounds
+        ), folder
 
     def rates(self) -> dict[str, float]:
         """What the machine can do."""
