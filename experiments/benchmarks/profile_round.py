@@ -3,8 +3,8 @@
     python experiments/benchmarks/profile_round.py [--rounds 3] [KEY=VALUE ...]
 
 The default job, or another by the words of `fedlora run`. The first table is of the rounds after the first,
-as they run. The second is of one more pass of training by one thread under torch's profiler, whose own cost is
-in the last line: everything that is no operation of torch, such as Python.
+as they run. The second is of one more pass of training by one thread under torch's profiler, whose own cost
+is in the last line: everything that is no operation of torch, such as Python.
 """
 
 import argparse
