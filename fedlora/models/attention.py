@@ -112,7 +112,6 @@ def _attend(
         causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
         # On the right there is only padding, which no real token sees if none sees what follows it.
         mask = None if causal or pack.real.all() else pack.real[:, None, None, :]
-        named["is_causal"] = causal
     if dtype == torch.bfloat16:
         parts = tuple(x.float() for x in parts)  # type: ignore[assignment]
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
