@@ -76,7 +76,7 @@ def lines(
 
     Args:
         drawn: those with points; a legend names them if their labels differ.
-        x: the axis; of rounds and ranks it has whole numbers.
+        x: the axis; of rounds, clients and ranks it has whole numbers.
         y: the axis; from zero where that wastes no space.
         more: further keys of the legend.
         bound: where a dotted line goes, which lies in the picture.
@@ -86,7 +86,7 @@ def lines(
         banded = sum(bool(line.band) for line in drawn)
         each = [(line, _line(axes, line, 0.16 if banded < 4 else 0.5 / banded)) for line in drawn]
         handles = {line.label: made for line, made in each if line.style != "--"}
-        if x == "round":
+        if x.startswith(("round", "client")):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
         if x.startswith("rank"):
             _doubling(axes, [at for line in drawn for at, _ in line.points])

@@ -182,3 +182,12 @@ def test_rows_are_drawn_by_label_the_rarest_together(make_run):
     assert "label 1" not in shown
     hidden = read_run(make_run("b", config={"secure_sum": True}))
     assert plots.data(hidden) is None
+
+
+@pytest.mark.parametrize("x", ["round", "client, by place"])
+@pytest.mark.parametrize("count", [3, 8, 20, 57])
+def test_what_is_counted_has_whole_numbers_on_its_axis(x, count):
+    figure = draw.lines([draw.Line("a", [(n, 0.1 * n) for n in range(1, count + 1)])], x, "loss")
+    ticks = figure.axes[0].get_xticks()
+    assert len(ticks) >= 2
+    assert [*ticks] == [round(tick) for tick in ticks]
