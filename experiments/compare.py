@@ -36,13 +36,13 @@ Go = Callable[[DictConfig, Console], Path]
 
 
 def compare(
-    what: Comparison, composed: Callable[[str], DictConfig], go: Go, out: Path, console: Console
+    what: Comparison, composed: Callable[[str, int], DictConfig], go: Go, out: Path, console: Console
 ) -> list[Line]:
     """Search, run and compare; what was done before in the same folder is not done again.
 
     Args:
         what: strategies, rates and seeds.
-        composed: from a strategy's name to the job's configuration with it.
+        composed: from a strategy's name and a seed to the job's configuration with them.
         go: runs a configuration and returns its folder.
         out: a folder for all runs and the results.
         console: where to show progress.
@@ -92,7 +92,11 @@ def main(words: Sequence[str]) -> None:
     what = Comparison(**tuples, baseline=asked.baseline, rank=asked.rank)
     out = given.to or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     console = Console()
-    lines = compare(what, lambda name: compose([*overrides, f"strategy={name}"]), run_job, out, console)
+
+    def composed(name: str, seed: int) -> DictConfig:
+        return compose([*overrides, f"strategy={name}", f"seed={seed}"])
+
+    lines = compare(what, composed, run_job, out, console)
     (rate,) = (line.rate for line in lines if line.strategy == what.baseline)
     console.print(table_of(lines, read_run(_run(out, what.baseline, rate, what.seeds[0])).metric))
     print(out / "compare.md")
@@ -126,7 +130,7 @@ def _cells(line: Line) -> list[str]:
 
 def _one(
     what: Comparison,
-    composed: Callable[[str], DictConfig],
+    composed: Callable[[str, int], DictConfig],
     go: Go,
     console: Console,
     name: str,
@@ -136,8 +140,8 @@ def _one(
     on: str,
 ) -> Run:
     """One run, or what is left of it."""
-    config = composed(name).copy()
-    config.seed, config.out, config.evaluate.rows, config.compare = seed, str(out), on, {}
+    config = composed(name, seed).copy()
+    config.out, config.evaluate.rows, config.compare = str(out), on, {}
     config.client.lr = float(config.client.lr) * rate
     if not _mixes(config):
         config.ranks = what.rank

@@ -115,7 +115,7 @@ def test_a_comparison_searches_on_validation_rows_then_runs_and_goes_on(
     assert searched.client.lr == pytest.approx(
         3 * OmegaConf.load(out / "search" / "flexlora-x1" / "config.yaml").client.lr
     )
-    assert (final.evaluate.rows, final.seed) == ("test", 1)
+    assert (final.evaluate.rows, final.seed, final.data.source.seed) == ("test", 1, 1)  # all that a seed says
     assert OmegaConf.load(out / "runs" / f"{fedit}-0" / "config.yaml").ranks == 3
     assert "the edge of compare.rates" in capsys.readouterr().out
     assert [line["strategy"] for line in found["lines"]] == ["fedit", "flexlora"]
