@@ -200,7 +200,9 @@ def build(config: DictConfig) -> Job:
         modules = targets(base, plain(config.lora.targets)) if config.lora.targets else {}
     heads = heads_of(config, base)
     start = begin(config, strategy, base, lora, modules, ranks, heads if apart is None else ())
-    rows = [encoded(config, dataset, dataset.train, model) for model in bases or [base]]
+    used = sorted({i for part in parts for i in part.rows})
+    held = [dataset.train[i] for i in used]
+    rows = [dict(zip(used, encoded(config, dataset, held, b), strict=True)) for b in bases or [base]]
     test = encoded(config, dataset, dataset.test, base)
     own = [[rows[k % len(rows)][i] for i in part.rows] for k, part in enumerate(parts)]
     site = Site(base, client, own.__getitem__, None, rules.evaluate_clients, bases=bases)

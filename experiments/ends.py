@@ -19,7 +19,6 @@ from fedlora.engine import RunFolder, megabytes
 from fedlora.models import save_adapter
 from fedlora.privacy import Ledger
 from fedlora.protocol import State
-from fedlora.report.read import DATA
 
 from . import private
 from .build import Job
@@ -72,7 +71,7 @@ def write_holdings(job: Job, folder: RunFolder) -> None:
         }
         for client, (part, rank, found) in enumerate(zip(job.parts, job.ranks, said, strict=True))
     ]
-    folder.write_json(DATA, {"labels": list(job.dataset.labels), "clients": clients})
+    folder.write_json("data.json", {"labels": list(job.dataset.labels), "clients": clients})
 
 
 def finish(
@@ -135,7 +134,7 @@ def finish(
         },
     }
     folder.write_json("summary.json", summary)
-    from fedlora.report import read_run, write_report
+    from fedlora.report import read_run, write_report  # imports matplotlib: not before round 1
 
     write_report([read_run(folder.path)], folder.path / "report.html", defaults())
 

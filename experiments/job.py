@@ -1,6 +1,7 @@
 """One run from a configuration to its folder, in one of three engines."""
 
 import datetime
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,6 +73,9 @@ class Run:
         initial: dict[str, Any] = scores(job.answers(job.initial()))
         if config.evaluate.every:
             initial |= job.named(*job.evaluate([job.initial()])[0])
+        if not gc.isenabled():  # by the command, until here
+            gc.freeze()
+            gc.enable()
         return cls(config, job, folder, state, done, initial, began, time.perf_counter() - began)
 
     def opening(self) -> str:

@@ -29,12 +29,13 @@ def offset_of(model: Any, after: nn.Module | None) -> int | None:
     pad = getattr(model.config, "pad_token_id", None) or 0
     pack = Pack(LENGTHS)
     everything = torch.arange(sum(LENGTHS))
-    ids = 1 + pad + torch.arange(int(pack.real.sum())) % max(1, int(model.config.vocab_size) - 1 - pad)
-    padded = torch.full(pack.real.shape, pad).masked_scatter(pack.real, ids)
+    real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    ids = 1 + pad + everything % max(1, int(model.config.vocab_size) - 1 - pad)
+    padded = torch.full(real.shape, pad).masked_scatter(real, ids)
     with torch.no_grad():
-        whole = model(input_ids=padded, attention_mask=pack.real.long()).logits
+        whole = model(input_ids=padded, attention_mask=real.long()).logits
         if after is None:
-            whole = whole[pack.real]
+            whole = whole[real]
         with ExitStack() as stack:
             if after is not None:
                 stack.callback(keep_first(after).remove)

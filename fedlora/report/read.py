@@ -1,4 +1,4 @@
-"""Read the folder that a run leaves: config.yaml, metrics.jsonl, clients.jsonl and summary.json."""
+"""Read the folder that a run leaves: its configuration, lines and numbers."""
 
 import json
 import math
@@ -11,7 +11,6 @@ import yaml  # type: ignore[import-untyped]
 from fedlora.errors import CheckpointError
 
 SWEEP = "sweep.json"  # in the folder of a sweep: the words of its command, and the names of its jobs
-DATA = "data.json"  # in the folder of a run: who holds how many rows of which label
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def read_run(path: str | Path) -> Run:
         metrics=_lines(folder / "metrics.jsonl"),
         clients=_lines(folder / "clients.jsonl"),
         config=_config(folder / "config.yaml"),
-        data=_object(folder / DATA) if (folder / DATA).is_file() else {},
+        data=_object(folder / "data.json") if (folder / "data.json").is_file() else {},
     )
 
 

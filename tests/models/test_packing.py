@@ -94,8 +94,8 @@ def results(base: Base, tasks: list[Task], micro: list[tuple[int, Example]]) -> 
 @pytest.mark.parametrize("family", [*ENCODERS, *DECODERS])
 @pytest.mark.parametrize(
     "lengths",
-    [[5, 1, 7, 3], [4], [6, 6, 6]],
-    ids=["of several lengths", "one row", "of one length"],
+    [[5, 1, 7, 3], [4], [16, 16, 16], [20, 3, 33, 16, 17]],
+    ids=["of several lengths", "one row", "of one length", "of several widths"],
 )
 def test_losses_and_gradients_of_two_clients_are_those_of_the_padded_batch(
     family: str, lengths: list[int]
@@ -182,16 +182,42 @@ def test_a_layer_that_looks_beyond_a_token_is_found_out() -> None:
     assert offset_of(model, None) is None
 
 
-def test_unpack_and_pack_are_each_other_s_inverse_and_pad_with_zeros() -> None:
-    pack = Pack([2, 4, 1])
-    x = torch.randn(1, 3, 7, 5)
-    wide = pack.unpack(x)
-    assert wide.shape == (3, 3, 4, 5)
-    torch.testing.assert_close(wide[1], x[0, :, 2:6])
-    assert torch.equal(wide[0, :, 2:], torch.zeros(3, 2, 5))
-    torch.testing.assert_close(pack.pack(wide.transpose(1, 2)), x.transpose(1, 2))
-    assert pack.starts.tolist() == [0, 2, 6]
-    assert pack.positions.tolist() == [0, 1, 0, 1, 2, 3, 0]
+def test_rows_of_like_length_are_a_block_padded_with_zeros() -> None:
+    pack = Pack([2, 17, 16])
+    x = torch.randn(1, 3, 35, 5)
+    short, long = pack.spread(x)
+    assert (short.shape, long.shape) == ((2, 3, 16, 5), (1, 3, 32, 5))
+    assert torch.equal(short[0, :, :2], x[0, :, :2])
+    assert torch.equal(short[0, :, 2:], torch.zeros(3, 14, 5))
+    assert torch.equal(long[0, :, :17], x[0, :, 2:19])
+    assert torch.equal(short[1], x[0, :, 19:])
+    (_, real), (_, longer) = pack.blocks
+    assert real is not None
+    assert real[:, 0, 0].sum(1).tolist() == [2, 16]
+    assert longer is not None
+    assert longer[:, 0, 0].sum(1).tolist() == [17]
+    assert pack.starts.tolist() == [0, 2, 19]
+    assert pack.positions.tolist() == [0, 1, *range(17), *range(16)]
+
+
+@pytest.mark.parametrize("lengths", [[2, 17, 16], [16, 16], [1], [40, 3, 40], [16, 32]])
+def test_gathering_undoes_spreading_and_gradients_go_the_same_ways(lengths: list[int]) -> None:
+    pack = Pack(lengths)
+    x = torch.randn(1, 2, sum(lengths), 3, dtype=torch.float64, requires_grad=True)
+
+    def there_and_back(x: torch.Tensor) -> torch.Tensor:
+        return pack.gather([block.transpose(1, 2) for block in pack.spread(x)])
+
+    assert torch.equal(there_and_back(x), x.transpose(1, 2))
+    assert torch.autograd.gradcheck(there_and_back, x)
+    assert torch.autograd.gradcheck(lambda x: torch.cat([b.sum((0, 2)) for b in pack.spread(x)]), x)
+
+
+def test_a_block_of_whole_rows_needs_no_mask_and_no_copy() -> None:
+    pack = Pack([16, 16])
+    x = torch.randn(1, 2, 32, 3)
+    assert pack.blocks == [(16, None)]
+    assert pack.spread(x)[0].data_ptr() == x.data_ptr()
 
 
 def test_without_a_pack_a_model_says_what_it_said() -> None:
