@@ -246,6 +246,7 @@ def site_of(config: DictConfig, node: Node, plan: Plan) -> tuple[Site, int]:
             client.plan(len(rows))
     base = _base(config, node, plan)
     encoded = encode(base.kind, rows, plan.labels, base.tokenizer, config.data.max_length)
+    base.check_lengths(encoded)
     keeps = node.keeps(plan.experiment) / "clients"
     held_out = bool(config.evaluate.clients or strategy.personal)
     return Site(base, client, lambda _: encoded, Memory(keeps), held_out, Shelf(keeps)), len(rows)

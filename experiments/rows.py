@@ -58,7 +58,9 @@ def encoded(config: DictConfig, dataset: Dataset, rows: Sequence[Row], base: Bas
     training and test rows only, since a large set's take gigabytes and a small one's a tenth of a second.
     """
     tokenizer = _Tokenizer(base.path, base.tokenizer)
-    return _encoded(dataset.kind, tuple(rows), dataset.labels, tokenizer, config.data.max_length)
+    examples = _encoded(dataset.kind, tuple(rows), dataset.labels, tokenizer, config.data.max_length)
+    base.check_lengths(examples)
+    return examples
 
 
 @lru_cache(maxsize=2)

@@ -92,7 +92,8 @@ def encode_instruction(rows: Sequence[Row], tokenizer: Tokenizer, max_length: in
 
     The tokenizer's chat template writes the conversation when there is one; else it is the prompt, a line
     break, the response and the end-of-sequence token. What is too long loses the left of its prompt, and the
-    right of its response only when that alone is longer than `max_length - 1`.
+    right of its response only when that alone is longer than `max_length - 1`, without
+    the tokenizer's own warning (verbose).
     """
     _check_length(max_length, 2, "a token of the prompt and one of the response")
     examples = []
@@ -128,15 +129,16 @@ def _conversation(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]]
     end = tokenizer.eos_token_id
     if end is None:
         raise ModelError("expected a tokenizer with an end-of-sequence token, got none; set its eos_token")
-    answer = list(tokenizer(row.target, add_special_tokens=False)["input_ids"])
+    answer = list(tokenizer(row.target, add_special_tokens=False, verbose=False)["input_ids"])
     if not answer:
         return [], []
     if not tokenizer.chat_template:
-        prompt = list(tokenizer(row.source + "\n")["input_ids"])
+        prompt = list(tokenizer(row.source + "\n", verbose=False)["input_ids"])
         return (prompt[:-1] if prompt[-1:] == [end] else prompt), [*answer, end]
     turns = [{"role": "user", "content": row.source}, {"role": "assistant", "content": row.target}]
-    prompt = list(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False))
-    full = list(tokenizer.apply_chat_template(turns, return_dict=False))
+    named: dict[str, Any] = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
+    prompt = list(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **named))
+    full = list(tokenizer.apply_chat_template(turns, **named))
     response = full[len(prompt) :]
     if full[: len(prompt)] != prompt or not response:  # the template rewrites earlier turns
         return prompt, [*answer, end]

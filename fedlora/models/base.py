@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedlora.adapter import digest
 from fedlora.data import Batch, Example, Kind
 from fedlora.data.encode import IGNORED
-from fedlora.errors import ModelError
+from fedlora.errors import ConfigError, ModelError
 from fedlora.models.attention import Pack, attend_our_way
 from fedlora.models.first_token import only_first_token
 from fedlora.models.packing import logits, offset_of
@@ -57,6 +57,27 @@ class Base:
         """What to pad with: the model's own, by which a decoder's classifier finds a row's last token."""
         pad: int = self.model.config.pad_token_id
         return pad
+
+    @property
+    def room(self) -> int | None:
+        """How many tokens a row may have; None where the model has no table of positions to run out of."""
+        ends = ("position_embeddings", "embed_positions", "wpe")
+        named = (module for name, module in self.model.named_modules() if name.endswith(ends))
+        table = next((module for module in named if isinstance(module, nn.Embedding)), None)
+        most: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        if table is None or most is None:
+            return None
+        # RoBERTa and its like begin behind the padding.
+        return most if table.padding_idx is None else most - table.padding_idx - 1
+
+    def check_lengths(self, examples: Sequence[Example]) -> None:
+        """Raise ConfigError where a row is longer than the model has positions."""
+        longest = max((len(example.input_ids) for example in examples), default=0)
+        if self.room is not None and longest > self.room:
+            raise ConfigError(
+                f"data.max_length: '{self.path}' has positions for {self.room} tokens, got a row of {longest}; "
+                f"say data.max_length={self.room}, which cuts longer rows"
+            )
 
     def fingerprint(self, trained: Sequence[str] = ()) -> str:
         """A digest of the weights, without those of the heads that are trained and so travel anyway."""
@@ -217,7 +238,10 @@ def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[s
     """The modules to train whole: every parametrised sibling of the encoder, and every made-up module."""
     if kind == "instruction":
         if missing:
-            raise ModelError(f"'{path}' is no complete causal language model: it lacks {sorted(missing)[:3]}")
+            raise ModelError(
+                f"model: instructions need a decoder, such as model=smollm2; '{path}' is no complete causal "
+                f"language model, it lacks {sorted(missing)[:3]}"
+            )
         return ()
     prefix = model.base_model_prefix
     heads = [n for n, m in model.named_children() if n != prefix and any(True for _ in m.parameters())]

@@ -25,6 +25,7 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "osD^vPX*"
 _GREY, _REST = "#777777", "#bbbbbb"
 _WIDTH, _HEIGHT, _LEGEND_ROW = 4.8, 3.0, 0.185  # inches
+_UPRIGHT, _LETTER = 20, 0.05  # of a name that stands upright: letters, and inches that each adds
 EXACT = 1e-6  # aggregation errors below this are rounding
 _STYLE: Any = {
     "font.size": 9.5,
@@ -122,15 +123,23 @@ def bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], x: str, y: 
             handles.append(shown[0])
         room = len("".join(names)) <= 90 and len(names) <= 32
         turned = not room and len(names) <= 40
-        names = [name.replace("\n", " r") for name in names] if turned else names
+        names = [_turned(name) for name in names] if turned else names
         axes.set_xticks(range(len(names)) if room or turned else [], names if room or turned else [])
         if turned:
             axes.tick_params(axis="x", rotation=90, labelsize=8)
+            figure.set_figheight(_HEIGHT + _LETTER * max(map(len, names)))
         for tick in axes.get_xticklabels():
             tick.set_parse_math(False)
         axes.set_ylim(bottom=0)
         _legend(figure, [*zip(handles, parts, strict=True)] if len(parts) > 1 else [])
     return figure
+
+
+def _turned(name: str) -> str:
+    """A client's name and rank on one line, short enough to stand upright below a bar."""
+    name, _, rank = name.partition("\n")
+    short = name if len(name) <= _UPRIGHT else f"{name[: _UPRIGHT - 1]}…"
+    return f"{short} r{rank}" if rank else short
 
 
 def svg(figure: Figure) -> bytes:

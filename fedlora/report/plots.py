@@ -189,7 +189,7 @@ def data(run: Run, name: str = "clients") -> Picture | None:
     told = "; ".join(f"{n}: {count}" for n, count in zip(names, rows, strict=True))
     if len(names) > _NAMED:
         told = f"{len(names)} clients of {min(rows)} to {max(rows)} rows."
-    x = "client, and below it its rank" if ranks else "client"
+    x = "client and its rank" if ranks else "client"
     return Picture(name, bars(ticks, parts, x, "rows"), caption, told)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from fedlora.adapter import Adapter
 from fedlora.data import Example, collate
-from fedlora.errors import ModelError
+from fedlora.errors import ConfigError, ModelError
 from fedlora.evaluation import evaluate
 from fedlora.models import load, packaged
 from fedlora.protocol import Task
@@ -82,6 +82,26 @@ def test_a_checkpoint_with_a_head_for_other_labels_gets_a_new_head_or_a_clear_li
     else:
         assert base.model.classifier.weight.shape[0] == 5
         assert base.heads == ("classifier",)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "gpt2", "gpt2-cls"])
+def test_a_row_may_be_as_long_as_the_table_of_positions_and_no_longer(zoo: Any, name: str) -> None:
+    base = zoo.base(name)
+    assert base.room is not None
+    target = 0 if base.kind == "classification" else [5] * base.room
+    whole = Example([5] * base.room, target)
+    base.check_lengths([whole])
+    assert base.losses(collate([whole], base.pad_id))[0].isfinite()
+    with pytest.raises(ConfigError, match=f"max_length={base.room}"):
+        base.check_lengths([whole, Example([5] * (base.room + 1), target)])
+    with pytest.raises((IndexError, RuntimeError)):
+        base.losses(collate([Example([5] * (base.room + 1), target)], base.pad_id))
+
+
+def test_a_model_of_rotary_positions_takes_rows_of_any_length(zoo: Any) -> None:
+    base = zoo.base("llama")
+    assert base.room is None
+    base.check_lengths([Example([5] * 100, [5] * 100)])
 
 
 def test_dropout_is_off(zoo: Any) -> None:

@@ -178,10 +178,30 @@ def test_rows_are_drawn_by_label_the_rarest_together(make_run):
     ]
     (folder / "data.json").write_text(json.dumps({"labels": labels, "clients": held}))
     shown = words(plots.data(read_run(folder)))
-    assert {"label 0", "label 8", "3 more", "client, and below it its rank"} <= set(shown)
+    assert {"label 0", "label 8", "3 more", "client and its rank"} <= set(shown)
     assert "label 1" not in shown
     hidden = read_run(make_run("b", config={"secure_sum": True}))
     assert plots.data(hidden) is None
+
+
+@pytest.mark.parametrize("ranks", [[4], [2, 16]])
+def test_long_names_of_clients_leave_room_for_the_bars(make_run, ranks):
+    folder = make_run()
+    named = ["social_i_qa_Show_choices_and_generate_answer", *(f"task number {k}" for k in range(16))]
+    held = [
+        {"client": k, "name": name, "rank": ranks[k % len(ranks)], "rows": 9, "labels": []}
+        for k, name in enumerate(named)
+    ]
+    (folder / "data.json").write_text(json.dumps({"labels": [], "clients": held}))
+    figure = plots.data(read_run(folder)).figure
+    assert draw.png(figure)  # matplotlib warns, an error here, where nothing is left for the bars
+    assert figure.axes[0].get_position().height > 0.5
+    said = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    assert said[:2] == (
+        ["social_i_qa_Show_ch… r2", "task number 0 r16"]
+        if ranks[1:]
+        else ["social_i_qa_Show_ch…", "task number 0"]
+    )
 
 
 @pytest.mark.parametrize("x", ["round", "client, by place"])
