@@ -36,7 +36,6 @@ class Run:
         folder: where it is written.
         state: after the rounds that are done.
         done: how many those are.
-        initial: metrics of the model before round 1.
         began: when, by time.perf_counter.
         startup: seconds until here.
     """
@@ -46,7 +45,6 @@ class Run:
     folder: RunFolder
     state: State
     done: int
-    initial: dict[str, Any]
     began: float
     startup: float
 
@@ -70,13 +68,10 @@ class Run:
             done, state = 0, job.start
             folder.save_state(0, state)
         write_holdings(job, folder)
-        initial: dict[str, Any] = scores(job.answers(job.initial()))
-        if config.evaluate.every:
-            initial |= job.named(*job.evaluate([job.initial()])[0])
         if not gc.isenabled():  # by the command, until here
             gc.freeze()
             gc.enable()
-        return cls(config, job, folder, state, done, initial, began, time.perf_counter() - began)
+        return cls(config, job, folder, state, done, began, time.perf_counter() - began)
 
     def opening(self) -> str:
         """What is about to happen, in two lines or three."""
@@ -102,6 +97,9 @@ class Run:
 
     def _go(self, grid: Grid, progress: Display, plan: Mapping[str, Any] | None) -> None:
         job, folder = self.job, self.folder
+        initial: dict[str, Any] = scores(job.answers(job.initial()))
+        if self.config.evaluate.every:
+            initial |= job.named(*job.evaluate([job.initial()])[0])
         if plan is None:  # else every site checks its own
             private.check_ledgers(job.privacy, folder)
         central = _central(job, folder)
@@ -133,7 +131,7 @@ class Run:
             "startup_seconds": self.startup,
             "wall_seconds": before + time.perf_counter() - self.began,
         }
-        finish(job, self.config, folder, federation.state, self.initial, seconds, own, ledgers, answers)
+        finish(job, self.config, folder, federation.state, initial, seconds, own, ledgers, answers)
 
     def _ledgers(self, apart: bool, lines: Sequence[Mapping[str, Any]]) -> dict[int, Ledger]:
         """What was spent; where clients keep their ledgers on machines of their own, by what they tell."""

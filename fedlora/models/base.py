@@ -75,8 +75,8 @@ class Base:
         longest = max((len(example.input_ids) for example in examples), default=0)
         if self.room is not None and longest > self.room:
             raise ConfigError(
-                f"data.max_length: '{self.path}' has positions for {self.room} tokens, got a row of {longest}; "
-                f"say data.max_length={self.room}, which cuts longer rows"
+                f"data.max_length: '{self.path}' has positions for {self.room} tokens, got a row of "
+                f"{longest}; say data.max_length={self.room}, which cuts longer rows"
             )
 
     def fingerprint(self, trained: Sequence[str] = ()) -> str:
