@@ -213,6 +213,8 @@ def continued(path: Path, overrides: list[str]) -> DictConfig:
 
 
 def _out(config: DictConfig) -> Path:
+    if config.out == "":
+        raise ConfigError("out: expected a folder, got nothing; leave it out for one of the run's own")
     if config.out is not None:
         return Path(config.out)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]

@@ -45,9 +45,9 @@ class Rules:
     clients: int = 1
 
     def __post_init__(self) -> None:
-        least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate_every": 0}
+        least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate.every": 0}
         for name, low in least.items():
-            value = getattr(self, name)
+            value = getattr(self, name.replace(".", "_"))
             if value is not None and value < low:
                 raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
         if self.weights not in ("examples", "uniform"):
