@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from fedlora.errors import ConfigError, PrivacyError
 
 USAGE = """fedlora privacy: what a private run costs, before and after
@@ -42,7 +40,7 @@ def _plan(words: list[str]) -> None:
     from .budget import plan
 
     for table in plan(given.words, given.records):
-        Console().print(table)
+        table.show()
 
 
 def _show(words: list[str]) -> None:
@@ -53,7 +51,7 @@ def _show(words: list[str]) -> None:
     given = parser.parse_args(words)
     from .budget import ledgers
 
-    Console().print(ledgers(given.run))
+    ledgers(given.run).show()
 
 
 def _audit(words: list[str]) -> None:

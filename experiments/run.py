@@ -173,7 +173,7 @@ def _report(words: list[str]) -> None:
     runs = [*{run.path: run for path in given.runs for run in read_runs(path)}.values()]
     written = write_report(runs, given.to or Path(given.runs[0]) / "report.html", defaults())
     beside = write_files(runs, written.with_suffix(""))
-    Console().print(seeds_table(runs) or runs_table(runs))
+    (seeds_table(runs) or runs_table(runs)).show()
     print(f"{written}\npictures and numbers: {beside}")
 
 
@@ -229,7 +229,7 @@ def _replay(words: list[str]) -> None:
 
     trust, words = Trust.said(words)
     given = parser.parse_args(words)
-    Console().print(replay(given.run, given.strategy, trust))
+    replay(given.run, given.strategy, trust).show()
 
 
 def _privacy(words: list[str]) -> None:

@@ -5,7 +5,7 @@ Runs that differ in their seed alone are one line, their mean, in a band from th
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -16,8 +16,8 @@ from fedlora.report.compare import clean, labels, words
 from fedlora.report.draw import EXACT, Handle, Line, bars, hollow, key, lines
 from fedlora.report.read import Run, number
 from fedlora.report.seeds import groups
+from fedlora.report.series import Series, by_round, ends, mean, means, without_privacy
 
-Series = dict[float, tuple[float, float]]  # a step of the run, most often a round -> x and y
 _LABELS = 6  # of the data, with a colour each; the rest is one part
 _NAMED = 60  # clients whose rows are told in words
 _BAND = "The band is from the lowest seed to the highest."
@@ -89,23 +89,25 @@ def over_traffic(runs: Sequence[Run], metric: str) -> Picture | None:
         return {at: (sent[at] / 1e6, value) for at, value in run.series(metric)}
 
     caption = f"{words(metric).capitalize()} against all that was sent until then, to and from all clients."
-    drawn = _means(runs, series)
+    drawn = means(runs, series)
     return _picture(f"{metric}-over-traffic", drawn, "MB sent, down and up", words(metric), caption)
 
 
 def over_epsilon(runs: Sequence[Run], metric: str) -> Picture | None:
     """The headline metric against epsilon: at the end of runs that differ in it, else round by round."""
     private = [run for run in runs if number(run.summary.get("epsilon"))]
-    drawn, x = _ends(private, metric, "epsilon", allowed), "ε of the whole run, at most"
+    drawn, x = ends(private, metric, "epsilon", allowed), "ε of the whole run, at most"
+    free = without_privacy([run for run in runs if run not in private], metric, drawn)
     if not drawn:
-        drawn, x = _means(private, lambda run: _spent(run, metric)), "ε spent so far"
+        drawn, x = means(private, lambda run: _spent(run, metric)), "ε spent so far"
     caption = f"{words(metric).capitalize()} against ε, which is of the whole run and never of a round."
-    return _picture(f"{metric}-over-epsilon", drawn, x, words(metric), caption)
+    more: list[tuple[Handle, str]] = [(key("--"), "without privacy")] if free else []
+    return _picture(f"{metric}-over-epsilon", [*drawn, *free], x, words(metric), caption, more)
 
 
 def over_rank(runs: Sequence[Run], metric: str) -> Picture | None:
     """The headline metric at the end against the clients' rank, where runs differ in it."""
-    alike = _ends([run for run in runs if len(_ranks(run)) == 1], metric, "ranks", mean_rank)
+    alike = ends([run for run in runs if len(_ranks(run)) == 1], metric, "ranks", mean_rank)
     order = {line.label: line.at for line in alike}
     mixed = []
     for group in groups([run for run in runs if len(_ranks(run)) > 1]):
@@ -128,9 +130,9 @@ def over_rank(runs: Sequence[Run], metric: str) -> Picture | None:
 
 def losses(runs: Sequence[Run]) -> Picture | None:
     """The evaluation loss after each round, and the clients' training loss, dashed."""
-    tested = _means(runs, _by_round("loss"))
+    tested = means(runs, by_round("loss"))
     trained = [
-        Line(line.label, line.points, (), line.at, "--") for line in _means(runs, _by_round("train_loss"))
+        Line(line.label, line.points, (), line.at, "--") for line in means(runs, by_round("train_loss"))
     ]
     caption = (
         "Loss after each round, on the test rows" if tested else "The clients’ training loss in each round"
@@ -158,7 +160,7 @@ def by_client(runs: Sequence[Run]) -> list[Picture]:
                 series: list[Series] = [
                     {place: (place, values[place - 1]) for place in places} for values in each
                 ]
-                drawn.append(_mean(label, series, at))
+                drawn.append(mean(label, series, at))
         y = "training loss" if metric == "loss" else words(metric)
         rows = "when each last took part" if metric == "loss" else "on the rows that each keeps back"
         caption = f"The clients’ {y}, {rows}, from the worst to the best."
@@ -214,64 +216,17 @@ def _spent(run: Run, metric: str) -> Series:
     return {at: (spent, measured[at]) for at, spent in run.series("epsilon") if at in measured}
 
 
-def _by_round(name: str) -> Callable[[Run], Series]:
-    return lambda run: {at: (at, value) for at, value in run.series(name)}
-
-
 def _simple(
     runs: Sequence[Run], name: str, y: str, caption: str, bound: float | None = None
 ) -> Picture | None:
     return _picture(
         f"{name}-over-rounds".replace("_", "-"),
-        _means(runs, _by_round(name)),
+        means(runs, by_round(name)),
         "round",
         y,
         caption,
         bound=bound,
     )
-
-
-def _means(runs: Sequence[Run], series: Callable[[Run], Series]) -> list[Line]:
-    """One line for all runs that differ in their seed alone."""
-    together = groups(runs)
-    named = labels([group[0] for group in together])
-    drawn = [
-        _mean(name, [series(run) for run in group], at)
-        for at, (group, name) in enumerate(zip(together, named, strict=True))
-    ]
-    return [line for line in drawn if line.points]
-
-
-def _mean(label: str, each: Sequence[Series], at: int) -> Line:
-    """The mean where all were measured, in a band from the lowest to the highest."""
-    each = [series for series in each if series]
-    steps = sorted(set[float]().union(*each).intersection(*each)) if each else []
-    xs = [statistics.fmean(series[step][0] for series in each) for step in steps]
-    ys = [[series[step][1] for series in each] for step in steps]
-    band = [(min(values), max(values)) for values in ys] if len(each) > 1 else []
-    return Line(label, [*zip(xs, map(statistics.fmean, ys), strict=True)], band, at)
-
-
-def _ends(runs: Sequence[Run], metric: str, setting: str, x: Callable[[Run], float]) -> list[Line]:
-    """The metric at the end over a setting: a line for runs that differ in it and in seeds alone.
-
-    Empty where no two differ in it.
-    """
-    together = groups(runs, but=(setting,))
-    if not any(len({x(run) for run in group}) > 1 for group in together):
-        return []
-    drawn = []
-    for at, (group, label) in enumerate(
-        zip(together, labels([min(g, key=x) for g in together]), strict=True)
-    ):
-        found: dict[float, list[float]] = {}
-        for run in group:
-            if (value := number(run.summary.get(metric))) is not None:
-                found.setdefault(x(run), []).append(value)
-        band = [(min(ys), max(ys)) for _, ys in sorted(found.items())]
-        points = [(at_x, statistics.fmean(ys)) for at_x, ys in sorted(found.items())]
-        drawn.append(Line(label, points, band if any(len(ys) > 1 for ys in found.values()) else (), at))
-    return [line for line in drawn if line.points]
 
 
 def _picture(

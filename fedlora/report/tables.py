@@ -2,11 +2,13 @@
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -14,6 +16,7 @@ from fedlora.report.compare import ABSENT, clean, differences, labels, plain, wo
 from fedlora.report.read import Run, number
 
 _SETTINGS = ("model", "data", "clients", "ranks", "rounds", "seed")
+_WIDE = 160  # columns of a text file
 _NUMBER = re.compile(r"–|[\d.,e+-]+( \(\d+\)|( [±→] |–)[\d.,e+-]+)?")
 
 
@@ -21,7 +24,7 @@ _NUMBER = re.compile(r"–|[\d.,e+-]+( \(\d+\)|( [±→] |–)[\d.,e+-]+)?")
 class Table:
     """Cells with a header; without one, each row is a name and its value.
 
-    `console.print(table)` shows it in a terminal.
+    `table.show()` prints it.
 
     Args:
         title: what the rows are.
@@ -40,6 +43,10 @@ class Table:
     def left(self, column: int) -> bool:
         """Whether a column holds words, which start at the left, rather than numbers."""
         return not all(_NUMBER.fullmatch(row[column]) for row in self.rows)
+
+    def show(self) -> None:
+        """Print it; what is no terminal has no width, and rich would cut the columns at 80."""
+        Console(width=None if sys.stdout.isatty() else _WIDE).print(self)
 
     def __rich__(self) -> RichTable:
         """For the terminal; cells are never read as rich's markup."""

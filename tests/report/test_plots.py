@@ -125,7 +125,20 @@ def test_runs_of_several_epsilons_are_a_line_over_epsilon_with_means_over_seeds(
     shown = set(words(plots.over_epsilon([*runs, read_run(make_run("open"))], "accuracy")))
     assert {"ε of the whole run, at most", "FlexLoRA", "FedIT"} <= shown
     want = [(1.0, pytest.approx(0.11)), (8.0, pytest.approx(0.81))]
-    assert [line.points for line in drawn[0]] == [want, want]
+    assert [line.points for line in drawn[0]] == [want, want, [(1.0, 0.9), (8.0, 0.9)]]
+    assert [(line.label, line.style, line.at) for line in drawn[0]] == [
+        ("FlexLoRA", "-", 0),
+        ("FedIT", "-", 1),
+        ("", "--", 0),
+    ]
+    assert "without privacy" in shown
+
+
+def test_runs_without_privacy_that_differ_in_more_than_their_seed_are_no_line_over_epsilon(make_run, drawn):
+    runs = [read_run(make_run(f"e{e}", "F", **private(e, 0, e / 10, "F"))) for e in (8.0, 1.0)]
+    free = [read_run(make_run(f"lr{lr}", "F", {"client": {"lr": lr}})) for lr in (0.1, 0.2)]
+    plots.over_epsilon([*runs, *free], "accuracy")
+    assert len(drawn[0]) == 1
 
 
 def test_without_privacy_there_is_nothing_to_draw_over_epsilon(make_run):

@@ -5,6 +5,7 @@ from rich.console import Console
 from fedlora.report import read_run, runs_table
 from fedlora.report.clients import clients_table
 from fedlora.report.tables import (
+    Table,
     amounts,
     differences_table,
     megabytes,
@@ -141,3 +142,9 @@ def test_private_runs_say_what_they_protect_at_what_price_and_what_they_do_not(m
     assert "one record more" in table.note
     assert "tuning" in table.note
     assert privacy_table([read_run(make_run("c"))]) is None
+
+
+def test_a_table_in_a_pipe_has_its_columns_whole(capsys):
+    Table("t", [f"a rather long heading {n}" for n in range(6)], [["1"] * 6]).show()
+    said = capsys.readouterr().out
+    assert all(f"a rather long heading {n}" in said for n in range(6))

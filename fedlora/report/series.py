@@ -1,0 +1,74 @@
+"""The lines of a picture: of runs that differ in their seed alone the mean, and where each setting ended."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from fedlora.report.compare import clean, labels
+from fedlora.report.draw import Line
+from fedlora.report.read import Run, number
+from fedlora.report.seeds import groups
+
+Series = dict[float, tuple[float, float]]  # a step of the run, most often a round -> x and y
+
+
+def by_round(name: str) -> Callable[[Run], Series]:
+    """What a run measured of something in each round."""
+    return lambda run: {at: (at, value) for at, value in run.series(name)}
+
+
+def means(runs: Sequence[Run], series: Callable[[Run], Series]) -> list[Line]:
+    """One line for all runs that differ in their seed alone."""
+    together = groups(runs)
+    named = labels([group[0] for group in together])
+    drawn = [
+        mean(name, [series(run) for run in group], at)
+        for at, (group, name) in enumerate(zip(together, named, strict=True))
+    ]
+    return [line for line in drawn if line.points]
+
+
+def mean(label: str, each: Sequence[Series], at: int) -> Line:
+    """The mean where all were measured, in a band from the lowest to the highest."""
+    each = [series for series in each if series]
+    steps = sorted(set[float]().union(*each).intersection(*each)) if each else []
+    xs = [statistics.fmean(series[step][0] for series in each) for step in steps]
+    ys = [[series[step][1] for series in each] for step in steps]
+    band = [(min(values), max(values)) for values in ys] if len(each) > 1 else []
+    return Line(label, [*zip(xs, map(statistics.fmean, ys), strict=True)], band, at)
+
+
+def ends(runs: Sequence[Run], metric: str, setting: str, x: Callable[[Run], float]) -> list[Line]:
+    """The metric at the end over a setting: a line for runs that differ in it and in seeds alone.
+
+    Empty where no two differ in it.
+    """
+    together = groups(runs, but=(setting,))
+    if not any(len({x(run) for run in group}) > 1 for group in together):
+        return []
+    drawn = []
+    for at, (group, label) in enumerate(
+        zip(together, labels([min(g, key=x) for g in together]), strict=True)
+    ):
+        found: dict[float, list[float]] = {}
+        for run in group:
+            if (value := number(run.summary.get(metric))) is not None:
+                found.setdefault(x(run), []).append(value)
+        band = [(min(ys), max(ys)) for _, ys in sorted(found.items())]
+        points = [(at_x, statistics.fmean(ys)) for at_x, ys in sorted(found.items())]
+        drawn.append(Line(label, points, band if any(len(ys) > 1 for ys in found.values()) else (), at))
+    return [line for line in drawn if line.points]
+
+
+def without_privacy(runs: Sequence[Run], metric: str, drawn: Sequence[Line]) -> list[Line]:
+    """Dashed lines across the picture: what the strategies of these lines reach at the end without privacy.
+
+    None of a strategy whose runs differ in more than their seed.
+    """
+    found = []
+    for line in drawn:
+        alike = [run for run in runs if clean(run.strategy) == line.label]
+        told = [value for run in alike if (value := number(run.summary.get(metric))) is not None]
+        if told and len(groups(alike)) == 1:
+            across = [(at, statistics.fmean(told)) for at in (line.points[0][0], line.points[-1][0])]
+            found.append(Line("", across, at=line.at, style="--"))
+    return found
