@@ -1,10 +1,12 @@
 """The base models that a configuration names."""
 
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora.data import Dataset
@@ -47,6 +49,18 @@ def load_base(config: DictConfig, dataset: Dataset, loader: Callable[..., Base] 
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
     path = config.model.path or make(config, "model.source")
     m = config.model
+    if m.dtype == "bfloat16" and m.device == "cpu" and _lacks_bfloat16():
+        warnings.warn(
+            "model.dtype=bfloat16: this processor has no instructions for it, so that it takes several times "
+            "as long as float32; say model.dtype=float32",
+            stacklevel=2,
+        )
     seed = config.seed if dataset.kind == "classification" else 0  # only a new head is drawn from it
     where = (m.dtype, m.device, seed, m.quantize, bool(m.get("allow_pickle")))
     return loader(path, dataset.kind, dataset.labels, *where)
+
+
+def _lacks_bfloat16() -> bool:
+    """Whether this is known to be an x86 processor without instructions for it; older torch says nothing."""
+    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return told.get("architecture") == "x86_64" and not (told.get("amx_bf16") or told.get("avx512_bf16"))

@@ -1,0 +1,34 @@
+"""The user is told where bfloat16 costs time instead of saving it."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from fedlora.data import Dataset
+from fedlora.experiments.bases import load_base
+from fedlora.experiments.settings import compose
+
+
+@pytest.mark.parametrize(
+    ("dtype", "processor", "slow"),
+    [
+        ("bfloat16", {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": False}, True),
+        ("bfloat16", {"architecture": "x86_64", "amx_bf16": True, "avx512_bf16": False}, False),
+        ("bfloat16", {"architecture": "x86_64", "amx_bf16": False, "avx512_bf16": True}, False),
+        ("bfloat16", {"architecture": "aarch64"}, False),
+        ("bfloat16", {}, False),
+        ("float32", {"architecture": "x86_64"}, False),
+    ],
+)
+def test_bfloat16_on_a_processor_without_it_is_a_warning(
+    dtype: str, processor: dict[str, Any], slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    config = compose(["model=tiny", "data=tiny", f"model.dtype={dtype}"])
+    dataset = Dataset("none", "classification", (), (), ("a", "b"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        load_base(config, dataset, lambda *named: "loaded")  # type: ignore[arg-type, return-value]
+    assert [str(warning.message).split(":")[0] for warning in told] == ["model.dtype=bfloat16"] * slow
