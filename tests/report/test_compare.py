@@ -40,6 +40,16 @@ def test_many_differences_give_way_to_folder_names(make_run):
     assert labels(group) == ["FlexLoRA (out-0)", "FlexLoRA (out-1)"]
 
 
+def test_one_setting_that_tells_all_runs_apart_is_enough(make_run):
+    private = {"_target_": "fedlora.privacy.DPSGD", "clip": 1.0, "delta": 1e-5, "accountant": "prv"}
+    group = runs(
+        make_run,
+        *({"config": {"privacy": {**private, "epsilon": e}}} for e in (1.0, 8.0)),
+        {"config": {"privacy": {"name": "none"}}},
+    )
+    assert labels(group) == ["FlexLoRA, epsilon 1.0", "FlexLoRA, epsilon 8.0", "FlexLoRA, epsilon –"]
+
+
 def test_only_settings_that_differ_are_told(make_run):
     group = runs(
         make_run,
