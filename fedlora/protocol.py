@@ -49,7 +49,7 @@ class Tail:
 
     def start(self, rank: int) -> int:
         """⌊γr⌋, where the tail begins; below r, so that the tail is never empty."""
-        return math.floor(self.gamma * rank + 1e-9)
+        return min(rank - 1, math.floor(self.gamma * rank + 1e-9))
 
     def pruned(self, rank: int) -> int:
         """The rank after one pruning."""

@@ -74,6 +74,7 @@ def covariance(pairs: Sequence[Pair], weights: Sequence[float], scale: float) ->
     for pair, w in zip(pairs, weights, strict=True):
         if w == 0:
             continue
+        pair = pair.plain()
         wide = Pair(pair.A.double(), pair.B.double(), pair.scale)
         own = mean_factors([wide], [1.0], scale)
         total += w

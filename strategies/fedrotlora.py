@@ -67,6 +67,7 @@ class FedRotLoRA(Strategy):
 
 def aligned(pair: Pair, reference: Pair, side: Literal["A", "B"], blend: float = 1.0) -> Pair:
     """The same ΔW with factors rotated so that those of one side come near the reference's."""
+    pair = pair.plain()
     A, B = pair.A.double(), pair.B.double()
     R = rotation(A @ reference.A.double().T if side == "A" else B.T @ reference.B.double())
     if blend < 1:

@@ -52,7 +52,7 @@ class FedSVD(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""
-        return Task(cut(state.adapter, peer), train=frozenset("B"), share=frozenset("B"))
+        return Task(cut(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average B, then give the product new factors where it is time."""

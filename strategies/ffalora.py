@@ -33,7 +33,7 @@ class FFALoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""
-        return Task(cut(state.adapter, peer), train=frozenset("B"), share=frozenset("B"))
+        return Task(cut(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average B, padded to the rank of A_0; A_0 stays as it is, bit for bit."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import mean_extras, mean_factors, mean_rows, norm, normalised, pad
+from fedlora.algebra import mean_extras, mean_factors, mean_rows, norm, normalised, pad, truncate
 from fedlora.errors import ConfigError
 from fedlora.protocol import Peer, State, Tail, Task, Update
 from fedlora.strategy import Strategy, cut, with_room
@@ -104,8 +104,9 @@ class HetLoRA(Strategy):
 
     def _mean(self, pairs: Sequence[Pair], omega: Sequence[float], old: Pair) -> Pair:
         if self.mean_over == "all":
-            rank = max(pair.rank for pair in pairs)
-            return mean_factors([pad(pair, rank) for pair in pairs], omega, old.scale)
+            # Who has no weight holds no direction: it would come out with both factors zero, and never learn.
+            rank = max(pair.rank for pair, o in zip(pairs, omega, strict=True) if o > 0)
+            return mean_factors([_of_rank(pair, rank) for pair in pairs], omega, old.scale)
         pairs = [_balanced(pair, old.scale) for pair in pairs]
         A = mean_rows([pair.A for pair in pairs], omega, old.A)
         B = mean_rows([pair.B.T for pair in pairs], omega, old.B.T).T.contiguous()
@@ -133,6 +134,11 @@ class HetLoRA(Strategy):
             if before != after == {m: pair.rank for m, pair in update.adapter.pairs.items()}:
                 counts[_key(update.peer)] = torch.tensor(int(state.memory.get(_key(update.peer), 0)) + 1)
         return counts
+
+
+def _of_rank(pair: Pair, rank: int) -> Pair:
+    """The first directions, and zeros where there are too few."""
+    return pad(truncate(pair, rank), rank)
 
 
 def _balanced(pair: Pair, scale: float) -> Pair:

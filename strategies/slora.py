@@ -82,7 +82,7 @@ class SLoRA(Strategy):
                 "mixed_ranks": True,
                 "linear": False,
                 "products": True,
-                "exact": self.keep_residual,
+                "exact": self.keep_residual or not self.sparse_rounds,
             }
             for fact, value in facts.items():
                 object.__setattr__(self, fact, value)

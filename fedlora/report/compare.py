@@ -66,9 +66,7 @@ def _suffixes(runs: Sequence[Run]) -> list[str]:
     # When a run was evaluated tells nobody what it is.
     settings = {key: row for key, row in differences(runs).items() if not key.startswith("evaluate.")}
     alone = [key for key, row in settings.items() if len(set(row)) == len(runs)]
-    if (
-        len(settings) > 3 and len(alone) == 1
-    ):  # such as epsilon, beside runs without privacy
+    if len(settings) > 3 and len(alone) == 1:  # such as epsilon, beside runs without privacy
         settings = {alone[0]: settings[alone[0]]}
     if 0 < len(settings) <= 3:
         # A key that a group takes over from another, such as the seed, is told once.

@@ -57,7 +57,9 @@ def test_a_client_of_the_largest_rank_starts_from_the_global_model(strategy, np6
             assert torch.equal((task.expert or task.adapter).extra[name], state.adapter.extra[name])
 
 
-def test_the_start_has_the_function_that_it_was_given(strategy, make, np64, rng, layers, largest):
+def test_the_start_has_the_function_that_it_was_given_and_so_has_a_client(
+    strategy, make, np64, rng, layers, largest
+):
     adapter = make.adapter(rng, layers, largest, 0.7)
     state = strategy.init(adapter)
     assert state.round == 0
@@ -70,7 +72,10 @@ def test_the_start_has_the_function_that_it_was_given(strategy, make, np64, rng,
         return
     assert state.seed == 5
     for m in layers:
-        assert np64.close(state.delta(m), np64.delta(adapter.pairs[m]) + np64.delta(taken[m]), 1e-12)
+        given = np64.delta(adapter.pairs[m]) + np64.delta(taken[m])
+        assert np64.close(state.delta(m), given, 1e-12)
+        task = strategy.task(state, Peer(0, largest))
+        assert np64.close(np64.effective(task, task.expert or task.adapter, m, layers[m]), given)
 
 
 def test_the_whole_of_a_state_is_one_plain_adapter_of_its_function(strategy, np64, state, layers):

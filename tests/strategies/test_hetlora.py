@@ -254,3 +254,13 @@ def test_only_a_whole_pruning_of_a_known_client_is_remembered(make, rng):
 def test_a_smaller_client_that_is_of_that_rank_anyway_has_not_pruned(make, rng):
     het, state = HetLoRA(gamma=0.5), State(make.adapter(rng, LAYERS, 8, 2.0))
     assert het.aggregate(state, [reply(het, state, Peer(1, 4), False)], rng).memory == {}
+
+
+@pytest.mark.parametrize("scope", ["model", "module"])
+def test_directions_whose_only_holder_did_not_learn_can_learn_again(make, rng, scope):
+    hetlora = HetLoRA(weight_scope=scope)
+    still = Pair(make.tensor(rng, 4, 9), torch.zeros(7, 4, dtype=torch.float64), 2.0)
+    state = hetlora.aggregate(zero(still, 4, 2.0), updates_of([still, make.pair(rng, 7, 9, 2)]), rng)
+    task = hetlora.task(state, Peer(0, 4))
+    assert task.adapter.pairs["m"].rank == 4
+    assert (task.adapter.pairs["m"].A.norm(dim=1) > 0.1).all()
