@@ -76,6 +76,14 @@ class Job:
         """The headline metric."""
         return "accuracy" if self.dataset.kind == "classification" else "perplexity"
 
+    def enough(self, sampled: int) -> int:
+        """How many of a round's clients it waits for.
+
+        Of a Poisson sample all: if it were cut at a number, whoever joins it would push another out, and a
+        client would move the sum by more than epsilon counts.
+        """
+        return sampled if isinstance(self.privacy, ClientLevel) else self.rules.enough(sampled)
+
     def peer(self, client: int, rank: int) -> Peer:
         """What the server knows of a client."""
         return self.lora.peer(client, rank, self.start.adapter.pairs)
@@ -182,8 +190,10 @@ def build(config: DictConfig) -> Job:
     if rules.secure_sum:
         private.check_sum(strategy, rules, clients)
     ranks = deal_ranks(config.ranks, clients, config.seed)
-    if rules.min_updates > clients:
-        raise ConfigError(f"min_updates: expected at most {clients}, the clients; got {rules.min_updates}")
+    if rules.min_updates > (most := rules.enough(clients)):
+        raise ConfigError(
+            f"min_updates: expected at most {most}, the clients of a round; got {rules.min_updates}"
+        )
     if len(set(ranks)) > 1 and not strategy.mixed_ranks:
         raise ConfigError(
             f"strategy {type(strategy).__name__} combines clients of one rank only, ranks are "

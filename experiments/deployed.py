@@ -67,7 +67,7 @@ def _run(config: DictConfig, grid: Grid, teller: Teller) -> None:
     run = Run.begin(config, path)
     job = run.job
     teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
-    patient = Patience(grid, job.rules.enough, done=teller.advance, late=teller.warn)
+    patient = Patience(grid, job.enough, done=teller.advance, late=teller.warn)
     run.go(patient, teller, _plan(config, job).record())
     _bring(run.folder, teller)
 

@@ -4,6 +4,7 @@ import datetime
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ class Run:
         done: how many those are.
         began: when, by time.perf_counter.
         startup: seconds until here.
+        held: keeps other processes from this run.
     """
 
     config: DictConfig
@@ -47,6 +49,7 @@ class Run:
     done: int
     began: float
     startup: float
+    held: ExitStack
 
     @classmethod
     def begin(cls, config: DictConfig, path: Path) -> "Run":
@@ -54,24 +57,29 @@ class Run:
         began, resumed = time.perf_counter(), config.resume is not None
         if not resumed and (path / "config.yaml").exists():
             RunFolder.create(path, "")  # says what is there, before anything is loaded
-        job = build(config)
-        if resumed:
-            folder = RunFolder(path)
-            if not folder.started:  # killed before its first checkpoint
-                folder.save_state(0, job.start)
-            done, state = folder.load_state()
-            for last in ("summary.json", ANSWERS):
-                (path / last).unlink(missing_ok=True)
-            folder.write_config(kept(config))
-        else:
-            folder = RunFolder.create(path, kept(config))
-            done, state = 0, job.start
-            folder.save_state(0, state)
-        write_holdings(job, folder)
-        if not gc.isenabled():  # by the command, until here
-            gc.freeze()
-            gc.enable()
-        return cls(config, job, folder, state, done, began, time.perf_counter() - began)
+        folder = RunFolder(path)
+        with ExitStack() as held:
+            if resumed:
+                held.enter_context(folder.hold())
+            job = build(config)
+            if resumed:
+                if not folder.started:  # killed before its first checkpoint
+                    folder.save_state(0, job.start)
+                done, state = folder.load_state()
+                for last in ("summary.json", ANSWERS):
+                    (path / last).unlink(missing_ok=True)
+                folder.write_config(kept(config))
+            else:
+                folder = RunFolder.create(path, kept(config))
+                held.enter_context(folder.hold())
+                done, state = 0, job.start
+                folder.save_state(0, state)
+            write_holdings(job, folder)
+            if not gc.isenabled():  # by the command, until here
+                gc.freeze()
+                gc.enable()
+            startup = time.perf_counter() - began
+            return cls(config, job, folder, state, done, began, startup, held.pop_all())
 
     def opening(self) -> str:
         """What is about to happen, in two lines or three."""
@@ -92,6 +100,7 @@ class Run:
         try:
             self._go(grid, tracker or progress, plan)
         finally:
+            self.held.close()
             if tracker is not None:
                 tracker.close(self.folder.summary())
 

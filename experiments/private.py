@@ -1,6 +1,9 @@
 """What privacy asks of a run before it starts, and what a run says of what was spent."""
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig
@@ -142,15 +145,35 @@ def check_ledgers(privacy: Privacy | None, folder: RunFolder) -> None:
 def told_ledgers(lines: Iterable[Mapping[str, Any]], accountant: Accountant) -> dict[int, Ledger]:
     """What clients on other machines say they have spent, by their lines of clients.jsonl.
 
-    A round whose reply was lost is in the client's own ledger only; the epsilon that it tells holds it.
+    A round whose reply was lost is in the client's own ledger only. The epsilon that it tells from then on
+    holds it, so that its entry is counted again until it is accounted for. Numbers that cannot be, which an
+    honest client does not send, are nobody's spending.
     """
     found: dict[int, Ledger] = {}
     for line in lines:
-        if line["status"] == "ok" and line.keys() >= {"sigma", "q", "steps", "delta"}:
+        if line["status"] != "ok" or not line.keys() >= {"sigma", "q", "steps", "delta", "epsilon"}:
+            continue
+        try:
             entry = Entry(line["sigma"], line["q"], int(line["steps"]))
-            ledger = found.get(line["client"], Ledger(line["delta"], accountant=accountant))
-            found[line["client"]] = ledger.plus(entry, valid=bool(line["epsilon_valid"]))
+        except (ConfigError, ValueError, OverflowError):
+            continue
+        if not 0 < line["delta"] < 1:
+            continue
+        ledger = found.get(line["client"], Ledger(line["delta"], accountant=accountant))
+        ledger = ledger.plus(entry, valid=bool(line["epsilon_valid"]))
+        found[line["client"]] = _with_lost(ledger, entry, line["epsilon"], 2 * line["round"])
     return found
+
+
+def _with_lost(ledger: Ledger, entry: Entry, told: float, most: int) -> Ledger:
+    """The ledger with as many more rounds of an entry as it takes to reach the epsilon that is told."""
+
+    def more(rounds: int) -> Ledger:
+        return ledger.plus(replace(entry, steps=rounds * entry.steps))
+
+    if not told < math.inf or ledger.epsilon >= told * (1 - 1e-9):
+        return ledger
+    return more(bisect_left(range(most), told * (1 - 1e-9), key=lambda rounds: more(rounds).epsilon))
 
 
 def planned(privacy: Privacy) -> int:
@@ -184,7 +207,7 @@ def spent(privacy: Privacy, ledgers: Iterable[Ledger]) -> dict[str, Any]:
     if found:
         delta = max(ledger.delta for ledger in found)
     told: dict[str, Any] = {"epsilon": epsilon, "delta": delta}
-    if _hidden(privacy):
+    if privacy.hides_counts:
         told = {"epsilon": privacy.epsilon, "delta": 1e-5 if privacy.delta is None else privacy.delta}
     elif found:
         told["sigma"] = min((e.sigma for ledger in found for e in ledger.entries), default=None)
@@ -216,7 +239,7 @@ def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -
             **{name: form[name] for name in ("unit", "adjacency", "mechanism", "accountant")},
             "not_covered": not_covered(privacy, secure_sum),
             **({"server": server} if server else {}),
-            "clients": {} if _hidden(privacy) else each,
+            "clients": {} if privacy.hides_counts else each,
         },
     }
 
@@ -229,7 +252,8 @@ def not_covered(privacy: Privacy, secure_sum: bool = False) -> list[str]:
     if isinstance(privacy, DPSGD) and privacy.public_metrics:
         found.append("training losses and shares of clipped records (privacy.public_metrics)")
     if isinstance(privacy, ClientLevel):
-        found.append("who took part, in clients.jsonl, and how many, in metrics.jsonl and report.html")
+        found.append("who took part, with losses and numbers of rows, in clients.jsonl and report.html")
+        found.append("how many took part, in metrics.jsonl")
         if not secure_sum:
             found.append(
                 "what the server itself sees: every update in the clear (secure_sum=true hides them)"
@@ -258,8 +282,3 @@ def more_rounds(config: DictConfig, rounds: int) -> None:
             f"resume: the noise of this run is for {planned} rounds, more would break its epsilon "
             f"of {config.privacy.epsilon:g}; start a new run with rounds={rounds}"
         )
-
-
-def _hidden(privacy: Privacy) -> bool:
-    """Whether what is spent so far would tell how many records a client has."""
-    return isinstance(privacy, DPSGD) and not privacy.public_counts

@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             log = Path(tempfile.mkdtemp(prefix="fedlora-")) / log.name
             log.write_text(traceback.format_exc(), encoding="utf-8")
         _fail(f"unexpected {type(error).__name__}: {error}; the traceback is in {log}", 1)
+    finally:
+        gc.enable()
 
 
 def _fail(message: str, code: int) -> None:

@@ -39,7 +39,7 @@ def simulate(run: "Run", progress: Display) -> None:
     site = Simulated(
         functools.partial(_site, OmegaConf.to_yaml(config), str(run.folder.path.absolute())), job.ranks
     )
-    patience = functools.partial(Patience, enough=job.rules.enough, done=progress.advance, late=progress.warn)
+    patience = functools.partial(Patience, enough=job.enough, done=progress.advance, late=progress.warn)
     simulation(
         lambda grid, stopped: run.go(patience(grid, poll=0.1, stopped=stopped), progress),
         site,

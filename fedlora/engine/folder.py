@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -18,6 +18,11 @@ from fedlora.engine.memory import Memory
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.privacy import Ledger
 from fedlora.protocol import State
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 KEPT = 2  # checkpoints; the one before the last serves when the last is damaged
 SERVER = -1  # in the place of a client's id
@@ -57,6 +62,28 @@ class RunFolder:
             (path / log).touch()
         folder.write_config(config)
         return folder
+
+    def hold(self) -> IO[bytes]:
+        """Keep other processes from going on with this run, until the file is closed or this process ends.
+
+        Two at a time would each pay for their own noise alone, and one's entry in the ledger would be lost.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        file = (self.path / "checkpoint" / "lock").open("ab")
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise ConfigError(
+                    f"resume: another process is at work on '{self.path}'; wait for its end, or stop it"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        return file
 
     def write_config(self, config: str) -> None:
         """Write the resolved configuration."""

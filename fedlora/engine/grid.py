@@ -15,7 +15,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.engine.site import Site
-from fedlora.engine.wire import FAILED, size
+from fedlora.engine.wire import FAILED
 from fedlora.errors import FedLoraError
 
 TOKENS = 16384  # of a step: about thirty groups of clients, one a core; more make it no faster
@@ -116,11 +116,16 @@ class InProcessGrid(Grid):
             yield group
 
     def _cost(self, message: Message) -> tuple[int, int]:
-        """Tokens of a step, and bytes of parameters, gradients and two moments."""
+        """Tokens of a step, and bytes of parameters, gradients and two moments.
+
+        Of the whole task, not of what is sent: that depends on what the client holds, which a resumed run
+        sends once more, and groups must not.
+        """
         if message.metadata.message_type != "train" or self._fuse is not None:
             return 0, 0
         context = self._contexts[message.metadata.dst_node_id]
-        return self._site.step_tokens(context), 4 * size(message.content)
+        whole = message.content.config_records["config"]["whole"]
+        return self._site.step_tokens(context), 4 * int(whole)  # type: ignore[arg-type]
 
     def _answers(self, group: list[Message]) -> list[Message]:
         requests = [self._delivered(message) for message in group]

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import sys
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -109,5 +110,15 @@ class Listener:
             raise CheckpointError(
                 "the run's files came damaged through the log; resume=DIR fetches them again"
             )
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            archive.extractall(self._folder)  # keeps to the folder, whatever names say
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(dir=self._folder, prefix="brought-") as place,
+            zipfile.ZipFile(io.BytesIO(data)) as archive,
+        ):
+            archive.extractall(place)  # keeps to the folder, whatever names say
+            found = [path for path in Path(place).rglob("*") if path.is_file()]
+            # The summary says that all is there.
+            for path in sorted(found, key=lambda path: path.name == "summary.json"):
+                to = self._folder / path.relative_to(place)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(to)

@@ -42,7 +42,7 @@ class Held:
 def write_task(
     task: Task, round: int, seed: int, held: Held | None = None, version: int | None = None
 ) -> tuple[RecordDict, Held]:
-    """What the server sends, and what the node holds once it has it.
+    """What the server sends, with the bytes of the whole task, and what the node holds once it has it.
 
     A tensor goes unless the node holds the same bits from the task before, as it does those that it did not
     both train and share; and of a fold that has grown since the node's only the gain, where that is less.
@@ -70,7 +70,8 @@ def write_task(
         | (gain if grown else set())
     )
     to = _fold_seal(digests) if grown else ""
-    config = ConfigRecord({"round": round, "seed": seed, "task": header, "grown": to})
+    whole = _bytes(tensors, tensors.keys() - gain)
+    config = ConfigRecord({"round": round, "seed": seed, "task": header, "grown": to, "whole": whole})
     arrays = ArrayRecord({name: _array(tensors[name]) for name in sorted(sent)})
     return RecordDict({"arrays": arrays, "config": config}), Held(digests, version)
 

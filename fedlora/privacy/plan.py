@@ -52,6 +52,8 @@ class Plan:
         then, budget = self.after(spent).epsilon, self.privacy.epsilon
         if then <= budget:
             return None
+        if self.privacy.hides_counts:  # the numbers would tell how many records there are
+            return "the privacy budget is spent"
         now = 0.0 if spent is None else spent.epsilon
         return (
             f"the privacy budget is spent: epsilon is {now:.3f} of {budget:g} at delta {self.delta:g}, one "

@@ -33,7 +33,8 @@ class Source:
         """So many numbers above 0 and at most 1, of 53 bits, in float64."""
         bits = torch.frombuffer(bytearray(self._stream.update(bytes(8 * count))), dtype=torch.int64)
         # Half a step off the grid, so that 0 never comes: its logarithm would be an infinite normal.
-        return (bits >> 11).double().add_(2.0**52 + 0.5).mul_(2.0**-53)
+        # Added last, since next to 0 float64 can hold it.
+        return (bits >> 11).double().add_(2.0**52).mul_(2.0**-53).add_(2.0**-54)
 
     def normals(self, count: int) -> Tensor:
         """So many standard normals in float64 (Box and Muller, 1958)."""

@@ -46,6 +46,11 @@ class Privacy:
         """Whether the noise is random, so that epsilon means something."""
         return self.insecure_test_seed is None
 
+    @property
+    def hides_counts(self) -> bool:
+        """Whether nobody may learn how many of what is protected there are, from no message either."""
+        return False
+
     def _whole(self, name: str, none: bool = False) -> None:
         value = getattr(self, name)
         if not (none and value is None) and not (type(value) is int and value >= 1):
@@ -55,14 +60,21 @@ class Privacy:
         """At most a tenth of 1/count unless it is said, and below 1/count in any case."""
         delta = min(1e-5, 1 / (10 * count)) if self.delta is None else self.delta
         if delta >= 1 / count:
+            n = "n" if self.hides_counts else str(count)
             raise ConfigError(
-                f"privacy.delta: expected less than 1/{count}, since {whose} {count} {self.unit}s and one of "
+                f"privacy.delta: expected less than 1/{n}, since {whose} {n} {self.unit}s and one of "
                 f"them could be given away; got {delta:g}"
             )
         return delta
 
     def _plan(self, q: float, total: int, batch_size: int, steps: int, delta: float) -> Plan:
-        sigma = calibrate(self.epsilon, delta, q, total, self.accountant)
+        try:
+            sigma = calibrate(self.epsilon, delta, q, total, self.accountant)
+        except ConfigError:
+            if not self.hides_counts:
+                raise
+            why = f"privacy: no noise gives epsilon {self.epsilon:g}; raise it, or train fewer rounds"
+            raise ConfigError(why) from None
         return Plan(self, batch_size, steps, delta, sigma, q)
 
 
@@ -96,6 +108,11 @@ class DPSGD(Privacy):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"privacy.{name}: expected true or false, got {getattr(self, name)!r}")
 
+    @property
+    def hides_counts(self) -> bool:
+        """Unless a client's number of records may be known."""
+        return not self.public_counts
+
     def plan(self, rows: int, batch_size: int, steps: int) -> Plan:
         """What follows for a client.
 
@@ -109,8 +126,9 @@ class DPSGD(Privacy):
                 that no noise reaches.
         """
         if rows < batch_size:
+            has = "fewer records" if self.hides_counts else f"{rows} records"
             raise ConfigError(
-                f"privacy: a client has {rows} records, expected at least client.batch_size={batch_size}; "
+                f"privacy: a client has {has}, expected at least client.batch_size={batch_size}; "
                 "lower it, or raise data.min_rows"
             )
         delta = self._delta(rows, "a client has")

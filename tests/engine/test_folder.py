@@ -165,6 +165,14 @@ def test_a_second_run_in_a_folder_is_refused(folder: RunFolder) -> None:
     assert (folder.path / "config.yaml").read_text() == "seed: 1\n"
 
 
+def test_two_at_a_time_cannot_go_on_with_a_run(folder: RunFolder) -> None:
+    held = folder.hold()
+    with pytest.raises(ConfigError, match="another process is at work"):
+        RunFolder(folder.path).hold()
+    held.close()
+    RunFolder(folder.path).hold().close()
+
+
 def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="out: cannot make"):

@@ -7,7 +7,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 import fedlora.engine.grid as grid_module
-from fedlora.engine.wire import read_update, size, write_task
+from fedlora.engine.wire import read_update, write_task
 from fedlora.protocol import Peer, Task
 
 
@@ -61,7 +61,8 @@ def test_auto_groups_follow_tokens(lab: Any, noise: Any) -> None:
 
 
 def test_auto_groups_follow_memory(lab: Any, noise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = size(next(messages(lab, 1)).content)
+    one = next(messages(lab, 1)).content["config"]["whole"]
+    assert one == sum(tensor.nbytes for _, tensor in lab.adapter().tensors())
     monkeypatch.setattr(grid_module, "MEMORY", 4 * one * 3)
     client = noise(tokens=1)
     list(lab.grid(client, [4] * 7).send_and_receive(messages(lab, 7)))

@@ -63,6 +63,29 @@ def test_files_come_as_they_were(capsys: Any, tmp_path: Path) -> None:
     assert (target / "adapter" / "weights").read_bytes() == big
     assert (target / "summary.json").read_text() == '{"a": 1}'
     assert not (target / "secret").exists()
+    assert {path.name for path in target.iterdir()} == {"summary.json", "adapter"}
+
+
+def test_a_summary_is_there_only_once_all_else_is(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    source, target = tmp_path / "from", tmp_path / "to"
+    (source / "adapter").mkdir(parents=True)
+    (source / "adapter" / "weights").write_text("w")
+    (source / "summary.json").write_text("{}")
+    Teller().bring(source, ["summary.json", "adapter"])
+    listener, replace = Listener(target), Path.replace
+
+    def full(path: Path, to: Path) -> Path:
+        if path.name == "weights":
+            raise OSError("no space left on device")
+        return replace(path, to)
+
+    monkeypatch.setattr(Path, "replace", full)
+    *pieces, last = capsys.readouterr().out.splitlines()
+    for line in pieces:
+        listener.hear(line, Shown())
+    with pytest.raises(OSError, match="no space"):
+        listener.hear(last, Shown())
+    assert not (target / "summary.json").exists()
 
 
 def test_a_piece_that_came_damaged_is_noticed(capsys: Any, tmp_path: Path) -> None:

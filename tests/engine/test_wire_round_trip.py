@@ -39,6 +39,17 @@ def test_tasks_and_updates_survive_the_wire_bit_for_bit(
     assert (update.weight, update.peer, dict(update.metrics)) == (11.0, peer, {"loss": 0.25})
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: type(s).__name__)
+def test_a_message_says_how_large_its_task_is_whatever_the_node_holds(strategy: Any, wire: Any) -> None:
+    """A resumed run sends everything once more; its clients must be in the groups that they were in."""
+    task = strategy.task(strategy.init(wire.adapter(4)), Peer(5, 4))
+    first, held = write_task(task, 1, 0, version=1)
+    second, _ = write_task(task, 2, 0, held, version=2)
+    whole = sum(t.nbytes for name, t in task.pack()[0].items() if not name.startswith("gain/"))
+    assert first["config"]["whole"] == second["config"]["whole"] == whole
+    assert size(second) <= size(first)
+
+
 def test_a_parameter_without_dimensions_survives_the_wire(respond: Any) -> None:
     task = Task(Adapter({}, {"scale": torch.tensor(0.5)}))
     assert read_task(write_task(task, 1, 0)[0])[0].adapter.digest() == task.adapter.digest()

@@ -90,3 +90,23 @@ def test_normals_are_those_of_box_and_muller_to_the_last_digit() -> None:
     np.testing.assert_allclose(
         z, np.concatenate([radius * np.cos(angle), radius * np.sin(angle)]), rtol=0, atol=1e-13
     )
+
+
+class Fixed:
+    """A stream of one 64-bit number."""
+
+    def __init__(self, number: int) -> None:
+        self.bytes = number.to_bytes(8, "little", signed=True)
+
+    def update(self, zeros: bytes) -> bytes:
+        return self.bytes * (len(zeros) // 8)
+
+
+@pytest.mark.parametrize("number", [-(2**63), -(2**63) + 2**11, 0, 2**63 - 1])
+def test_no_number_of_the_stream_is_0_or_beyond_1(number: int) -> None:
+    source = Source()
+    source._stream = Fixed(number)  # type: ignore[assignment]
+    (one,) = source.uniforms(1).tolist()
+    assert 0 < one <= 1
+    assert one == pytest.approx((number + 2**63) / 2**64, abs=2**-52)
+    assert source.normals(4).isfinite().all()
