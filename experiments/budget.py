@@ -29,7 +29,7 @@ from .targets import Trust, make, read
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
 ROUNDS = 3  # of nothing but noise; more grow alike and take longer
 # Signal over noise of a whole run, at best: what was measured is in experiments/results/privacy.
-HOPELESS, HARD = 10.0, 50.0
+HOPELESS, HARD = 10.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _outlooks_table(found: Iterable[Outlook], rounds: int) -> Table:
     note = (
         f"At best: every record pulls one way at the clip. Below {HOPELESS:g} nothing was learned where it "
         f"was measured, below {HARD:g} little. Noise: ‖ΔW‖ of rounds of nothing else. What helps: more "
-        "records a client, larger batches, fewer trained numbers (ffalora, smaller ranks, lora.head=last or "
-        "freeze), more clients a round, a larger epsilon."
+        "records a client, larger batches, fewer trained numbers (smaller ranks, fewer lora.targets, "
+        "lora.head=last or freeze), more clients a round, a larger epsilon."
     )
     return Table("What that noise does", header, rows, note)
