@@ -66,9 +66,10 @@ def _run(config: DictConfig, grid: Grid, teller: Teller) -> None:
         config.resume = str(path)
     run = Run.begin(config, path)
     job = run.job
-    teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
-    patient = Patience(grid, job.enough, done=teller.advance, late=teller.warn)
-    run.go(patient, teller, _plan(config, job).record())
+    with run.held:
+        teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
+        patient = Patience(grid, job.enough, done=teller.advance, late=teller.warn)
+        run.go(patient, teller, _plan(config, job).record())
     _bring(run.folder, teller)
 
 

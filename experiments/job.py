@@ -39,7 +39,7 @@ class Run:
         done: how many those are.
         began: when, by time.perf_counter.
         startup: seconds until here.
-        held: keeps other processes from this run.
+        held: keeps other processes from this run, until it is closed.
     """
 
     config: DictConfig
@@ -100,7 +100,6 @@ class Run:
         try:
             self._go(grid, tracker or progress, plan)
         finally:
-            self.held.close()
             if tracker is not None:
                 tracker.close(self.folder.summary())
 
@@ -178,8 +177,15 @@ def run_job(config: DictConfig, console: Console) -> Path:
             "data=sites: the rows are at the sites, on other machines; say engine=deploy, or data=files"
         )
     run = Run.begin(config, path)
-    console.print(run.opening(), soft_wrap=True, highlight=False, markup=False)
-    job = run.job
+    with run.held:
+        console.print(run.opening(), soft_wrap=True, highlight=False, markup=False)
+        _on_engine(run, console)
+    return path
+
+
+def _on_engine(run: Run, console: Console) -> None:
+    """Run what is left of a federation over Ray's actors or in this process."""
+    config, job = run.config, run.job
     with Progress(config.rounds, run.done, job.metric, console, job.privacy is not None) as progress:
         if config.engine.name == "ray":
             from .simulate import simulate  # Ray is an extra
@@ -189,7 +195,6 @@ def run_job(config: DictConfig, console: Console) -> Path:
             site = replace(job.site, memory=run.folder.memory)
             grid = InProcessGrid(site, job.nodes(), fuse_of(config.engine.fuse), progress.advance)
             run.go(grid, progress)
-    return path
 
 
 def continued(path: Path, overrides: list[str]) -> DictConfig:
