@@ -108,7 +108,9 @@ def ledgers(path: Path) -> Table:
         accountant = read(path, Trust()).get("privacy", {}).get("accountant", "prv")
         found, told = told_ledgers(folder.clients(), accountant), " As the sites have told."
     if not found:
-        raise CheckpointError(f"privacy show: '{path}' has no ledger: nothing private was let out")
+        raise CheckpointError(
+            f"privacy show: '{path}' has no ledger: it ran without privacy, or has released nothing yet"
+        )
     rows = []
     for client, ledger in sorted(found.items()):
         rows += [

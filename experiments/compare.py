@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -88,7 +88,7 @@ def main(words: Sequence[str]) -> None:
     given = parser.parse_args(list(words))
     overrides = ["experiment=compare", *given.overrides]
     asked = compose(overrides).compare
-    tuples = {name: tuple(asked[name]) for name in ("strategies", "rates", "seeds")}
+    tuples = {name: _several(asked[name]) for name in ("strategies", "rates", "seeds")}
     what = Comparison(**tuples, baseline=asked.baseline, rank=asked.rank)
     out = given.to or Path("runs") / f"compare-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     console = Console()
@@ -100,6 +100,10 @@ def main(words: Sequence[str]) -> None:
     (rate,) = (line.rate for line in lines if line.strategy == what.baseline)
     console.print(table_of(lines, read_run(_run(out, what.baseline, rate, what.seeds[0])).metric))
     print(out / "compare.md")
+
+
+def _several(given: Any) -> Any:
+    return given if isinstance(given, str) else tuple(given) if OmegaConf.is_list(given) else (given,)
 
 
 def table_of(lines: Sequence[Line], metric: str) -> Table:

@@ -32,9 +32,9 @@ class Comparison:
     def __post_init__(self) -> None:
         for name in ("strategies", "rates", "seeds"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            if isinstance(values, str) or not values or len(set(values)) < len(values):
                 raise ConfigError(
-                    f"compare.{name}: expected different values, one or more, got {list(values)}"
+                    f"compare.{name}: expected a list of different values, such as [a,b], got {values}"
                 )
         if self.baseline not in self.strategies:
             raise ConfigError(

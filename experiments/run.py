@@ -87,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail("interrupted; a run goes on from its last round with fedlora run resume=DIR", 130)
+    except PermissionError as error:
+        _fail(f"'{error.filename}': {error.strerror}; choose another folder, or change who may write there", 2)
     except Exception as error:
         log = Path("fedlora-error.log").absolute()
         try:
@@ -163,7 +165,7 @@ def _report(words: list[str]) -> None:
         description="One HTML page about a run or several, PNG and CSV beside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs, or of sweeps")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="where to write; default: report.html in DIR")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="where to write; default: report.html in the first DIR")
     given = parser.parse_args(words)
     from fedlora.report import missing, read_runs, runs_table, seeds_table, write_files, write_report
 
@@ -173,7 +175,10 @@ def _report(words: list[str]) -> None:
         shown = ", ".join(jobs[:3]) + (", ..." if len(jobs) > 3 else "")
         print(f"{len(jobs)} runs of the sweep in {path} are missing: {shown}; fedlora run -m resume={path}")
     runs = [*{run.path: run for path in given.runs for run in read_runs(path)}.values()]
-    written = write_report(runs, given.to or Path(given.runs[0]) / "report.html", defaults())
+    to = given.to or Path(given.runs[0])
+    if to.is_dir() or not to.suffix:  # beside the page lies a folder of its name
+        to = to / "report.html"
+    written = write_report(runs, to, defaults())
     beside = write_files(runs, written.with_suffix(""))
     (seeds_table(runs) or runs_table(runs)).show()
     print(f"{written}\npictures and numbers: {beside}")
@@ -192,6 +197,8 @@ def _export(words: list[str]) -> None:
 
     trust, words = Trust.said(words)
     given = parser.parse_args(words)
+    if given.client is not None and given.merge:
+        _fail("--merge: a client's own model is exported as an adapter; leave --merge out", 2)
     if given.client is not None:
         print(export_own(given.run, given.client, given.to, trust))
     else:

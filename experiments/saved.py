@@ -14,11 +14,12 @@ from fedlora.errors import CheckpointError, ConfigError, ModelError
 from fedlora.evaluation import evaluate
 from fedlora.models import Bank, by_peft, merge, save_adapter
 from fedlora.protocol import Task, whole
+from fedlora.strategy import Strategy
 
 from .bases import load_base
 from .build import build
 from .rows import dataset_of
-from .targets import Trust, read
+from .targets import Trust, make, read
 
 NONE = Trust()
 
@@ -32,6 +33,12 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
     """
     _check_new(to)
     config, dataset = _read(run, trust)
+    strategy: Strategy = make(config, "strategy")
+    if strategy.personal:
+        raise ConfigError(
+            f"export: what all clients of {type(strategy).__name__} share is nobody's model; say --client N, "
+            "where a client's own is an adapter"
+        )
     _, state = RunFolder(run).read_state()
     base = load_base(config, dataset)
     adapter = state.whole()

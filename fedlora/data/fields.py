@@ -24,7 +24,7 @@ class Fields:
             if column is None or column in columns:
                 continue
             near = difflib.get_close_matches(column, columns, n=1)
-            hint = f"did you mean {role}={near[0]}?" if near else f"set {role}= to the right one"
+            hint = f"did you mean data.{role}={near[0]}?" if near else f"set data.{role}= to the right one"
             raise DataError(
                 f"{where}: expected a column {column!r}, got {', '.join(map(repr, columns))}; {hint}"
             )

@@ -65,7 +65,9 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
         tensors[_PREFIX + name] = value.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = folder / "adapter_model.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors' files are for their owner alone
 
 
 def load_adapter(folder: Path, base: Base) -> Adapter:
