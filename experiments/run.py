@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         _fail("interrupted; a run goes on from its last round with fedlora run resume=DIR", 130)
     except PermissionError as error:
-        _fail(f"'{error.filename}': {error.strerror}; choose another folder, or change who may write there", 2)
+        _fail(f"'{error.filename}': {error.strerror}; name another folder, or let yourself write there", 2)
     except Exception as error:
         log = Path("fedlora-error.log").absolute()
         try:
@@ -165,7 +165,8 @@ def _report(words: list[str]) -> None:
         description="One HTML page about a run or several, PNG and CSV beside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs, or of sweeps")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="where to write; default: report.html in the first DIR")
+    default = "where to write; default: report.html in the first DIR"
+    parser.add_argument("--to", type=Path, metavar="FILE", help=default)
     given = parser.parse_args(words)
     from fedlora.report import missing, read_runs, runs_table, seeds_table, write_files, write_report
 

@@ -120,7 +120,7 @@ def _groups(rows: Sequence[Row], field: str, how: str) -> dict[str, Indices]:
         if key is None:
             raise DataError(
                 f"partition {how}: expected a client field in every row, got none in row {index}; "
-                f"name its column with data.client=, give a folder of files, a client each, or use partition iid"
+                "name its column with data.client=, give a folder of files, a client each, or use iid"
             )
         members.setdefault(key, []).append(index)
     return {key: np.array(indices, dtype=np.int64) for key, indices in members.items()}

@@ -67,7 +67,7 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     config.save_pretrained(str(folder))
     file = folder / "adapter_model.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors' files are for their owner alone
+    file.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors' own is for one user
 
 
 def load_adapter(folder: Path, base: Base) -> Adapter:

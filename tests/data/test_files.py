@@ -114,13 +114,14 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
 def test_a_missing_column_is_answered_with_those_that_exist_and_the_nearest(tmp_path: Path) -> None:
     said = message(tmp_path / "a.csv", "text,lable,site\nx,a,b\n")
     assert (
-        "a.csv:1: expected a column 'label', got 'text', 'lable', 'site'; did you mean data.label=lable?" in said
+        "a.csv:1: expected a column 'label', got 'text', 'lable', 'site'; did you mean data.label=lable?"
+        in said
     )
     said = message(tmp_path / "a.jsonl", '{"text": "x", "label": "a"}\n{"text": "x", "y": "a"}\n')
-    assert "a.jsonl:2: expected a column 'label', got 'text', 'y'; set label= to the right one" in said
+    assert "a.jsonl:2: expected a column 'label', got 'text', 'y'; set data.label= to the right one" in said
     said = message(tmp_path / "b.jsonl", '{"q": "x", "a": "y"}\n', prompt="q", response="a", client="site")
     assert "'site'" in said
-    assert "set client=" in said
+    assert "set data.client=" in said
 
 
 @pytest.mark.parametrize(

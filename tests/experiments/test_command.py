@@ -231,3 +231,13 @@ def test_a_sweep_knows_the_keys_of_what_it_chooses() -> None:
     settings.check_keys(["strategy=fedfold,fedsvd", "strategy.fresh=0.2"])
     with pytest.raises(settings.ConfigError, match="fersh"):
         settings.check_keys(["strategy=fedfold,fedsvd", "strategy.fersh=0.2"])
+
+
+@pytest.mark.parametrize("name", ["", "page", "new/page", "page.html"])
+def test_a_report_goes_into_a_folder_or_a_file(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    main(["report", str(finished), "--to", str(tmp_path / name)])
+    page = tmp_path / name if name.endswith(".html") else tmp_path / name / "report.html"
+    assert str(page) in capsys.readouterr().out.splitlines()
+    assert page.with_suffix("").is_dir()

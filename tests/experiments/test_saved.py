@@ -118,6 +118,10 @@ def test_a_client_s_own_adapter_is_what_it_evaluated(personal: Path, tmp_path: P
 def test_a_personal_run_leaves_no_adapter_and_says_so(personal: Path, refused: Callable[..., str]) -> None:
     assert not (personal / "adapter").exists()
     assert "personal" in refused("verify", str(personal))
+    to = str(personal.parent / "exported")
+    assert "--client N" in refused("export", str(personal), "--to", to)
+    assert "leave --merge out" in refused("export", str(personal), "--to", to, "--client", "1", "--merge")
+    assert not Path(to).exists()
 
 
 @pytest.mark.parametrize("client", ["7", "-1"])
