@@ -118,7 +118,7 @@ def test_there_is_nothing_to_plan_without_privacy() -> None:
 
 def test_show_has_every_client_and_the_kinds_of_its_steps(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
-    with pytest.raises(CheckpointError, match="nothing private was let out"):
+    with pytest.raises(CheckpointError, match="it ran without privacy"):
         ledgers(tmp_path)
     memory = Memory(tmp_path / "checkpoint" / "clients")
     first = Ledger(1e-5, accountant="rdp").plus(Entry(1.5, 0.1, 20))
