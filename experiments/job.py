@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from fedlora.answers import scores
@@ -168,6 +168,9 @@ def run_job(config: DictConfig, console: Console) -> Path:
     if config.get("pairs"):
         raise ConfigError("pairs: one run cannot have several settings of a kind; say fedlora run -m")
     check(config)
+    for key in ("train", "test", "path"):
+        if OmegaConf.is_missing(config.data, key):
+            raise ConfigError(f"data.{key}: needs a value, got none; say data.{key}=...")
     if config.engine.name == "deploy":
         from .deploy import deploy
 

@@ -13,6 +13,8 @@ Refused = Callable[..., str]
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
+        (["data=files"], ["data.train: needs a value"]),
+        (["data=hub"], ["data.path: needs a value"]),
         (["cliens=3"], ["cliens", "did you mean 'clients'"]),
         (["client.lrr=3"], ["lrr", "did you mean 'lr'"]),
         (["evaluate.evry=3"], ["evry", "every"]),
