@@ -271,3 +271,8 @@ def test_a_fold_that_grew_by_its_gain_is_the_same_for_server_and_client(make, rn
         sent = State.unpack(*State(Adapter({}), gain={"a": gain}).pack()).gain["a"]
         client = {"a": accumulate(client.get("a"), sent)}
         assert Adapter(server).digest() == Adapter(client).digest()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 200])
+def test_a_tail_is_never_empty_however_near_gamma_is_to_1(rank: int) -> None:
+    assert Tail(1 - 1e-11, 0.1, 1).start(rank) == rank - 1

@@ -188,6 +188,7 @@ def test_the_facts_follow_the_second_stage():
     assert facts(SLoRA()) == facts(SLoRA(keep_residual=True)) == (False, True, False)
     assert facts(SLoRA(second="flexlora")) == (True, False, False)
     assert facts(SLoRA(second="flexlora", keep_residual=True)) == (True, False, True)
+    assert facts(SLoRA(second="flexlora", sparse_rounds=0)) == (True, False, True)  # FlexLoRA's
     assert facts(SLoRA) == (False, True, False)  # no instance has changed the class
 
 
