@@ -88,7 +88,7 @@ def test_no_number_of_examples_ends_the_run(lab: Any, count: float) -> None:
 
 @pytest.mark.parametrize("record", ["config", "metrics"])
 def test_an_empty_list_in_a_reply_does_not_end_the_run(lab: Any, record: str) -> None:
-    """flwr 1.41 cannot count the bytes of one."""
+    """flwr cannot (1.42 as 1.41) count the bytes of one."""
 
     def change(replies: list[Message]) -> list[Message]:
         replies[0].content[record]["more"] = []
