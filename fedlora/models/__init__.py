@@ -1,8 +1,9 @@
 """Base models from transformers, K adapters on one of them, and adapters in PEFT's files."""
 
 from fedlora.models.bank import Bank
-from fedlora.models.base import Base, load
+from fedlora.models.base import Base
 from fedlora.models.dora import with_magnitudes
+from fedlora.models.loading import load
 from fedlora.models.lora import LoRA, fresh_adapter, layer_weight, targets
 from fedlora.models.peft_files import by_peft, load_adapter, merge, save_adapter
 from fedlora.models.starts import taken_out

@@ -1,0 +1,144 @@
+"""How a base model is loaded: from a folder or the hub, frozen, with what the checkpoint lacks made up."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from fedlora.data import Kind
+from fedlora.errors import ModelError
+from fedlora.models.attention import attend_our_way
+from fedlora.models.base import Base
+from fedlora.models.first_token import only_first_token
+from fedlora.models.packing import offset_of
+from fedlora.models.quantized import quantized
+from fedlora.seeds import generator
+
+
+def load(
+    path: str | Path,
+    kind: Kind,
+    labels: Sequence[str] = (),
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+    quantize: str | None = None,
+    allow_pickle: bool = False,
+) -> Base:
+    """Load a transformers model from a folder or, by name, from the hub or its cache.
+
+    What the checkpoint lacks (a new head) is drawn from the seed, the same on every machine.
+
+    Args:
+        path: a folder or a hub name.
+        kind: what it will be trained for.
+        labels: the labels of a classification, in the order of the logits.
+        dtype: of the frozen weights, "float32" or "bfloat16"; adapters are float32 in any case.
+        device: "cpu", "cuda" or "cuda:1".
+        seed: of made-up parameters.
+        quantize: "4bit" or "8bit", on a GPU with bitsandbytes; heads and adapters stay as they are.
+        allow_pickle: also load weights that are not safetensors; a pickle can hold more than weights.
+
+    Raises:
+        ModelError: no such model, or one that cannot do this.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    if dtype not in ("float32", "bfloat16", "float64"):
+        raise ModelError(f"model.dtype: expected float32, bfloat16 or float64, got '{dtype}'")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"model.device: '{device}' was asked for, torch sees no GPU; use model.device=cpu")
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"model.device: expected cpu, cuda or cuda:1, got '{device}'") from error
+    chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    chosen["ignore_mismatched_sizes"] = True  # a head for other labels is made anew, below
+    chosen["use_safetensors"] = None if allow_pickle else True
+    auto = AutoModelForCausalLM
+    if kind == "classification":
+        auto = AutoModelForSequenceClassification
+        names = dict(enumerate(labels))
+        chosen |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    bits: dict[str, Any] = {}
+    os.environ.setdefault(
+        "DISABLE_SAFETENSORS_CONVERSION", "1"
+    )  # asks a service on the hub to convert pickles
+    quiet = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        bits = quantized(quantize, auto, str(path), dtype, device)
+        model, info = auto.from_pretrained(str(path), trust_remote_code=False, **chosen, **bits)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        why = str(error).strip().splitlines()[0]
+        if not allow_pickle and re.search(r"no file named \S+\.safetensors|and thus cannot be loaded", why):
+            raise ModelError(
+                f"model.path: expected weights in safetensors, '{path}' has none; if it has pickled ones "
+                "(.bin) and you trust who made them, say model.allow_pickle=true"
+            ) from error
+        raise ModelError(
+            f"model.path: expected a folder with a transformers model, or a hub name, got '{path}': {why}"
+        ) from error
+    finally:
+        transformers.utils.logging.set_verbosity(quiet)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one without files
+        raise ModelError(f"model.path: '{path}' has no tokenizer files; save its tokenizer there too")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"model.path: the tokenizer of '{path}' has neither a pad nor an end token; set one")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    heads = _heads(model, kind, missing, str(path))
+    _make_up(model, missing, seed)
+    model.requires_grad_(False).eval()
+    if not bits:  # else it is there already, and bitsandbytes does not let it move
+        model.to(device)
+    ours = attend_our_way(model)
+    after = only_first_token(model) if kind == "classification" else None
+    packs = ours and (after is not None or kind == "instruction")
+    return Base(model, tokenizer, kind, heads, str(path), after, offset_of(model, after) if packs else None)
+
+
+def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[str, ...]:
+    """The modules to train whole: every parametrised sibling of the encoder, and every made-up module."""
+    if kind == "instruction":
+        if missing:
+            raise ModelError(
+                f"model: instructions need a decoder, such as model=smollm2; '{path}' is no complete causal "
+                f"language model, it lacks {sorted(missing)[:3]}"
+            )
+        return ()
+    prefix = model.base_model_prefix
+    heads = [n for n, m in model.named_children() if n != prefix and any(True for _ in m.parameters())]
+    for name in sorted({".".join(key.split(".")[:2]) for key in missing if key.startswith(prefix + ".")}):
+        lacks = [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()]
+        if not set(lacks) <= set(missing):
+            raise ModelError(
+                f"model.path: the checkpoint '{path}' lacks a part of {name}, or has other shapes"
+            )
+        heads.append(name)
+    return tuple(sorted(set(heads)))
+
+
+def _make_up(model: Any, missing: Sequence[str], seed: int) -> None:
+    """Give parameters that the checkpoint lacks their values: zero biases, small normal weights."""
+    spread = getattr(model.config, "initializer_range", 0.02)
+    parameters = dict(model.named_parameters())
+    rng = generator(seed, "head")
+    for name in sorted(missing):
+        value = parameters[name]
+        if value.ndim > 1:
+            value.data = torch.from_numpy(rng.normal(0, spread, value.shape)).to(value)
+        else:
+            value.data = torch.full_like(
+                value, 1.0 if name.endswith("weight") else 0.0
+            )  # of a norm, or a bias
