@@ -96,7 +96,10 @@ def main(words: Sequence[str]) -> None:
     def composed(name: str, seed: int) -> DictConfig:
         return compose([*overrides, f"strategy={name}", f"seed={seed}"])
 
-    lines = compare(what, composed, run_job, out, console)
+    try:
+        lines = compare(what, composed, run_job, out, console)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; the same command with --to {out} goes on") from None
     (rate,) = (line.rate for line in lines if line.strategy == what.baseline)
     console.print(table_of(lines, read_run(_run(out, what.baseline, rate, what.seeds[0])).metric))
     print(out / "compare.md")

@@ -71,34 +71,37 @@ def deploy(config: DictConfig, path: Path, console: Console) -> Path:
     Raises:
         FedLoraError: the SuperLink cannot be reached, or the run failed there; says why.
     """
-    superlink, note = superlink_of(config), path / NOTE
-    if config.resume is None:
+    superlink, note, folder = superlink_of(config), path / NOTE, RunFolder(path)
+    if fresh := config.resume is None:
         config.engine.experiment = config.engine.experiment or _named(path)
         check_name(str(config.engine.experiment))
         RunFolder.create(path, kept(config))
     else:
-        RunFolder(path).write_config(kept(config))
+        folder.write_config(kept(config))
     known = json.loads(note.read_text("utf-8")) if note.exists() else {}
     run = known.get("run") if known.get("superlink") == superlink else None
     again = (path / "summary.json").exists()  # it has finished before, and has rounds added
-    if run is None or again or _status(superlink, run) not in ALIVE:
-        run = submit(config, "run", superlink)
-        RunFolder(path).write_json(NOTE, {"superlink": superlink, "run": run})
-    console.print(
-        f"run {run} on SuperLink {superlink}; its log: flwr log {run} {superlink}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    follower = _Follower(config.rounds, path, console)
     try:
-        _follow(superlink, run, config.rounds, path, console)
-    except KeyboardInterrupt:
+        if run is None or again or _status(superlink, run) not in ALIVE:
+            run = submit(config, "run", superlink)
+            folder.write_json(NOTE, {"superlink": superlink, "run": run})
         console.print(
-            f"the run goes on without you; fedlora run resume={path} follows it, flwr stop {run} {superlink} "
-            "ends it",
+            f"run {run} on SuperLink {superlink}; its log: flwr log {run} {superlink}",
             highlight=False,
             soft_wrap=True,
         )
-        raise
+        follower.follow(superlink, run)
+    except KeyboardInterrupt:
+        if run is None:
+            raise
+        raise KeyboardInterrupt(
+            f"the run goes on at the server without this command; fedlora run resume={path} follows it "
+            f"again, flwr stop {run} {superlink} ends it"
+        ) from None
+    finally:
+        if fresh and not follower.began and (follower.refused or run is None):
+            folder.discard(NOTE)  # nothing was done in it, and its name is free for the next try
     return path
 
 
@@ -122,8 +125,6 @@ def submit(config: DictConfig, verb: str, superlink: str) -> int:
     """Start a run of the bundle; the number that Flower gives it."""
     sent = config.copy()
     sent.out = sent.resume = None
-    if (test := sent.data.get("test")) and Path(str(test)).exists():
-        sent.data.test = str(Path(str(test)).absolute())  # the server runs elsewhere in the tree
     with tempfile.TemporaryDirectory() as folder:
         bundle, given = Path(folder) / "fedlora-app", Path(folder) / "given.toml"
         bundle.mkdir()
@@ -159,30 +160,51 @@ def heard(superlink: str, run: int) -> Generator[str, None, None]:
         time.sleep(PAUSE)
 
 
-def _follow(superlink: str, run: int, rounds: int, path: Path, console: Console) -> None:
-    """Show a run's progress and bring back its files."""
-    listener, progress, failed = Listener(path), _Later(console), None
-    with progress, closing(heard(superlink, run)) as lines:
-        for line in lines:
-            if (said := listener.hear(line, progress)) is None:
-                continue
-            what, values = said
-            if what == "opening":
-                progress.open(str(values[0]), rounds, int(values[1]), str(values[2]), bool(values[3]))
-            elif what == "error":
-                failed = (str(values[0]), int(values[1]))
-            elif what == "trace":
-                (path / "server-error.log").write_text(str(values[0]), "utf-8")
-            elif what == "done":
-                return
-    if failed and failed[1] == 2:
-        raise FedLoraError(failed[0])
-    if failed:
-        raise RuntimeError(f"{failed[0]}; its traceback is in {path / 'server-error.log'}")
-    raise CheckpointError(
-        f"the server stopped before the run had ended ({_status(superlink, run)}); fedlora run resume={path} "
-        "goes on from its last round"
-    )
+class _Follower:
+    """Shows a run's progress and brings back its files.
+
+    Args:
+        rounds: of the run, in all.
+        path: the run's folder on this machine.
+        console: where to show progress.
+    """
+
+    def __init__(self, rounds: int, path: Path, console: Console) -> None:
+        self._rounds, self._path, self._console = rounds, path, console
+        self.began = False  # whether the server has loaded everything and made its own folder
+        self.refused = False  # whether it has ended with an error before
+
+    def follow(self, superlink: str, run: int) -> None:
+        """Until it ends.
+
+        Raises:
+            FedLoraError: the run failed, or the server stopped.
+        """
+        listener, progress, failed = Listener(self._path), _Later(self._console), None
+        with progress, closing(heard(superlink, run)) as lines:
+            for line in lines:
+                if (said := listener.hear(line, progress)) is None:
+                    continue
+                what, values = said
+                if what == "opening":
+                    self.began = True
+                    progress.open(
+                        str(values[0]), self._rounds, int(values[1]), str(values[2]), bool(values[3])
+                    )
+                elif what == "error":
+                    failed, self.refused = (str(values[0]), int(values[1])), True
+                elif what == "trace":
+                    (self._path / "server-error.log").write_text(str(values[0]), "utf-8")
+                elif what == "done":
+                    return
+        if failed and failed[1] == 2:
+            raise FedLoraError(failed[0])
+        if failed:
+            raise RuntimeError(f"{failed[0]}; its traceback is in {self._path / 'server-error.log'}")
+        raise CheckpointError(
+            f"the server stopped before the run had ended ({_status(superlink, run)}); fedlora run "
+            f"resume={self._path} goes on from its last round"
+        )
 
 
 class _Later:

@@ -23,6 +23,7 @@ from fedlora.protocol import State, Task
 from . import private
 from .build import Job, build, fuse_of
 from .ends import ANSWERS, finish, opening, strategy_name, write_holdings
+from .rows import at_sites
 from .targets import Trust, kept, read
 from .tracking import check, tracked
 
@@ -175,14 +176,19 @@ def run_job(config: DictConfig, console: Console) -> Path:
         from .deploy import deploy
 
         return deploy(config, path, console)
-    if config.data.name == "sites":
+    if at_sites(config):
         raise ConfigError(
             "data=sites: the rows are at the sites, on other machines; say engine=deploy, or data=files"
         )
     run = Run.begin(config, path)
     with run.held:
         console.print(run.opening(), soft_wrap=True, highlight=False, markup=False)
-        _on_engine(run, console)
+        try:
+            _on_engine(run, console)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; fedlora run resume={path} goes on from the last whole round"
+            ) from None
     return path
 
 

@@ -20,7 +20,7 @@ from fedlora.strategy import Strategy
 
 from .bases import heads_of, load_base, model_choices
 from .ranks import deal_ranks
-from .rows import dataset_of, deal
+from .rows import at_sites, dataset_of, deal
 from .targets import Trust, make
 
 RUN = "run"  # in the place of a file: rows dealt by the run itself, for trials
@@ -204,7 +204,7 @@ class Node:
             if self.client >= len(parts):
                 raise ConfigError(f"this site is client {self.client}, the run has only {len(parts)}")
             return [dataset.train[i] for i in parts[self.client].rows]
-        if config.data.name != "sites":
+        if not at_sites(config):
             raise ConfigError(
                 f"this site trains on its own file alone (data), the run brings data={config.data.name}; say "
                 "data=sites"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fedlora.data import Dataset, Example, Kind, Part, Row, encode, partition
 from fedlora.data.dataset import hold_out
@@ -14,7 +14,13 @@ from fedlora.models import Base
 
 from .targets import make
 
+HELD_OUT = "fedlora.data.files.held_out"  # what data=sites makes; its name could be that of anybody's folder
 VALIDATION = 500  # rows that are cut from the training rows at most; a fifth of them if that is less
+
+
+def at_sites(config: DictConfig) -> bool:
+    """Whether the training rows are at other sites, so that here are test rows alone (data=sites)."""
+    return bool(OmegaConf.select(config, "data.source._target_") == HELD_OUT)
 
 
 def dataset_of(config: DictConfig) -> Dataset:

@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         verbs[words[0]](words[1:])
     except FedLoraError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted; a run goes on from its last round with fedlora run resume=DIR", 130)
+    except KeyboardInterrupt as stop:  # a run that has begun says how it goes on
+        _fail(str(stop) or "interrupted", 130)
     except PermissionError as error:
         _fail(f"'{error.filename}': {error.strerror}; name another folder, or let yourself write there", 2)
     except Exception as error:

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -20,6 +21,8 @@ from omegaconf.errors import (
 from fedlora.errors import ConfigError
 
 PATHS = ("out", "resume", "data.train", "data.test", "data.path", "model.path", "lora.adapter")
+PLACED = tuple(key for key in PATHS if "." in key)  # what a deployment's server opens in a folder of its own
+NEVER_A_NAME = ("data.train", "data.test", "lora.adapter")  # the others may be names on the Hugging Face hub
 
 
 @dataclass
@@ -98,10 +101,44 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
             _know(overrides)
             config = hydra.compose("config", list(overrides))
-            OmegaConf.resolve(config)
+            resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     return config
+
+
+def resolve(config: DictConfig) -> None:
+    """Resolve every reference in a configuration, in place.
+
+    Raises:
+        ConfigError: a path of a deployment's data is not there.
+        OmegaConfBaseException: a reference leads nowhere.
+    """
+    if config.engine.get("name") == "deploy":
+        _place(config)
+    OmegaConf.resolve(config)
+
+
+def _place(config: DictConfig) -> None:
+    """Make the paths absolute that a process in another folder is to open, before other keys refer to them.
+
+    Raises:
+        ConfigError: a relative path of data is not there; nothing else could be meant by it.
+    """
+    for key in PLACED:
+        node, _, name = key.partition(".")
+        given = config[node]
+        if name not in given or OmegaConf.is_missing(given, name) or OmegaConf.is_interpolation(given, name):
+            continue
+        if not isinstance(path := given[name], str) or Path(path).is_absolute():
+            continue
+        if Path(path).exists():
+            given[name] = str(Path(path).absolute())
+        elif key in NEVER_A_NAME:
+            raise ConfigError(
+                f"{key}: expected a file or a folder, got '{path}', which is not in {Path.cwd()}; check the "
+                "path"
+            )
 
 
 def check_keys(overrides: Sequence[str]) -> None:

@@ -67,6 +67,10 @@ def sweep(words: Sequence[str]) -> None:
     _store(pairs)
     try:
         _launch([*flags, *said, *_over(pairs), *_quiet(said), f"hydra.sweep.dir='{this.folder}'"], this.run)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"interrupted; fedlora run -m resume={folder} goes on with what is missing"
+        ) from None
     finally:
         ConfigStore.instance().repo.pop("pair", None)
         failed = _close(folder, names)
@@ -81,7 +85,7 @@ def hydra_s_own(words: Sequence[str]) -> None:
     trust, _ = Trust.said(words)
 
     def run(config: DictConfig, overrides: Sequence[str]) -> None:
-        OmegaConf.resolve(config)
+        settings.resolve(config)
         print(closing(run_job(trust.into(config), Console())))
 
     _launch(words, run)

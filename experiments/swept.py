@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
@@ -19,6 +19,7 @@ from fedlora.engine.files import write_whole
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.report.read import number, read_run
 
+from . import settings
 from .ends import closing
 from .job import run_job
 from .targets import Trust, differences
@@ -62,7 +63,7 @@ class Sweep:
         """One job: the headline metric where it has finished, now or before, and None where it failed."""
         path = self.folder / self.name(overrides)
         try:
-            OmegaConf.resolve(config)
+            settings.resolve(config)
             config = self.trust.into(config)
             config.out, config.pairs = str(path), []
             if (path / "config.yaml").is_file():

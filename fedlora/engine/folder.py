@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -62,6 +63,14 @@ class RunFolder:
             (path / log).touch()
         folder.write_config(config)
         return folder
+
+    def discard(self, *more: str) -> None:
+        """Remove what `create` made, and these files, of a run that has not begun; other files stay."""
+        for name in ("config.yaml", "metrics.jsonl", "clients.jsonl", *more):
+            (self.path / name).unlink(missing_ok=True)
+        for place in (self.path / "checkpoint", self.path):
+            with suppress(OSError):  # something else is in it
+                place.rmdir()
 
     def hold(self) -> IO[bytes]:
         """Keep other processes from going on with this run, until the file is closed or this process ends.
