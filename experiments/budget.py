@@ -24,7 +24,7 @@ from fedlora.trainer import fit
 from .build import Job, build
 from .private import planned, told_ledgers
 from .settings import compose
-from .targets import Trust, make, read
+from .targets import Trust, named, read
 
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
 ROUNDS = 3  # of nothing but noise; more grow alike and take longer
@@ -69,9 +69,9 @@ def plan(words: Sequence[str], records: int | None = None) -> list[Table]:
     if not any(word.startswith("privacy=") for word in words):
         words = [*words, "privacy=dp_sgd"]
     config = compose(words)
-    if "_target_" not in config.privacy:
+    privacy: Privacy | None = named(config, "privacy", Privacy)
+    if privacy is None:
         raise ConfigError("privacy plan: there is nothing to plan for privacy=none; say privacy=dp_sgd")
-    privacy: Privacy = make(config, "privacy")
     job = _bare(config)
     plans = _plans(job, privacy, records)
     asked = next((word.partition("=")[2] for word in words if word.startswith("strategy=")), "fedit")

@@ -25,7 +25,7 @@ from .bases import heads_of, load_base, model_choices, shared
 from .begin import begin
 from .ranks import deal_ranks, plain
 from .rows import dataset_of, deal, encoded
-from .targets import make
+from .targets import make, named
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,9 @@ def build(config: DictConfig) -> Job:
     Raises:
         FedLoraError: a setting, a file, a model or a pairing of them cannot work.
     """
-    strategy: Strategy = make(config, "strategy")
-    client: Client = make(config, "client")
-    privacy: Privacy | None = None
-    if "_target_" in (config.get("privacy") or {}):
-        privacy = make(config, "privacy")
+    strategy: Strategy = make(config, "strategy", Strategy)
+    client: Client = make(config, "client", Client)
+    privacy: Privacy | None = named(config, "privacy", Privacy)
     if strategy.client and type(client).__name__ != strategy.client:
         raise ConfigError(
             f"strategy {type(strategy).__name__} needs the client {strategy.client}, which does its part of "
@@ -183,9 +181,8 @@ def build(config: DictConfig) -> Job:
     if clients is None:
         raise ConfigError("clients: how many sites take part? say clients=N")
     rules = replace(rules, clients=clients)
-    robust: Robust | None = None
-    if "_target_" in (config.get("robust") or {}):
-        robust = make(config, "robust")
+    robust: Robust | None = named(config, "robust", Robust)
+    if robust is not None:
         robust.check(strategy, rules, privacy)
     if rules.secure_sum:
         private.check_sum(strategy, rules, clients)

@@ -54,7 +54,7 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
     job = build(config)
     other = job.strategy
     if chosen is not None:
-        other = make(OmegaConf.merge(config, {"strategy": None}, {"strategy": chosen}), "strategy")  # type: ignore[arg-type]
+        other = make(OmegaConf.merge(config, {"strategy": None}, {"strategy": chosen}), "strategy", Strategy)  # type: ignore[arg-type]
     name = name or type(other).__name__.lower()
     if other.personal:
         raise ConfigError(

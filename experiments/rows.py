@@ -29,7 +29,7 @@ def dataset_of(config: DictConfig) -> Dataset:
     Raises:
         FedLoraError: the rows cannot be used, or there are none to cut a validation part from.
     """
-    dataset: Dataset = make(config, "data.source")
+    dataset: Dataset = make(config, "data.source", Dataset)
     if config.evaluate.rows == "test":
         return dataset
     if config.evaluate.rows != "validation":

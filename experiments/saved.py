@@ -33,7 +33,7 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
     """
     _check_new(to)
     config, dataset = _read(run, trust)
-    strategy: Strategy = make(config, "strategy")
+    strategy: Strategy = make(config, "strategy", Strategy)
     if strategy.personal:
         raise ConfigError(
             f"export: what all clients of {type(strategy).__name__} share is nobody's model; say --client N, "

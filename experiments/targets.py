@@ -19,20 +19,22 @@ from torch import nn, optim
 
 from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 
-# What runs are made of. The rest of fedlora also writes, removes and loads files.
-OURS = (
-    "fedlora.strategies",
-    "fedlora.clients",
-    "fedlora.privacy",
-    "fedlora.data",
-    "fedlora.models.packaged",
-    "fedlora.engine.robust",
-    "fedlora.engine.coordinates",
-)
+# What each group of a configuration may name of fedlora. The rest also writes, removes and loads files, and
+# only `data` may read them: a server must not have a site open a file by the way of, say, `client`.
+OURS = {
+    "strategy": ("fedlora.strategies",),
+    "client": ("fedlora.clients",),
+    "privacy": ("fedlora.privacy",),
+    "data": ("fedlora.data",),
+    "model": ("fedlora.models.packaged",),
+    "robust": ("fedlora.engine.robust", "fedlora.engine.coordinates"),
+}
 TORCH = {
     "torch.optim": optim.Optimizer,
     "torch.nn": nn.Module,
 }  # torch.load and others run what they are given
+# Hydra's own words beside `_target_`. They change what is made of a target without changing its name.
+WORDS = ("_args_", "_convert_", "_mode_", "_partial_", "_recursive_")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,30 @@ def read(run: Path, trust: Trust) -> DictConfig:
     return trust.into(config)
 
 
+def received(text: str) -> DictConfig:
+    """The configuration that a server sent, whose values must stand in it as they are.
+
+    A server sends what `compose` has resolved. A reference that is left would be resolved by whoever reads
+    it, and `${oc.env:...}` would then read the reader's environment into what it answers.
+
+    Raises:
+        ConfigError: it is no mapping, or a value or a key holds a reference.
+    """
+    try:
+        config = OmegaConf.create(text)
+    except Exception as error:  # whatever YAML's parser raises
+        raise ConfigError(f"the server's configuration cannot be read: {type(error).__name__}") from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError("the server's configuration: expected keys and values, got something else")
+    for place, node in _nodes(OmegaConf.to_container(config, resolve=False), ""):
+        if any(isinstance(x, str) and "${" in x for x in (node, place)):
+            raise ConfigError(
+                f"the server's configuration: expected plain values, got a reference at "
+                f"'{place.lstrip('.')}'; it must be resolved before it is sent"
+            )
+    return config
+
+
 def kept(config: DictConfig) -> str:
     """The configuration as a run keeps it: one that was continued is the same run, and grants nothing."""
     return OmegaConf.to_yaml(Trust().into(OmegaConf.merge(config, {"resume": None})))  # type: ignore[arg-type]
@@ -109,7 +135,8 @@ def checked(config: DictConfig, key: str) -> Any:
         key: the part, such as "data.source".
 
     Raises:
-        ConfigError: what was named, and what to say if it is to be trusted.
+        ConfigError: what was named, and what to say if it is to be trusted; or one of Hydra's words that
+            would make something else of it.
     """
     part = OmegaConf.to_container(OmegaConf.select(config, key), resolve=True)
     allow = tuple(config.get("allow") or ())
@@ -117,22 +144,26 @@ def checked(config: DictConfig, key: str) -> Any:
         if isinstance(node, str) and "${" in node:  # a reference after all, resolved only when it is too late
             raise ConfigError(f"{place}: expected a plain value, got '{node}'; write it without ${{")
         if isinstance(node, dict) and "_target_" in node:
-            _check(place, node["_target_"], allow)
+            _check(place, node["_target_"], OURS.get(key.partition(".")[0], ()), allow)
+    for place, node in _nodes(part, key):
+        if isinstance(node, dict):
+            _check_words(place, node, key, allow)
     return part
 
 
-def make(config: DictConfig, key: str) -> Any:
+def make(config: DictConfig, key: str, kind: type = object) -> Any:
     """Make what the `_target_` of a part names, which must be ours, torch's or allowed.
 
     Args:
         config: the whole configuration.
         key: the part, such as "strategy" or "data.source".
+        kind: the class that the made object must have.
 
     Raises:
         FedLoraError: what the target itself raises, or a ConfigError in one line for anything else.
     """
     try:
-        return hydra.utils.instantiate(checked(config, key))
+        made = hydra.utils.instantiate(checked(config, key))
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, FedLoraError):
@@ -140,6 +171,39 @@ def make(config: DictConfig, key: str) -> Any:
         raise ConfigError(f"{key}: {' '.join(str(cause or error).split())}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
+    if not isinstance(made, kind):
+        raise ConfigError(
+            f"{key}: expected a _target_ that makes a {kind.__name__}, got a {type(made).__name__}"
+        )
+    return made
+
+
+def named(config: DictConfig, key: str, kind: type) -> Any:
+    """What the `_target_` of a part makes, as `make` does; None where the part names none.
+
+    Raises:
+        FedLoraError: as `make` does, or a ConfigError where the part is no mapping.
+    """
+    part = config.get(key)
+    if part is not None and not isinstance(part, DictConfig):
+        raise ConfigError(f"{key}: expected keys and values, got {part!r:.60}")
+    return make(config, key, kind) if "_target_" in (part or {}) else None
+
+
+def _check_words(place: str, node: dict[Any, Any], key: str, allow: Sequence[str]) -> None:
+    """Refuse Hydra's words, which could turn an object that protects into one that is never made.
+
+    Only `_partial_` has a use, for what an object calls later, such as an optimizer of torch's: below the top
+    of a part, beside a target that is not fedlora's own.
+    """
+    for word in sorted(str(name) for name in node if name in WORDS):
+        later = place != key and isinstance(node[word], bool)
+        if word == "_partial_" and later and _within(str(node.get("_target_")), (*TORCH, *allow)):
+            continue
+        raise ConfigError(
+            f"{place}.{word}: this word of Hydra's is not for configurations of a run, since it changes what "
+            "is made; leave it out"
+        )
 
 
 def _nodes(node: Any, place: str) -> Iterator[tuple[str, Any]]:
@@ -149,12 +213,12 @@ def _nodes(node: Any, place: str) -> Iterator[tuple[str, Any]]:
             yield from _nodes(value, f"{place}.{name}")
 
 
-def _check(place: str, target: Any, allow: Sequence[str]) -> None:
+def _check(place: str, target: Any, ours: Sequence[str], allow: Sequence[str]) -> None:
     """Refuse a target that is not ours, torch's or allowed; nothing else is imported to find out."""
     if not isinstance(target, str):
         raise ConfigError(f"{place}: expected a dotted name under _target_, got {target!r}")
     public = not any(part.startswith("_") for part in target.split("."))
-    if not _within(target, allow) and not (public and _within(target, (*OURS, *TORCH))):
+    if not _within(target, allow) and not (public and _within(target, (*ours, *TORCH))):
         root, _, _ = target.partition(".")
         raise _refusal(place, target, target.rpartition(".")[0] if root in ("fedlora", "torch") else root)
     try:
@@ -167,7 +231,7 @@ def _check(place: str, target: Any, allow: Sequence[str]) -> None:
         home = str(thing.__module__)
         kind = next((kind for module, kind in TORCH.items() if _within(home, [module])), None)
         torch_s = kind is not None and inspect.isclass(thing) and issubclass(thing, kind)
-        if not (_within(home, (*OURS, *allow)) or torch_s):
+        if not (_within(home, (*ours, *allow)) or torch_s):
             raise _refusal(place, target, home)
 
 

@@ -1,6 +1,5 @@
 """The settings of private training, of records and of clients."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,6 +7,9 @@ from fedlora.errors import ConfigError
 from fedlora.privacy.ledger import Accountant, Ledger, Unit
 from fedlora.privacy.plan import Plan, calibrate
 
+# Where float32 holds a clipped gradient. Far below, its numbers are rounded up to the smallest that float32
+# has, and squares vanish from its norm; far above, they are infinite. A record would then be over the clip.
+CLIPS = (1e-9, 1e9)
 LARGEST = 1000.0  # an epsilon beyond this protects nothing, and its σ is beneath what accountants resolve
 
 
@@ -18,7 +20,7 @@ class Privacy:
     Args:
         epsilon: of the whole run.
         delta: below one over the number of what is protected; None takes min(1e-5, a tenth of that).
-        clip: largest norm of what a single record, or client, adds to a sum.
+        clip: largest norm of what a single record, or client, adds to a sum, from 1e-9 to 1e9.
         accountant: "prv", or "rdp", which is quicker where every client has another number of rows.
         insecure_test_seed: repeatable noise for tests; every output then says that epsilon is not valid.
     """
@@ -32,12 +34,18 @@ class Privacy:
     insecure_test_seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, top in (("epsilon", LARGEST), ("delta", 1.0), ("clip", math.inf)):
+        for name, top in (("epsilon", LARGEST), ("delta", 1.0)):
             value = getattr(self, name)
             if value is None and name == "delta":
                 continue
-            if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < top):
+            if not (_number(value) and 0 < value < top):
                 raise ConfigError(f"privacy.{name}: expected a number between 0 and {top:g}, got {value!r}")
+        low, high = CLIPS
+        if not (_number(self.clip) and low <= self.clip <= high):
+            raise ConfigError(f"privacy.clip: expected a number from {low:g} to {high:g}, got {self.clip!r}")
+        seed = self.insecure_test_seed
+        if seed is not None and type(seed) is not int:
+            raise ConfigError(f"privacy.insecure_test_seed: expected a whole number or null, got {seed!r}")
         if self.accountant not in ("prv", "rdp"):
             raise ConfigError(f"privacy.accountant: expected prv or rdp, got '{self.accountant}'")
 
@@ -190,3 +198,7 @@ class ClientLevel(Privacy):
     def weight(self, examples: float) -> float:
         """What a client of so many examples counts, from 0 to 1."""
         return 1.0 if self.example_cap is None else min(max(examples, 0.0) / self.example_cap, 1.0)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

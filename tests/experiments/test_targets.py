@@ -10,9 +10,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from fedlora.client import Client
 from fedlora.errors import ConfigError
 from fedlora.experiments.run import main
-from fedlora.experiments.targets import Trust, kept, make
+from fedlora.experiments.targets import Trust, kept, make, named, received
+from fedlora.privacy import Privacy
+from fedlora.strategy import Strategy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -51,7 +54,8 @@ def said(config: dict[str, Any], key: str = "strategy", allow: tuple[str, ...] =
 
 @pytest.mark.parametrize("target", HOSTILE)
 def test_what_is_not_ours_is_refused_with_what_to_say(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = said({"strategy": {"_target_": target}})
+    group = {"data": "data", "models": "model"}.get(target.split(".")[1], "strategy")
+    text = said({group: {"_target_": target}}, group)
     assert f"'{target}' is outside of what a configuration may name of fedlora and torch" in text
     if target != "fedlora.data.files.json.loads":  # whose module is named where it is defined
         assert f"say allow=[{HOSTILE[target]}] if you trust it" in text
@@ -94,16 +98,87 @@ def test_what_is_no_name_is_refused(target: Any) -> None:
 
 def test_a_name_that_is_not_there_says_so() -> None:
     assert "cannot find 'fedlora.strategies.FedAvgg'" in said(
-        {"s": {"_target_": "fedlora.strategies.FedAvgg"}}, "s"
+        {"strategy": {"_target_": "fedlora.strategies.FedAvgg"}}
     )
 
 
-@pytest.mark.parametrize(
-    "target", ["torch.optim.SGD", "torch.optim.adamw.AdamW", "fedlora.clients.TwoPhase.of"]
-)
+@pytest.mark.parametrize("target", ["torch.optim.SGD", "torch.optim.adamw.AdamW"])
 def test_optimizers_and_our_own_are_let_through(target: str) -> None:
-    config = OmegaConf.create({"x": {"_target_": target, "_partial_": True}})  # and no word of allow
-    assert callable(make(config, "x"))
+    optimizer = {"_target_": target, "_partial_": True, "lr": 0.1}
+    client = {"_target_": "fedlora.clients.GatedExperts.of", "lr": 0.1, "optimizer": optimizer}
+    made = make(OmegaConf.create({"client": client}), "client", Client)  # and no word of allow
+    assert made.local.optimizer.keywords == {"lr": 0.1}
+
+
+# A group may name its own part of fedlora and no other: what reads files is for the data alone.
+ELSEWHERE = {
+    "fedlora.data.files.load": "data",
+    "fedlora.data.hub.load": "data",
+    "fedlora.models.packaged.tiny": "model",
+    "fedlora.strategies.FedIT": "strategy",
+    "fedlora.privacy.DPSGD": "privacy",
+    "fedlora.engine.robust.Krum": "robust",
+}
+
+
+@pytest.mark.parametrize("target", ELSEWHERE)
+def test_a_group_names_its_own_part_alone(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedlora.privacy.DPSGD.__post_init__", lambda self: pytest.fail("it was called"))
+    for group in {*ELSEWHERE.values(), "client"} - {ELSEWHERE[target]}:
+        for part in ({"_target_": target}, {"_target_": "torch.nn.Identity", "x": [{"_target_": target}]}):
+            assert f"'{target}' is outside" in said({group: part}, group)
+
+
+STRATEGY = "fedlora.strategies.FedIT"
+
+
+@pytest.mark.parametrize("word", ["_partial_", "_args_", "_convert_", "_recursive_", "_mode_"])
+@pytest.mark.parametrize("value", [True, False, None, 1, "true", [], "all"], ids=repr)
+def test_no_word_of_hydras_changes_what_is_made(word: str, value: Any) -> None:
+    top = {"_target_": STRATEGY, word: value}
+    deep = {"_target_": STRATEGY, "x": {"y": [{"_target_": STRATEGY, word: value}]}}
+    bare = {"_target_": STRATEGY, "x": {"y": {word: value}}}
+    for part in (top, deep, bare):
+        text = said({"strategy": part})
+        assert text.startswith("strategy")
+        assert word in text
+
+
+def test_what_is_made_must_be_of_the_groups_kind() -> None:
+    wrong = {"strategy": {"_target_": "torch.nn.Identity"}, "client": {"_target_": STRATEGY}}
+    with pytest.raises(ConfigError, match="expected a _target_ that makes a Strategy, got a Identity"):
+        make(OmegaConf.create(wrong), "strategy", Strategy)
+    with pytest.raises(ConfigError, match="outside of what"):
+        make(OmegaConf.create(wrong), "client", Client)
+    for odd in ("dp_sgd", ["x"], 1):
+        with pytest.raises(ConfigError, match="privacy: expected keys and values"):
+            named(OmegaConf.create({"privacy": odd}), "privacy", Privacy)
+
+
+def test_a_local_run_cannot_be_left_without_its_privacy(no_run: Callable[..., str]) -> None:
+    said = no_run("privacy=dp_sgd", "+privacy._partial_=true")
+    assert "privacy._partial_" in said
+    assert "leave it out" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: ${oc.env:HOME}", "a: {b: ['x ${oc.env:HOME}']}", "a: {'${oc.env:HOME}': 1}", "a: 1\nb: ${a}"],
+)
+def test_what_a_server_sends_reads_nothing_of_the_readers(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of-the-site")
+    with pytest.raises(ConfigError, match="expected plain values") as caught:
+        received(text)
+    assert "of-the-site" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "7", ""])
+def test_what_a_server_sends_must_be_a_configuration(text: str) -> None:
+    if text:
+        with pytest.raises(ConfigError, match="the server's configuration"):
+            received(text)
+    else:
+        assert received(text) == {}
 
 
 @pytest.fixture
