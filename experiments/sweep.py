@@ -26,6 +26,7 @@ from rich.console import Console
 
 from fedlora.engine.files import write_whole
 from fedlora.errors import CheckpointError, ConfigError
+from fedlora.order import natural
 from fedlora.report.read import SWEEP
 
 from . import settings
@@ -214,7 +215,7 @@ def _finished(folder: Path, names: Sequence[str] | None) -> set[str]:
 
 def _close(folder: Path, names: Sequence[str] | None) -> bool:
     """Say what has finished, what failed and why, and what to do; whether anything failed."""
-    files = sorted(folder.glob(f"*/{ERROR}"))
+    files = sorted(folder.glob(f"*/{ERROR}"), key=lambda file: natural(file.parent.name))
     found = {file.parent.name: file.read_text(encoding="utf-8").splitlines()[0] for file in files}
     done = _finished(folder, names)
     missing = set(names or []) - done - found.keys()

@@ -19,6 +19,7 @@ from fedlora.batches import Micro, micro_batches
 from fedlora.data import Example, Row
 from fedlora.data.encode import IGNORED
 from fedlora.models import Bank, Base
+from fedlora.order import in_order
 from fedlora.protocol import Task
 from fedlora.seeds import generator
 from fedlora.workers import Workers
@@ -144,7 +145,7 @@ def scores(answers: Sequence[Answer]) -> dict[str, Any]:
     """
     if not answers:
         return {}
-    clients = sorted({found.client for found in answers if found.client is not None})
+    clients = in_order({found.client for found in answers if found.client is not None})
     own = {name: [found for found in answers if found.client == name] for name in clients}
     return {
         **_means(answers),

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # low to high: a module imports from its own layer or a lower one, at any depth of the code
-    {"fedlora.errors", "fedlora.seeds", "fedlora.threads"},
+    {"fedlora.errors", "fedlora.order", "fedlora.seeds", "fedlora.threads"},
     {"fedlora.adapter"},
     {"fedlora.algebra", "fedlora.sparse"},
     {"fedlora.protocol"},

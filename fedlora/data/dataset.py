@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from fedlora.errors import ConfigError, DataError
+from fedlora.order import in_order
 from fedlora.seeds import generator
 
 Kind = Literal["classification", "instruction"]
@@ -35,7 +36,8 @@ class Dataset:
         kind: whether a target is a label or free text.
         train: the rows that are dealt to clients.
         test: the held-out rows.
-        labels: the sorted labels of the training rows; empty for instructions.
+        labels: those of the training rows in the order of the model's outputs, which is that of
+            `fedlora.order.in_order` (integers by value); empty for instructions.
     """
 
     name: str
@@ -54,7 +56,7 @@ class Dataset:
         for part, rows in (("training", train), ("test", test)):
             if not rows:
                 raise DataError(f"data set {name!r}: expected {part} rows, got none; check the {part} file")
-        labels = tuple(sorted({row.target for row in train})) if kind == "classification" else ()
+        labels = tuple(in_order({row.target for row in train})) if kind == "classification" else ()
         if kind == "classification":
             if len(labels) < 2:
                 raise DataError(

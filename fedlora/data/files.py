@@ -15,6 +15,7 @@ from pathlib import Path
 from fedlora.data.dataset import Dataset, Row, hold_out
 from fedlora.data.fields import Fields, choose
 from fedlora.errors import ConfigError, DataError
+from fedlora.order import in_order, natural
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 
@@ -76,7 +77,9 @@ def held_out(
     rows = _gather(Path(test), fields)
     if fields.kind == "instruction":
         return Dataset(Path(test).stem, fields.kind, (), tuple(rows), ())
-    known = tuple(sorted({row.target for row in rows} if labels is None else {str(name) for name in labels}))
+    known = tuple(
+        in_order({row.target for row in rows} if labels is None else {str(name) for name in labels})
+    )
     check_labels(rows, known, str(test))
     return Dataset(Path(test).stem, fields.kind, (), tuple(rows), known)
 
@@ -129,7 +132,7 @@ def _gather(path: Path, fields: Fields) -> list[Row]:
             f"files are the clients; leave client out, or give one file"
         )
     found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
+    for file in sorted(path.iterdir(), key=lambda file: natural(file.name)):
         if file.suffix.lower() not in ENDINGS or file.name.startswith("."):
             continue
         if file.stem in found:

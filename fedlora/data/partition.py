@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from fedlora.data.dataset import Kind, Row
 from fedlora.errors import ConfigError, DataError
+from fedlora.order import in_order
 from fedlora.seeds import generator
 
 Indices = NDArray[np.int64]
@@ -70,7 +71,7 @@ def partition(
             parts = np.array_split(rng.permutation(len(rows)), count)
         else:
             groups = _groups(rows, "target" if kind == "classification" else "client", how)
-            labels = [groups[label] for label in sorted(groups)]
+            labels = [groups[label] for label in in_order(groups)]
             if how == "dirichlet":
                 parts = _dirichlet(labels, count, alpha, min_rows, rng)
             else:
@@ -132,8 +133,8 @@ def _natural(groups: dict[str, Indices], clients: int | None) -> dict[str, Indic
             f"partition natural: expected at most {len(groups)} clients, as many as the data has, "
             f"got clients={clients}; lower clients"
         )
-    largest = sorted(groups, key=lambda name: (-len(groups[name]), name))[:clients]
-    return {name: groups[name] for name in sorted(largest)}
+    largest = sorted(in_order(groups), key=lambda name: -len(groups[name]))[:clients]  # stable
+    return {name: groups[name] for name in in_order(largest)}
 
 
 def _dirichlet(

@@ -1,5 +1,6 @@
 """Adapters as PEFT writes and reads them: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import copy
 import re
 from collections import Counter
 from pathlib import Path
@@ -22,7 +23,9 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     """Write an adapter that `peft.PeftModel.from_pretrained(model, folder)` loads, with our logits.
 
     The model there is the plain transformers model of the same checkpoint and number of labels. Heads are
-    always saved, trained or not, since a plain model would make up its own.
+    always saved, trained or not, since a plain model would make up its own. The tokenizer lies beside the
+    adapter. A classifier's configuration, which names the label of each logit, lies in `base/`, a folder of
+    its own because transformers takes an adapter's folder with a config.json for a whole model.
 
     Args:
         adapter: of any ranks and scales, mixed over modules; with magnitudes it becomes one of DoRA.
@@ -41,7 +44,7 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in adapter.pairs)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS if base.kind == "classification" else TaskType.CAUSAL_LM,
-        base_model_name_or_path=base.path,
+        base_model_name_or_path=str(Path(base.path).absolute()) if Path(base.path).is_dir() else base.path,
         r=rank,
         lora_alpha=scale * rank,
         target_modules=list(adapter.pairs),
@@ -68,6 +71,12 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors' own is for one user
+    base.tokenizer.save_pretrained(str(folder))
+    if base.kind == "classification":
+        labelled = copy.deepcopy(base.model.config)
+        if hasattr(labelled, "quantization_config"):  # how this run loaded the base, not what the base is
+            del labelled.quantization_config
+        labelled.save_pretrained(str(folder / "base"))
 
 
 def load_adapter(folder: Path, base: Base) -> Adapter:

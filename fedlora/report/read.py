@@ -9,6 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from fedlora.errors import CheckpointError
+from fedlora.order import natural
 
 SWEEP = "sweep.json"  # in the folder of a sweep: the words of its command, and the names of its jobs
 
@@ -74,7 +75,8 @@ def read_runs(path: str | Path) -> list[Run]:
     Raises:
         CheckpointError: there is none, or a broken one.
     """
-    found = sorted(summary.parent for summary in Path(path).glob("**/summary.json"))
+    folders = (summary.parent for summary in Path(path).glob("**/summary.json"))
+    found = sorted(folders, key=lambda folder: [natural(part) for part in folder.parts])
     return [read_run(folder) for folder in found] or [read_run(path)]
 
 

@@ -86,7 +86,9 @@ def test_the_saved_config_says_rank_alpha_and_where_from(zoo: Any, tmp_path: Pat
     assert set(config["rank_pattern"].values()) == {2}
     assert set(config["alpha_pattern"].values()) == {1.0}
     assert sorted(config["target_modules"]) == sorted(targets(base, "all-linear"))
-    assert {file.name for file in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {*files, "base"}
+    assert {file.name for file in (tmp_path / "base").iterdir()} == {"config.json"}
     with pytest.raises(ModelError, match="no LoRA pair"):
         save_adapter(Adapter({}, base.head_state()), base, tmp_path)
 
