@@ -51,6 +51,21 @@ def test_as_many_threads_work_as_torch_would_use_each_with_one_of_torch_s(base: 
     assert len(seen) == threads
 
 
+def test_every_thread_works_as_long_as_there_are_items(base: Base, threads: int) -> None:
+    together = threading.Barrier(threads, timeout=20)
+
+    def meet(n: int) -> int:
+        together.wait()  # passes only when every thread has an item of its own
+        return n
+
+    with Workers(base) as workers:
+        for _ in range(5):
+            assert workers.map(meet, range(4 * threads)) == list(range(4 * threads))
+            # The same of work that hands out work while the other threads are free.
+            [found] = workers.map(lambda count: workers.map(meet, range(count)), [4 * threads])
+            assert found == list(range(4 * threads))
+
+
 def test_a_failure_is_the_caller_s_and_leaves_the_threads_as_they_were(base: Base, threads: int) -> None:
     def fail(n: int) -> int:
         if n == 2:
