@@ -61,7 +61,7 @@ class Case:
         for k, (name, (d_out, d_in)) in enumerate(sorted(self.modules.items())):
             rank = (3, 1, 2)[(k + seed) % 3]
             A, B = random(rank, d_in, spread=d_in**-0.5), random(d_out, rank, spread=0.2)
-            pairs[name] = Pair(A, B, (2.0, 0.5)[k % 2])
+            pairs[name] = Pair(A, B, (2.0, 0.5, 1.3)[(k + 2 * seed) % 3])
         heads = {n: p.to(self.dtype) for n, p in self.base.head_state().items()}
         return Adapter(pairs, {n: p + random(*p.shape, spread=0.1) for n, p in heads.items()})
 

@@ -1,7 +1,7 @@
 """Which architectures fedlora claims to train: one line each, with what it refuses of them, word for word.
 
-To add an architecture, add a line to `ZOO`. `refused` maps a claim of `zoo_claims.CLAIMS` to a part of the line
-that fedlora says instead; "load" stands for the model as a whole.
+To add an architecture, add a line to `ZOO`. `refused` maps a claim of `zoo_claims.CLAIMS` to a part of the
+line that fedlora says instead; "load" stands for the model as a whole.
 """
 
 from collections.abc import Mapping, Sequence
