@@ -100,7 +100,7 @@ def deploy(config: DictConfig, path: Path, console: Console) -> Path:
             f"again, flwr stop {run} {superlink} ends it"
         ) from None
     finally:
-        if fresh and not follower.began and (follower.refused or run is None):
+        if fresh and (follower.futile or run is None):
             folder.discard(NOTE)  # nothing was done in it, and its name is free for the next try
     return path
 
@@ -171,8 +171,7 @@ class _Follower:
 
     def __init__(self, rounds: int, path: Path, console: Console) -> None:
         self._rounds, self._path, self._console = rounds, path, console
-        self.began = False  # whether the server has loaded everything and made its own folder
-        self.refused = False  # whether it has ended with an error before
+        self.futile = False  # whether the server has ended without anything to go on with
 
     def follow(self, superlink: str, run: int) -> None:
         """Until it ends.
@@ -181,18 +180,20 @@ class _Follower:
             FedLoraError: the run failed, or the server stopped.
         """
         listener, progress, failed = Listener(self._path), _Later(self._console), None
+        opened = False
         with progress, closing(heard(superlink, run)) as lines:
             for line in lines:
                 if (said := listener.hear(line, progress)) is None:
                     continue
                 what, values = said
                 if what == "opening":
-                    self.began = True
+                    opened = True
                     progress.open(
                         str(values[0]), self._rounds, int(values[1]), str(values[2]), bool(values[3])
                     )
                 elif what == "error":
-                    failed, self.refused = (str(values[0]), int(values[1])), True
+                    failed = (str(values[0]), int(values[1]))
+                    self.futile = not progress.ended and (failed[1] == 2 or not opened)
                 elif what == "trace":
                     (self._path / "server-error.log").write_text(str(values[0]), "utf-8")
                 elif what == "done":
@@ -212,6 +213,7 @@ class _Later:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self.ended = 0  # rounds, while this command has followed the run
         self._progress: Progress | None = None
 
     def __enter__(self) -> "_Later":
@@ -224,7 +226,7 @@ class _Later:
     def open(self, text: str, rounds: int, done: int, metric: str, private: bool) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
         if self._progress is None:
-            self._progress = Progress(rounds, done, metric, self._console, private).__enter__()
+            self._progress = Progress(rounds, done, metric, self._console, private, True).__enter__()
 
     def begin(self, round: int, clients: int) -> None:
         if self._progress is not None:
@@ -235,6 +237,7 @@ class _Later:
             self._progress.advance(clients)
 
     def end(self, metrics: dict[str, Any]) -> None:
+        self.ended += 1
         if self._progress is not None:
             self._progress.end(metrics)
 
@@ -243,6 +246,16 @@ class _Later:
             self._progress.warn(text)
         else:
             self._console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
+
+
+def nodes_of(superlink: str) -> dict[int, str]:
+    """The registered nodes of a SuperLink: registered (and never connected), online or offline.
+
+    Raises:
+        FedLoraError: the SuperLink cannot be reached.
+    """
+    found = _flwr(["supernode", "list", superlink, "--format", "json"])["nodes"]
+    return {int(node["node-id"]): str(node["status"]) for node in found}
 
 
 def _status(superlink: str, run: int) -> str:

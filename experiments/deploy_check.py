@@ -5,6 +5,7 @@ import ssl
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import fedlora
 from fedlora.engine import Listener
 from fedlora.errors import ConfigError, FedLoraError
 
-from .deploy import heard, submit, superlink_of
+from .deploy import heard, nodes_of, submit, superlink_of
+from .known_sites import registered
 
 APART, TOO_FAR = 60.0, 300.0  # seconds between two clocks: to mention, and what Flower refuses
 ROOM = 500  # MB that a site should have left beside what it has loaded
-COLUMNS = ("client", "rank", "rows", "fedlora", "torch", "device", "free_mb", "clock")
+COLUMNS = ("site", "client", "rank", "rows", "fedlora", "torch", "device", "free_mb", "clock")
 CONTROL, RUNTIME = "/v1/control/list-runs", "/v1/runtime/acquire-task"
 
 
@@ -38,12 +40,49 @@ def check(config: DictConfig, public: str | None, console: Console) -> None:
     """
     superlink = superlink_of(config)
     connection = connection_of(superlink)
-    found = open_paths(connection, public)
+    found = list[str]()
+
+    def find(finding: str) -> None:
+        found.append(finding)
+        console.print(f"- {finding}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+
+    for finding in [*open_paths(connection, public), *_offline(superlink)]:
+        find(finding)
+    console.print("asking the sites; the server and each of them load the model first", style="dim")
+    sites, told = _asked(config, superlink, find)
+    console.print(_table(sites))
+    if told[0] < told[1]:
+        away = f"; away: {', '.join(told[2])}" if told[2] else ""
+        find(f"{told[0]} of {told[1]} sites can take part{away}")
+    for finding in [finding for site in sites for finding in _look(site)]:
+        find(finding)
+    if found:
+        raise FedLoraError(f"{len(found)} finding{'s' * (len(found) > 1)}, above")
+    console.print("nothing found: same versions and model everywhere, clocks agree, memory enough")
+
+
+def _offline(superlink: str) -> list[str]:
+    """Sites that are registered and not connected, by name."""
+    names = registered()
+    return [
+        f"{name} is registered and not connected; start its supernode.sh, whose output says what is wrong"
+        for node, status in nodes_of(superlink).items()
+        if status in ("registered", "offline") and (name := names.get(node))
+    ]
+
+
+def _asked(
+    config: DictConfig, superlink: str, find: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """What every site says of itself; how many can take part, of how many, and who is away.
+
+    Raises:
+        FedLoraError: the server could not ask, or no site can take part.
+    """
     config.engine.experiment = "check"
     listener, quiet = Listener(Path()), _Quiet()
     run = submit(config, "check", superlink)
     sites: list[dict[str, Any]] = []
-    told = None
     with closing(heard(superlink, run)) as lines:
         for line in lines:
             if (said := listener.hear(line, quiet)) is None:
@@ -52,23 +91,12 @@ def check(config: DictConfig, public: str | None, console: Console) -> None:
             if what == "site":
                 sites.append(values[0])
             elif what == "refused":
-                found.append(str(values[0]))
+                find(str(values[0]))
             elif what == "error":
                 raise FedLoraError(str(values[0]))
             elif what == "done":
-                told = values
-                break
-    if told is None:
-        raise FedLoraError(f"the server stopped; its log: flwr log {run} {superlink} --show")
-    console.print(_table(sites))
-    if told[0] < told[1]:
-        found.append(f"{told[0]} of {told[1]} sites can take part")
-    found += [finding for site in sites for finding in _look(site)]
-    for finding in found:
-        console.print(f"- {finding}", style="yellow", soft_wrap=True, markup=False, highlight=False)
-    if found:
-        raise FedLoraError(f"{len(found)} findings, above")
-    console.print("nothing found: same versions and model everywhere, clocks agree, memory enough")
+                return sites, values
+    raise FedLoraError(f"the server stopped; its log: flwr log {run} {superlink} --show")
 
 
 def connection_of(superlink: str) -> dict[str, Any]:
@@ -128,7 +156,7 @@ def _answer(url: str, roots: Any) -> int | None:
 
 def _look(site: dict[str, Any]) -> list[str]:
     """What is wrong with what a site says of itself."""
-    who, found = f"client {site['client']}", []
+    who, found = site["name"], list[str]()
     if site["fedlora"] != fedlora.__version__:
         found.append(f"{who} has fedlora {site['fedlora']}, this machine {fedlora.__version__}")
     if abs(site["ahead"]) > APART:
@@ -146,7 +174,7 @@ def _look(site: dict[str, Any]) -> list[str]:
 def _table(sites: list[dict[str, Any]]) -> Table:
     table = Table(*COLUMNS, box=None, padding=(0, 2, 0, 0))
     for site in sorted(sites, key=lambda found: int(found["client"])):
-        cells = site | {"clock": f"{site['ahead']:+.0f} s"}
+        cells = site | {"site": site["name"], "clock": f"{site['ahead']:+.0f} s"}
         table.add_row(*(str(cells.get(name, "-")) for name in COLUMNS))
     return table
 

@@ -1,8 +1,10 @@
 """The server of a deployment, as Flower's SuperLink starts it: the same run over sites on other machines."""
 
 import os
+import shutil
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,12 +18,23 @@ from .bases import heads_of
 from .build import Job, build
 from .ends import ANSWERS
 from .job import Run
+from .known_sites import registered
 from .node import Plan, check_name
 from .targets import differences
 
 LEDGER = "checkpoint/ledger.json"  # of client-level privacy
-BROUGHT = ("metrics.jsonl", "clients.jsonl", "summary.json", "adapter", ANSWERS, "report.html", LEDGER)
+BROUGHT = (
+    "metrics.jsonl",
+    "clients.jsonl",
+    "data.json",
+    "summary.json",
+    "adapter",
+    ANSWERS,
+    "report.html",
+    LEDGER,
+)
 MAY_CHANGE = ("out", "resume", "rounds", "engine")  # of a run that goes on
+SOON = 5.0  # seconds that a check waits for sites that are not connected
 LARGEST = 64 * 2**20  # bytes of files that go through the log; larger ones stay with the server
 
 
@@ -66,11 +79,22 @@ def _run(config: DictConfig, grid: Grid, teller: Teller) -> None:
         config.resume = str(path)
     run = Run.begin(config, path)
     job = run.job
-    with run.held:
+    with run.held, _nothing_left(config, run.folder):
         teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
         patient = Patience(grid, job.enough, done=teller.advance, late=teller.warn)
         run.go(patient, teller, _plan(config, job).record())
     _bring(run.folder, teller)
+
+
+@contextmanager
+def _nothing_left(config: DictConfig, folder: RunFolder) -> Iterator[None]:
+    """Remove a new run's folder if no round of it has come to an end: there is nothing to go on with."""
+    try:
+        yield
+    except FedLoraError:
+        if config.resume is None and not folder.rounds():
+            shutil.rmtree(folder.path)
+        raise
 
 
 def _bring(folder: RunFolder, teller: Teller) -> None:
@@ -99,11 +123,14 @@ def _check(config: DictConfig, grid: Grid, teller: Teller) -> None:
         max(job.ranks),
         lambda text: teller.tell("refused", text),
         _plan(config, job).record(),
+        registered(),
     )
     patient = Patience(grid, job.rules.enough)
-    there = roster.gather(patient, job.rules.clients, config.engine.wait)
+    there = roster.gather(patient, job.rules.clients, min(config.engine.wait, SOON))
     for node in there:
         said, heard = roster.profiles[node], roster.heard[node]
         more = {"ahead": float(str(said["clock"])) - heard, "server_torch": str(torch.__version__)}
+        more["name"] = roster.peers[node].called
         teller.tell("site", {name: value for name, value in said.items() if name != "clock"} | more)
-    teller.tell("done", len(there), job.rules.clients)
+    away = [name for name in roster.away(job.rules.clients) if len(there) < job.rules.clients]
+    teller.tell("done", len(there), job.rules.clients, away)

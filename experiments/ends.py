@@ -4,6 +4,7 @@ import hashlib
 import platform
 import resource
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -58,6 +59,8 @@ def opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
 
 def write_holdings(job: Job, folder: RunFolder) -> None:
     """Write who holds how many rows of which label; never where anything about rows is protected."""
+    if not job.parts and job.dataset.labels:  # the rows are at sites; labels are the run's own
+        folder.write_json("data.json", {"labels": list(job.dataset.labels), "clients": []})
     if job.privacy is not None or job.rules.secure_sum or not job.parts:
         return
     said = [[job.dataset.train[i].target for i in part.rows] for part in job.parts]
@@ -101,6 +104,7 @@ def finish(
     ends = {n: fmean(found[n] for found in told) for n in ("local_accuracy", "local_loss") if told}
     if job.strategy.personal and told:
         ends |= job.named(ends["local_loss"], ends["local_accuracy"])
+    away = dict(Counter(name for line in rounds for name in line.get("away", [])))
     privacy: dict[str, Any] = {}
     if job.privacy is not None:
         privacy = private.summary(job.privacy, ledgers, job.rules.secure_sum)
@@ -122,6 +126,7 @@ def finish(
         "bytes_down": sum(line["bytes_down"] for line in rounds),
         "bytes_up": sum(line["bytes_up"] for line in rounds),
         "dropped": sum(line["dropped"] for line in rounds),
+        **({"away": away} if away else {}),
         **seconds,
         "peak_memory_mb": round(peak),
         "adapter_sha256": digest,
@@ -141,7 +146,7 @@ def finish(
 
 def closing(path: Path) -> str:
     """The result of a finished run and where it lies, for the terminal."""
-    from fedlora.report import read_run
+    from fedlora.report import absences, read_run
 
     run = read_run(path)
     best = run.summary.get(run.metric)
@@ -150,6 +155,8 @@ def closing(path: Path) -> str:
     lines = [f"{said}{sent}, {run.summary['wall_seconds']:.0f} s"]
     if "exact_match" in run.summary:
         lines.append(_answered(run.summary))
+    if told := absences(run):
+        lines.append(f"away     {told}")
     if "ledger" in run.summary:
         lines.append(private.closing(run.summary))
     files = {"adapter": "adapter", "metrics": "metrics.jsonl", "answers": ANSWERS, "report": "report.html"}

@@ -23,6 +23,7 @@ from fedlora.protocol import State, Task
 from . import private
 from .build import Job, build, fuse_of
 from .ends import ANSWERS, finish, opening, strategy_name, write_holdings
+from .known_sites import registered
 from .rows import at_sites
 from .targets import Trust, kept, read
 from .tracking import check, tracked
@@ -115,7 +116,7 @@ class Run:
         federation = Federation(
             job.strategy,
             self.state,
-            Roster(job.peer, max(job.ranks), progress.warn, plan),
+            Roster(job.peer, max(job.ranks), progress.warn, plan, registered() if plan else None),
             job.rules,
             job.evaluate,
             job.named,

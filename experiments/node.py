@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fedlora.data import Dataset, Row, encode
+from fedlora.data.fields import ColumnError
 from fedlora.data.files import rows_of
 from fedlora.engine import Memory, Shelf, Site
 from fedlora.engine.files import write_whole
@@ -220,7 +221,10 @@ class Node:
         elif asked is not None and Path(str(asked)).name != own.name:
             raise ConfigError(f"data.file: this site has one file for runs, which is not '{asked}'")
         columns = {name: getattr(self, name) or config.data[name] for name in COLUMNS}
-        return rows_of(own, **columns, labels=labels)
+        try:
+            return rows_of(own, **columns, labels=labels)
+        except ColumnError as error:
+            raise error.at_a_site() from None
 
 
 def site_of(config: DictConfig, node: Node, plan: Plan) -> tuple[Site, int]:

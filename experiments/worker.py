@@ -24,6 +24,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
 import fedlora
+from fedlora.data.fields import ColumnError
 from fedlora.engine import Site
 from fedlora.engine.files import write_whole
 from fedlora.engine.wire import FAILED, REFUSED
@@ -41,6 +42,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._of: tuple[Any, ...] | None = None
+        self._log = "worker.log"
         self._site: Site | None = None
         self._size = 0
 
@@ -56,12 +58,18 @@ class Worker:
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         except Exception as error:  # its words could tell of the site's rows, DataError's among them
             logging.exception("a message could not be answered")
-            why = f"{type(error).__name__}; the reason is in this site's worker.log"
+            what = type(error).__name__
+            if isinstance(error, ColumnError):  # the run's own word or the operator's, and none of the rows'
+                what = f'its file has no column "{error.column}", which {error.role} in node.toml can name'
+            why = f"{what}; the reason is in {self._log} at this site"
         return Message(Error(FAILED, why), reply_to=message)
 
     def _answer(self, message: Message, context: Context) -> Message:
         node, config = Node.read(context.node_config), OmegaConf.create(str(context.run_config["config"]))
         assert isinstance(config, DictConfig)
+        self._log = "/".join(
+            [*node.home.parts[-3:], "worker.log"]
+        )  # sites/NAME/state, or as it has been moved
         plan = self._plan(message, node, str(config.engine.experiment))
         self._load(config, node, plan)
         assert self._site is not None

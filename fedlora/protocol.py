@@ -25,12 +25,19 @@ class Peer:
         rank: the LoRA rank that the client trains.
         ranks: module name -> rank, where it differs (PEFT's rank_pattern).
         scales: module name -> the scale that the client multiplies B·A with; empty: the global pair's.
+        name: what people call it, such as a site's name; empty where it has none.
     """
 
     id: int
     rank: int
     ranks: Mapping[str, int] = field(default_factory=dict)
     scales: Mapping[str, float] = field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def called(self) -> str:
+        """What messages call it: its name, or its number."""
+        return self.name or f"client {self.id}"
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Strategy(ABC):
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise IncompatibleUpdates(f"strategy {name}: client {twice[0]} sent more than one update")
         for position, update in enumerate(ordered):
-            who = f"strategy {name}: client {update.peer.id if update.peer else f'#{position}'}"
+            who = f"strategy {name}: {update.peer.called if update.peer else f'client #{position}'}"
             _fits(expected, update.adapter, who)
             for module, pair in update.adapter.pairs.items():
                 rank = expected.pairs[module].rank
@@ -138,9 +138,9 @@ class Strategy(ABC):
                 if frozen == "B":
                     given = rescale(given, pair.scale)
                 if not torch.equal(own, getattr(given, frozen).to(own.dtype)):
-                    who = update.peer.id if update.peer else f"#{position}"
+                    who = update.peer.called if update.peer else f"client #{position}"
                     raise IncompatibleUpdates(
-                        f"strategy {type(self).__name__}: client {who} sent another {frozen} for '{m}' than "
+                        f"strategy {type(self).__name__}: {who} sent another {frozen} for '{m}' than "
                         f"the first {pair.rank} directions of the one that all share, frozen this round; "
                         f"every client must keep the {frozen} it was sent"
                     )
@@ -176,10 +176,10 @@ def cut(adapter: Adapter, peer: Peer) -> Adapter:
     for name, pair in adapter.pairs.items():
         rank = peer.ranks.get(name, peer.rank)
         if rank < 1:
-            raise IncompatibleUpdates(f"client {peer.id} asks rank {rank} of '{name}', expected 1 or more")
+            raise IncompatibleUpdates(f"{peer.called} asks rank {rank} of '{name}', expected 1 or more")
         if rank > pair.rank:
             raise IncompatibleUpdates(
-                f"client {peer.id} asks rank {rank} of '{name}', the global adapter has {pair.rank}; "
+                f"{peer.called} asks rank {rank} of '{name}', the global adapter has {pair.rank}; "
                 "start the run with the largest rank of all clients"
             )
         pairs[name] = rescale(truncate(pair, rank), peer.scales.get(name, pair.scale))

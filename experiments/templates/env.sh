@@ -5,6 +5,7 @@ ADDRESS=127.0.0.1:@{port} # of the SuperLink, for what runs on this machine
 [ -z "${FEDLORA_BIN:-}" ] || PATH=$FEDLORA_BIN:$PATH
 export PATH FLWR_HOME=$FEDLORA_SERVER/flower
 export FEDLORA_STATE=$FEDLORA_SERVER/runs # where this server keeps its runs, to go on with them
+export FEDLORA_NODES=$FEDLORA_SERVER/nodes.txt # which node is whose, so that runs call sites by their names
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 
 if ! command -v flower-superlink > /dev/null; then

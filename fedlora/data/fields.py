@@ -8,6 +8,40 @@ from fedlora.data.dataset import Kind, Row
 from fedlora.errors import ConfigError, DataError
 
 
+class ColumnError(DataError):
+    """A record or a table lacks a column.
+
+    Args:
+        where: file and line.
+        role: what the column is to be: text, label, prompt, response or client.
+        column: its name, which is not there.
+        columns: the names that are there.
+        key: how a user sets it, with {role} and {column} in it.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        role: str,
+        column: str,
+        columns: Collection[str],
+        key: str = "data.{role}={column}",
+    ) -> None:
+        near = difflib.get_close_matches(column, columns, n=1)
+        said = key.format(role=role, column=near[0] if near else "")
+        hint = f"did you mean {said}?" if near else f"set {said} to the right one"
+        super().__init__(
+            f"{where}: expected a column {column!r}, got {', '.join(map(repr, columns))}; {hint}"
+        )
+        self.where, self.role, self.column, self.columns = where, role, column, columns
+
+    def at_a_site(self) -> "ColumnError":
+        """The same for the operator of a site, whose node.toml names its columns."""
+        return ColumnError(
+            self.where, self.role, self.column, self.columns, '{role} = "{column}" in node.toml'
+        )
+
+
 @dataclass(frozen=True)
 class Fields:
     """The columns of a row's three parts; `choose` makes one."""
@@ -23,11 +57,7 @@ class Fields:
         for role, column in zip((*roles, "client"), (self.source, self.target, self.client), strict=True):
             if column is None or column in columns:
                 continue
-            near = difflib.get_close_matches(column, columns, n=1)
-            hint = f"did you mean data.{role}={near[0]}?" if near else f"set data.{role}= to the right one"
-            raise DataError(
-                f"{where}: expected a column {column!r}, got {', '.join(map(repr, columns))}; {hint}"
-            )
+            raise ColumnError(where, role, column, columns)
 
     def row(self, record: Mapping[str, object], where: str) -> Row:
         """The row of one record; `where` (file and line) opens the message if it cannot be used."""

@@ -33,7 +33,7 @@ def of_updates(updates: Sequence[Update], tasks: Sequence[Task]) -> Iterator[str
         places = {name: _module(name, task) for name in task.shared()}
         asked |= dict.fromkeys(places.values())
         moved |= {places[name] for name in own}
-        who = str(update.peer.id if update.peer else "unknown")
+        who = update.peer.called if update.peer else "an unknown client"
         if own:
             seals[who] = update.adapter.digest()
         else:
@@ -41,10 +41,10 @@ def of_updates(updates: Sequence[Update], tasks: Sequence[Task]) -> Iterator[str
     if moved and (frozen := [name for name in asked if name not in moved]):
         yield f"no client has moved {_some(frozen)}; is it trained?"
     if moved and still:
-        yield f"client {', '.join(still)} sent back what it was sent; does it train?"
+        yield f"{', '.join(still)} sent back what was sent to it; does it train?"
     for seal_ in dict.fromkeys(seals.values()):
         if len(same := [who for who, own_seal in seals.items() if own_seal == seal_]) > 1:
-            yield f"clients {', '.join(same)} sent the same update, bit for bit; have they the same rows?"
+            yield f"{', '.join(same)} sent the same update, bit for bit; have they the same rows?"
 
 
 def of_state(

@@ -5,7 +5,6 @@ Which engine carries the messages is the Grid's business.
 """
 
 import logging
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,8 +29,9 @@ from fedlora.engine.roster import Roster
 from fedlora.engine.rules import Rules
 from fedlora.engine.secure import SecureRound
 from fedlora.engine.secure_sum import SecureSum
+from fedlora.engine.totals import totals
 from fedlora.engine.wire import metrics_of, read_update, write_task
-from fedlora.errors import ConfigError, IncompatibleUpdates
+from fedlora.errors import ConfigError, FedLoraError, IncompatibleUpdates
 from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
 from fedlora.strategy import Strategy
@@ -82,6 +82,7 @@ class Federation(FlowerStrategy):
         self._central, self._robust, self._recording = central, robust, recording
         self._sum: SecureSum | None = None  # of the round that goes on
         self._least = rules.min_updates  # good updates that the round needs
+        self._away = list[str]()  # what those are called that were not there when the round began
         self._over: str | None = None  # why no round may change the state any more
         self._inbox = Inbox(progress.warn, rules.timeout)
         self._began = time.perf_counter()
@@ -89,7 +90,15 @@ class Federation(FlowerStrategy):
     def run(self, grid: Grid) -> None:
         """Run the rounds that are left."""
         logging.getLogger("flwr").setLevel(logging.WARNING)  # the run has its own display
-        self._roster.gather(grid, self._rules.clients, self._rules.wait)
+        if isinstance(grid, Patience):
+            grid.called = self._roster.called
+        there = self._roster.gather(grid, self._rules.clients, self._rules.wait)
+        if self._roster.refused and len(there) < self._rules.clients and not self._done:
+            raise FedLoraError(
+                f"{len(there)} of {self._rules.clients} clients can take part, and "
+                f"{', '.join(map(self._roster.called, sorted(self._roster.refused)))} cannot, for the reason "
+                f"above; mend it there, or begin without with clients={len(there)}"
+            )
         left = self._rules.rounds - self._done
         self.start(grid, ArrayRecord(), num_rounds=left, timeout=self._rules.timeout)  # type: ignore[arg-type]
 
@@ -104,7 +113,7 @@ class Federation(FlowerStrategy):
                 continue
             if reply.has_error() or "metrics" not in reply.content.metric_records:
                 why = reply.error.reason if reply.has_error() else "its reply has no metrics"
-                self._progress.warn(f"client {self._peers[node].id} could not evaluate its model: {why}")
+                self._progress.warn(f"{self._peers[node].called} could not evaluate its model: {why}")
                 continue
             found[self._peers[node].id] = metrics_of(dict(reply.content.metric_records["metrics"]))
         return dict(sorted(found.items()))
@@ -175,7 +184,15 @@ class Federation(FlowerStrategy):
         every = self._rules.evaluate_every
         if every and (round % every == 0 or round == self._rules.rounds) and not self.strategy.personal:
             metrics |= self._named(*self._evaluate([Task(self.state.adapter, fold=self.state.fold)])[0])
-        metrics = self._totals(round, lines, metrics)
+        if self._roster.apart:
+            metrics["away"] = self._away
+            gone = {"status": "away", "reason": "not connected when the round began"}
+            lines += [line_of(round, peer, 0, 0) | gone for peer in self._roster.missing()]
+            lines.sort(key=lambda line: int(line["client"]))
+        named = self._named if self.strategy.personal else None  # the clients' own models are the result
+        seconds = time.perf_counter() - self._began
+        metrics = totals(round, lines, metrics, seconds, not self._central, named)
+        metrics |= self._spent(lines)
         self._folder.finish_round(round, self.state, metrics, lines)
         self._progress.end(metrics)
         return ArrayRecord(), None
@@ -242,7 +259,7 @@ class Federation(FlowerStrategy):
                 continue
             why = exchange.dropped.get(node, "no reply")
             lines.append(line_of(round, peer, down, up) | {"status": "dropped", "reason": why})
-            self._progress.warn(f"round {round}: client {peer.id} dropped: {why}")
+            self._progress.warn(f"round {round}: {peer.called} dropped: {why}")
         lines.sort(key=lambda line: int(line["client"]))
 
     def configure_evaluate(
@@ -260,6 +277,10 @@ class Federation(FlowerStrategy):
         """This round's nodes, in the order of their clients' ids."""
         rules, busy = self._rules, grid.busy if isinstance(grid, Patience) else set()
         there = self._roster.gather(grid, rules.least(rules.sampled(rules.clients)), rules.wait)
+        self._away = self._roster.away(rules.clients)
+        if self._away:
+            who, some = ", ".join(self._away), len(there)
+            self._progress.warn(f"round {round}: {who} away, {some} of {rules.clients} clients are there")
         nodes = [node for node in there if node not in busy]
         if self._central:
             return self._central.sample(nodes, round)
@@ -267,29 +288,3 @@ class Federation(FlowerStrategy):
             return nodes
         chosen = generator(rules.seed, "sample", 0, round).choice(len(nodes), wanted, replace=False)
         return [nodes[i] for i in sorted(chosen)]
-
-    def _totals(self, round: int, lines: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, Any]:
-        """The round's line of metrics.jsonl."""
-        good = [line for line in lines if line["status"] == "ok"]
-        told = [line for line in good if "loss" in line] if not self._central else []
-        examples = sum(line["examples"] for line in told)
-        own = [line for line in good if line.keys() >= {"local_accuracy", "local_loss"}]
-        if own:
-            metrics["local_accuracy"] = statistics.fmean(line["local_accuracy"] for line in own)
-            metrics["local_loss"] = statistics.fmean(line["local_loss"] for line in own)
-            if self.strategy.personal:  # the clients' own models are the result
-                metrics |= self._named(metrics["local_loss"], metrics["local_accuracy"])
-        if clipped := [line["clipped"] for line in good if "clipped" in line]:
-            metrics["clipped"] = statistics.fmean(clipped)
-        return {
-            "round": round,
-            **metrics,
-            "train_loss": sum(line["loss"] * line["examples"] for line in told) / examples if told else None,
-            "bytes_down": sum(line["bytes_down"] for line in lines),
-            "bytes_up": sum(line["bytes_up"] for line in lines),
-            "seconds": time.perf_counter() - self._began,
-            "clients": len(good),
-            "dropped": len(lines) - len(good),
-            "epsilon": None,
-            **self._spent(lines),
-        }

@@ -76,7 +76,7 @@ class Inbox:
             try:
                 update = read(reply, task, peer, round)
             except IncompatibleUpdates as error:
-                self._warn(f"round {round}: client {peer.id} dropped: {error}")
+                self._warn(f"round {round}: {peer.called} dropped: {error}")
                 lines.append(line | {"status": "dropped", "reason": str(error)})
                 continue
             self._held[node] = held
@@ -88,7 +88,7 @@ class Inbox:
             why = "no reply by the end of the round"
             why = f"{why}, but one to another message, such as a former round's" if node in strays else why
             lines.append(line_of(round, peer, down, 0) | {"status": "dropped", "reason": why})
-            self._warn(f"round {round}: client {peer.id} dropped: {why}")
+            self._warn(f"round {round}: {peer.called} dropped: {why}")
         self._sent = {}
         good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
         lines.sort(key=lambda line: int(line["client"]))
@@ -97,4 +97,5 @@ class Inbox:
 
 def line_of(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:
     """What every line of clients.jsonl has."""
-    return {"round": round, "client": peer.id, "rank": peer.rank, "bytes_down": down, "bytes_up": up}
+    name = {"name": peer.name} if peer.name else {}
+    return {"round": round, "client": peer.id, **name, "rank": peer.rank, "bytes_down": down, "bytes_up": up}

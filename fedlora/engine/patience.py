@@ -33,6 +33,7 @@ class Patience(Grid):
     ) -> None:
         self._grid, self._enough, self._poll, self._done, self._late = grid, enough, poll, done, late
         self._stopped = stopped
+        self.called: Callable[[int], str] = lambda node: f"node {node}"  # what messages call it
         self._missed: dict[str, tuple[int, str]] = {}  # message -> node and round of those not waited for
 
     @property
@@ -110,4 +111,4 @@ class Patience(Grid):
         for reply in self._grid.pull_messages(list(self._missed)) if self._missed else ():
             node, round = self._missed.pop(reply.metadata.reply_to_message_id)
             what = f"failed: {reply.error.reason}" if reply.has_error() else "came after its round"
-            self._late(f"round {round}: the reply of node {node} was thrown away, it {what}")
+            self._late(f"round {round}: the reply of {self.called(node)} was thrown away, it {what}")

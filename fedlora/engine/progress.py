@@ -38,11 +38,20 @@ class Progress:
         metric: the task's own metric, such as "accuracy" or "perplexity".
         console: where to print; a terminal gets the live table.
         private: whether there is an epsilon to show.
+        sites: whether clients are sites, which may be away.
     """
 
-    def __init__(self, rounds: int, done: int, metric: str, console: Console, private: bool = False) -> None:
+    def __init__(
+        self,
+        rounds: int,
+        done: int,
+        metric: str,
+        console: Console,
+        private: bool = False,
+        sites: bool = False,
+    ) -> None:
         self._rounds, self._done, self._metric, self._console = rounds, done, metric, console
-        self._private = private
+        self._private, self._sites = private, sites
         self._lines: list[list[str]] = []
         self._spent: list[float] = []
         self._round_began = time.monotonic()
@@ -89,6 +98,8 @@ class Progress:
             f"{metrics['seconds']:.1f}",
             f"{int(left) // 60}:{int(left) % 60:02d}",
         ]
+        if self._sites:
+            cells.append(", ".join(metrics.get("away", [])) or "-")
         if self._private:
             cells.append(_number(metrics["epsilon"]) + ("" if metrics["epsilon_valid"] else " (not valid)"))
         self._lines.append(cells)
@@ -102,7 +113,8 @@ class Progress:
         self._console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
 
     def _headings(self) -> list[str]:
-        names = [*COLUMNS, "epsilon"] if self._private else COLUMNS
+        more = {"away": self._sites, "epsilon": self._private}
+        names = [*COLUMNS, *(name for name, shown in more.items() if shown)]
         return [self._metric if name == "accuracy" else name for name in names]
 
     def _show(self) -> None:

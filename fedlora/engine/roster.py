@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -26,6 +27,7 @@ class Roster:
         most: the largest rank that the run can serve.
         warn: takes a line for the user about every node that cannot take part.
         plan: what a node has to know of the run before it can say whether it takes part.
+        names: of the sites, by their nodes, as the operator has registered them.
     """
 
     def __init__(
@@ -34,11 +36,14 @@ class Roster:
         most: int,
         warn: Callable[[str], None],
         plan: Mapping[str, str | int | list[str]] | None = None,
+        names: Mapping[int, str] | None = None,
     ) -> None:
         self._peer, self._most, self._warn = peer, most, warn
         self._plan = dict(plan or {})
         self._patience = PATIENCE if plan else None  # in one process nobody is ever late
-        self._refused: set[int] = set()
+        self._names = dict(names or {})
+        self._met: dict[int, Peer] = {}  # whoever was there before, by its client
+        self.refused: set[int] = set()  # nodes that are there and cannot take part
         self.peers: dict[int, Peer] = {}
         self.profiles: dict[int, dict[str, Any]] = {}  # what each said of itself
         self.heard: dict[int, float] = {}  # and when, by this machine's clock
@@ -60,20 +65,53 @@ class Roster:
             waited = time.monotonic() - began
             if len(there) >= least or waited >= wait:
                 break
+            if self._plan and len(there) + len(self.refused) >= least:
+                break  # all have come, and who was refused does not change its mind
             if waited > SILENT and not said:
-                self._warn(f"{len(there)} of {least} clients are there; waiting for the others")
+                others = ", ".join(self.away(least)) or "the others"
+                self._warn(
+                    f"{len(there)} of {least} clients are there; waiting for {others}, {wait:g} s at most"
+                )
                 said = True
             time.sleep(PAUSE)
         if not there:
-            raise FedLoraError(f"no client took part within {wait:g} s; are the nodes up? resume goes on")
+            who = ", ".join(map(self.called, sorted(self.refused)))
+            why = f"{who} cannot, for the reason above" if who else "are the nodes up? resume goes on"
+            raise FedLoraError(f"no client took part within {wait:g} s; {why}")
         return sorted(there, key=lambda node: self.peers[node].id)
+
+    def called(self, node: int) -> str:
+        """What messages call a node: the name of its site, or the number of its client."""
+        return self._names.get(node) or (self.peers[node].called if node in self.peers else f"node {node}")
+
+    @property
+    def apart(self) -> bool:
+        """Whether nodes are sites on other machines, which may be away."""
+        return bool(self._plan)
+
+    def missing(self) -> list[Peer]:
+        """The clients that were there before and are not now, in the order of their ids."""
+        here = {peer.id for peer in self.peers.values()}
+        return [peer for client, peer in sorted(self._met.items()) if client not in here]
+
+    def away(self, clients: int) -> list[str]:
+        """What the clients are called that are not there, of so many; in one process nobody is away."""
+        if not self.apart:
+            return []
+        missing = self.missing()
+        never = sorted(set(range(clients)) - self._met.keys())
+        seen = {peer.name for peer in self._met.values()} | {self._names.get(node) for node in self.refused}
+        named = [name for name in self._names.values() if name not in seen]
+        # Who never came has told no number; the operator's names are theirs where none is left over.
+        others = named if len(named) == len(never) else [f"client {client}" for client in never]
+        return [peer.called for peer in missing] + others
 
     def _known(self, grid: Grid) -> list[int]:
         online = set(grid.get_node_ids())
-        if away := (self.peers.keys() | self._refused) - online:
+        if away := (self.peers.keys() | self.refused) - online:
             self.peers = {node: peer for node, peer in self.peers.items() if node not in away}
-            self._refused = set()  # what stood in a node's way, such as another of its name, may be gone
-        if new := sorted(online - self.peers.keys() - self._refused):
+            self.refused = set()  # what stood in a node's way, such as another of its name, may be gone
+        if new := sorted(online - self.peers.keys() - self.refused):
             self._meet(grid, new)
         return [node for node in self.peers if node in online]
 
@@ -88,13 +126,14 @@ class Roster:
             if reply.has_error() and reply.error.code in AWAY:
                 continue  # it is asked again
             try:
-                self.peers[node] = self._read(reply, taken)
-                taken.add(self.peers[node].id)
+                peer = self._read(reply, taken)
+                self.peers[node] = self._met[peer.id] = replace(peer, name=self._names.get(node, ""))
+                taken.add(peer.id)
                 self.profiles[node] = dict(reply.content.config_records["profile"])
                 self.heard[node] = time.time()
             except IncompatibleUpdates as error:
-                self._refused.add(node)
-                self._warn(f"a node cannot take part: {error}")
+                self.refused.add(node)
+                self._warn(f"{self.called(node)} cannot take part: {error}")
 
     def _read(self, reply: Message, taken: Collection[int]) -> Peer:
         """Who a node says it is, if no other is that client.

@@ -1,5 +1,6 @@
 """What a run left on disk, as tables, pictures and one HTML page; reads files only, never a model."""
 
+from fedlora.report.clients import absences
 from fedlora.report.files import write_files
 from fedlora.report.html import write_report
 from fedlora.report.read import Run, missing, read_run, read_runs
@@ -9,6 +10,7 @@ from fedlora.report.tables import Table, runs_table
 __all__ = [
     "Run",
     "Table",
+    "absences",
     "missing",
     "read_run",
     "read_runs",

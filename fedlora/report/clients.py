@@ -60,6 +60,15 @@ def left_out_table(runs: Sequence[Run]) -> Table | None:
     return Table("Left out", header, rows[:_MOST], note)
 
 
+def absences(run: Run) -> str:
+    """Which sites were away, and in how many of the rounds: "south in 3 of 4 rounds"; empty if none was."""
+    away = run.summary.get("away")
+    if not isinstance(away, dict) or not away:
+        return ""
+    told = ", ".join(f"{clean(name)} in {count}" for name, count in away.items())
+    return f"{told} of {run.summary.get('rounds')} rounds"
+
+
 def ranks_table(run: Run) -> Table | None:
     """How many clients had which rank, and how many rows they held, where that may be known."""
     held = holdings(run)
@@ -179,8 +188,10 @@ def _whole(value: object) -> str:
 
 
 def _left_out(row: dict[str, Any]) -> str:
-    """Dropped as unusable, or rejected by a robust rule; empty where the update counted."""
-    return "dropped" if row.get("status") == "dropped" else "rejected" if row.get("rejected") else ""
+    """Dropped as unusable, away, or rejected by a robust rule; empty where the update counted."""
+    if (status := row.get("status")) in ("dropped", "away"):
+        return str(status)
+    return "rejected" if row.get("rejected") else ""
 
 
 def _status(row: dict[str, Any]) -> str:

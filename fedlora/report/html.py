@@ -11,7 +11,14 @@ from fedlora.errors import ConfigError
 from fedlora.report import draw, plots
 from fedlora.report.alarms import MEANING, collapses
 from fedlora.report.answers import answers_table
-from fedlora.report.clients import clients_table, fairness_table, holdings, left_out_table, ranks_table
+from fedlora.report.clients import (
+    absences,
+    clients_table,
+    fairness_table,
+    holdings,
+    left_out_table,
+    ranks_table,
+)
 from fedlora.report.compare import clean, labels, words
 from fedlora.report.page import PAGE
 from fedlora.report.read import Run, number
@@ -116,7 +123,8 @@ def _result(runs: Sequence[Run]) -> str:
     names = labels([group[0] for group in together])
     metric = runs[0].metric
     if len(runs) == 1:
-        return _reached(runs[0], names[0])
+        away = absences(runs[0])
+        return _reached(runs[0], names[0]) + (f" Away: {away}." if away else "")
     alike = {(run.metric, run.summary.get("data"), run.summary.get("model")) for run in runs}
     final = [interval(run.summary.get(metric) for run in group) for group in together]
     measured = [found[0] for found in final if found is not None]

@@ -174,7 +174,8 @@ def data(run: Run, name: str = "clients") -> Picture | None:
     held, thin = thinned(holdings(run))
     if not held or any(row.get("rows") is None for row in held.values()):
         return None
-    named = [clean(label) for label in run.data.get("labels") or []]
+    known = all("labels" in row for row in held.values())  # sites tell how many rows they have, and no more
+    named = [clean(label) for label in run.data.get("labels") or []] if known else []
     counts = {label: [row["labels"][at] for row in held.values()] for at, label in enumerate(named)}
     order = sorted(counts, key=lambda label: -sum(counts[label]))
     parts = {label: counts[label] for label in order[:_LABELS]}

@@ -162,6 +162,7 @@ class Lab:
         evaluate: Any = None,
         rows: Any = None,
         site: Mapping[str, Any] | None = None,
+        roster: Mapping[str, Any] | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
@@ -187,7 +188,7 @@ class Lab:
         federation = Federation(
             strategy,
             strategy.init(self.adapter(max(ranks))),
-            Roster(peer, max(ranks), progress.warn),
+            Roster(peer, max(ranks), progress.warn, **(roster or {})),
             Rules(rounds=rounds, seed=rules.pop("seed", 0), **rules),
             evaluate or score,
             named,

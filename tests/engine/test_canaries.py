@@ -89,7 +89,7 @@ def test_a_snapshot_of_before_the_training_is_told(lab: Any, noise: Any) -> None
             return a.start if a.client == 1 else super()._moved(a)
 
     ran = lab.run(FedIT(), client=Snapshot(), rounds=1)
-    assert "client 1 sent back what it was sent; does it train?" in ran.text
+    assert "client 1 sent back what was sent to it; does it train?" in ran.text
     assert ran.text.count("warning") == 1
 
 
@@ -101,7 +101,7 @@ def test_clients_with_the_same_update_are_told(lab: Any) -> None:
         return replies
 
     ran = lab.run(FedIT(), change=copied, rounds=1)
-    assert "clients 0, 2 sent the same update, bit for bit; have they the same rows?" in ran.text
+    assert "client 0, client 2 sent the same update, bit for bit; have they the same rows?" in ran.text
 
 
 @pytest.mark.parametrize("strategy", [FedIT(), FFALoRA(), FlexLoRA(), strategies.HetLoRA()], ids=repr)

@@ -173,4 +173,4 @@ def test_a_copy_of_a_client_of_the_same_rank_is_told(world: Any) -> None:
         ],
     )
     (said,) = of_updates(updates, tasks)
-    assert said.startswith("clients 1, 2 sent the same update, bit for bit")
+    assert said.startswith("client 1, client 2 sent the same update, bit for bit")

@@ -1,0 +1,49 @@
+"""The line of a round in metrics.jsonl, from the lines of its clients."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def totals(
+    round: int,
+    lines: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
+    seconds: float,
+    losses: bool = True,
+    named: Callable[[float, float], dict[str, float]] | None = None,
+) -> dict[str, Any]:
+    """All that a round comes to.
+
+    Args:
+        round: its number, from 1.
+        lines: those of clients.jsonl.
+        metrics: what is known of the new state.
+        seconds: how long it took.
+        losses: whether the clients' training losses may be told.
+        named: from loss and share of right answers to the metrics of what is trained for, where the clients'
+            own models are the result.
+    """
+    metrics = dict(metrics)
+    good = [line for line in lines if line["status"] == "ok"]
+    told = [line for line in good if "loss" in line] if losses else []
+    examples = sum(line["examples"] for line in told)
+    own = [line for line in good if line.keys() >= {"local_accuracy", "local_loss"}]
+    if own:
+        metrics["local_accuracy"] = statistics.fmean(line["local_accuracy"] for line in own)
+        metrics["local_loss"] = statistics.fmean(line["local_loss"] for line in own)
+        if named:
+            metrics |= named(metrics["local_loss"], metrics["local_accuracy"])
+    if clipped := [line["clipped"] for line in good if "clipped" in line]:
+        metrics["clipped"] = statistics.fmean(clipped)
+    return {
+        "round": round,
+        **metrics,
+        "train_loss": sum(line["loss"] * line["examples"] for line in told) / examples if told else None,
+        "bytes_down": sum(line["bytes_down"] for line in lines),
+        "bytes_up": sum(line["bytes_up"] for line in lines),
+        "seconds": seconds,
+        "clients": len(good),
+        "dropped": len([line for line in lines if line["status"] == "dropped"]),
+        "epsilon": None,
+    }
