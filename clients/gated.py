@@ -38,7 +38,8 @@ NOBODY: frozenset[str] = frozenset()
 class GatedExperts(Client):
     """A gate between the global expert and a local one, where the task brings an expert; else as `local`.
 
-    The local expert starts as the global one, trains every round, and stays in the client's memory.
+    The local expert starts as the global one, trains every round the modules that the task names as active,
+    and stays in the client's memory.
 
     Args:
         local: the optimizer, rates and batches of both stages; the gate learns at its `lr`.
@@ -98,7 +99,10 @@ class Mixture:
         own = _local(expert, assignment.memory)
         self._base, self._open = base, ExitStack()
         self._bank = Bank(
-            base, [Task(expert, NOBODY, fold=task.fold), Task(own, fold=task.fold)], train, every_token=True
+            base,
+            [Task(expert, NOBODY, fold=task.fold), Task(own, active=task.active, fold=task.fold)],
+            train,
+            every_token=True,
         )
         self._tap = Tap(base, expert.top_down()[0])
         gate = {n: nn.Parameter(t.to(base.device, copy=True), train) for n, t in task.adapter.extra.items()}

@@ -5,9 +5,11 @@ https://arxiv.org/abs/2310.13283
 
 With h(x) the mean of the local model's last hidden states over a row's tokens, the two predictions are
 
-    ŷ_ω = local model(x),    ŷ_θ = s B A P h(x),    θ = (A, B) shared, ω = (LoRA, head, P) the client's own
+    ŷ_ω = local model(x),    ŷ_θ = s B A P h(x),    θ = (A, B) shared, ω = (LoRA, head) the client's own
 
-P takes the width of the client's model to the common one. A round is
+P takes the width of the client's model to the common one. It is drawn from the run's seed, the same for all
+models of one width, has orthonormal rows (columns, where the model is narrower), and is never trained: the
+mean of A is one of maps from the same input only if nobody moves that input. A round is
 
     1. θ frozen: train ω with μ ℓ(ŷ_θ, y) + (1 − μ) ℓ(ŷ_ω, y)
     2. ω frozen: train θ with ℓ(ŷ_θ, y)
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -46,7 +49,7 @@ class TwoPhase(Client):
     Classification only. Clients train one by one, each on its own base.
 
     Args:
-        local: the optimizer, rates and batches of both phases; P learns at its `lr`.
+        local: the optimizer, rates and batches of both phases.
         mu: μ, how much the adapter's prediction counts beside the local one, from 0 to 1.
         width: of the adapter's input, common to all models.
         rank: of the client's own LoRA pairs.
@@ -129,11 +132,9 @@ class Personal:
 
     def __init__(self, base: Base, assignment: Assignment, fresh: Adapter, mu: float, train: bool) -> None:
         pair, memory = assignment.task.adapter.pairs[SHARED], assignment.memory
-        P = memory.get("projection")
-        if P is None:
-            P = _projection(assignment.seed, pair.shape[1], base)
+        self._P = _projection(assignment.seed, pair.shape[1], base).to(base.device)
         self._base, self._mu, self._scale, self._open = base, mu, pair.scale, ExitStack()
-        self._A, self._B, self._P = (nn.Parameter(t.to(base.device, copy=True)) for t in (pair.A, pair.B, P))
+        self._A, self._B = (nn.Parameter(t.to(base.device, copy=True)) for t in (pair.A, pair.B))
         own = Task(_own(fresh, memory))
         self._bank, self._tap = Bank(base, [own], train, every_token=True), Tap(base)
 
@@ -156,7 +157,7 @@ class Personal:
             adapted, own = (F.cross_entropy(found, target, reduction="none") for found in (beside, logits))
             return self._mu * adapted + (1 - self._mu) * own
 
-        return local.descend(self._base, {**self._bank.factors(0), "projection": [self._P]}, losses, batches)
+        return local.descend(self._base, self._bank.factors(0), losses, batches)
 
     def second(self, local: LocalTraining, batches: Sequence[Sequence[Example]]) -> tuple[float, int]:
         """Phase 2, of θ; ω stays as it is, bit for bit. The mean loss over the steps, and their number."""
@@ -184,8 +185,7 @@ class Personal:
 
     def memory(self) -> dict[str, Tensor]:
         """A copy of ω as it now is, as a client keeps it."""
-        own = {f"local/{name}": tensor for name, tensor in self._bank.adapter(0).tensors()}
-        return {**own, "projection": self._P.detach().clone()}
+        return {f"local/{name}": tensor for name, tensor in self._bank.adapter(0).tensors()}
 
     def _pass(self, rows: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
         """The local model's logits, its pooled features h and the targets of a micro-batch."""
@@ -200,10 +200,12 @@ class Personal:
 
 
 def _projection(seed: int, width: int, base: Base) -> Tensor:
-    """Where P starts, (width, the model's own), the same for all clients of one width of model."""
+    """P, (width, the model's own), float32: the Q of a random matrix, one for all models of a width."""
     d = int(base.model.config.hidden_size)
-    P = generator(seed, "projection", d).standard_normal((width, d)) * d**-0.5
-    return torch.from_numpy(P).float()
+    drawn = generator(seed, "projection", d).standard_normal((max(width, d), min(width, d)))
+    Q, R = np.linalg.qr(drawn)
+    Q = Q * np.sign(R.diagonal())  # the one Q of which R's diagonal is positive, whichever LAPACK is there
+    return torch.from_numpy(Q.T if width <= d else Q).float().contiguous()
 
 
 def _own(fresh: Adapter, memory: Mapping[str, Tensor]) -> Adapter:

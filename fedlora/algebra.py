@@ -52,21 +52,21 @@ def mean_extras(extras: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
 
 
 def mean_factors(pairs: Sequence[Pair], weights: Sequence[float], scale: float | None = None) -> Pair:
-    """A and B averaged each by itself, (Σ w_k A_k, Σ w_k B_k), for a product with `scale`, else the first's.
+    """A and B averaged each by itself, (Σ w_k A_k, Σ w_k (s_k / s) B_k), for a product with `scale` s.
 
-    A pair of another scale s_k has √(s_k / s) absorbed into both factors, so that its own product is what it
-    was. The product of the means is not the mean of the products.
+    s is the first pair's scale if none is given. The ratio goes on B alone, as in `rescale`, which made what
+    the clients got: in a round without learning the mean is what was sent, whatever the scales, and an
+    update stated as (A, B / c, c · s_k) counts alike. The product of the means is not the mean of the
+    products; it depends on how each is split: (c · A, B / c, s_k) gives another, with any rule for scales.
     """
     pairs = [pair.plain() for pair in pairs]
     scale = pairs[0].scale if scale is None else scale
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
-    ratios = [pair.scale / scale for pair in pairs]
-    roots = [w * math.sqrt(abs(ratio)) for w, ratio in zip(weights, ratios, strict=True)]
-    signed = [math.copysign(root, ratio) for root, ratio in zip(roots, ratios, strict=True)]
+    ratios = [w * (pair.scale / scale) for w, pair in zip(weights, pairs, strict=True)]
     return Pair(
-        mean_tensors([pair.A for pair in pairs], roots),
-        mean_tensors([pair.B for pair in pairs], signed),
+        mean_tensors([pair.A for pair in pairs], weights),
+        mean_tensors([pair.B for pair in pairs], ratios),
         scale,
     )
 
@@ -210,8 +210,9 @@ def compress(pair: Pair, rank: int | None = None, scale: float | None = None) ->
     """The best approximation of ΔW of at most `rank` (Eckart–Young), split as U·S | Vᵀ.
 
     Rows of A are orthonormal, so that every direction has a gradient, those with σ = 0 too; the balanced
-    split √S | √S would leave them dead. Directions below the rounding of the input's dtype are dropped, but
-    one is always kept.
+    split √S | √S would leave them dead. Directions below float32's rounding of ΔW (float64's, for factors in
+    float64) are dropped, but one is always kept. A coarser dtype drops no more: each column of B has
+    exponents of its own, so that bfloat16 holds a small direction as well as the largest.
 
     Args:
         pair: any pair, most often a stack.
@@ -243,7 +244,8 @@ def _compress(pair: Pair, rank: int | None, scale: float, dtype: torch.dtype) ->
     U, sigma, Vh = _svd(core)
     # What is dropped stays below the rounding all together, not only one by one.
     tail = sigma.square().flip(0).cumsum(0).flip(0).sqrt()
-    rounding = max(torch.finfo(dtype).eps, max(core.shape) * torch.finfo(torch.float64).eps)
+    finest = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    rounding = max(finest, max(core.shape) * torch.finfo(torch.float64).eps)
     keep = min(max(1, int((tail > rounding * tail[0]).sum())), pair.rank if rank is None else rank)
     U, Vh = U[:, :keep] * (sigma[:keep] / scale), Vh[:keep]
     B = U if left is None else left @ U

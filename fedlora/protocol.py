@@ -76,7 +76,8 @@ class Task:
         share: the factors that are sent back. One that is trained and not shared is the client's own: it goes
             on from what it had, and `adapter` holds where it began.
         own_extra: whether the extras (the head) are the client's own too, instead of shared.
-        active: the modules that are trained and shared; None for all. Others work as they are.
+        active: the modules that are trained and shared, of the client's own expert where there is an
+            `expert`; None for all. Others work as they are.
         fold: module name -> a low-rank change of the frozen base, of this task alone; scale 1.
         gain: what `fold` has more than in the round before; who has that one needs only this.
         mask: a seed; an extra `MODULE.sparse` holds the values of a sparse update of the module's weight, at

@@ -12,6 +12,7 @@ import torch
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.algebra import (
+    compress,
     mean_extras,
     mean_factors,
     mean_tensors,
@@ -55,12 +56,21 @@ class Strategy(ABC):
     def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """The state before round 1.
 
+        Where ranks may differ, an adapter that has learned something is put in the order of its singular
+        values, so that the first r directions, which a client of rank r gets, are its best approximation.
+        A pair that was taken out of the base stays as it is: a client needs all of it, since what a cut
+        leaves out would be missing in its base.
+
         Args:
             adapter: of the largest rank any client has.
             fold: what is added to the frozen base from the start, such as minus an adapter taken out of it.
             seed: of the strategy's own random choices.
         """
-        return State(adapter, fold=fold or {}, seed=seed)
+        fold = fold or {}
+        given = {m: pair for m, pair in adapter.pairs.items() if m not in fold}
+        if self.mixed_ranks:
+            adapter = Adapter({**adapter.pairs, **ordered(given, seed)}, adapter.extra)
+        return State(adapter, fold=fold, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
         """What `peer` downloads, trains and shares: by default its cut of both factors, all of it trained."""
@@ -162,6 +172,20 @@ def mean_adapter(state: State, sent: Sequence[Update], weights: Sequence[float])
         for m, old in state.adapter.pairs.items()
     }
     return Adapter(pairs, mean_extras([u.adapter.extra for u in sent], weights))
+
+
+def ordered(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
+    """The same ΔW and ranks, every pair split as U·S | Vᵀ by falling singular values (Eckart–Young).
+
+    Directions that ΔW lacks up to the rank are random and orthonormal, with B = 0. A pair with B = 0 stays as
+    it is, since any of its cuts is exact.
+    """
+    found = dict(pairs)
+    for name, pair in pairs.items():
+        if pair.B.any():
+            rng = generator(seed, "refill", zlib.crc32(name.encode()), 0)
+            found[name] = refill(compress(pair), pair.rank, rng)
+    return found
 
 
 def cut(adapter: Adapter, peer: Peer) -> Adapter:

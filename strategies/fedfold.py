@@ -97,9 +97,8 @@ class FedFold(Strategy):
         sent, w = self.admit(state, updates)
         pairs = {}
         for m, D in state.adapter.pairs.items():
-            own = [u.adapter.pairs[m] for u in sent]
-            p = held([self._led(pair.rank) for pair in own], w, D.rank)
-            pairs[m] = weighted_sum([*own, D], [*w, 1 - p], D.scale)
+            p = held([self._led(_given(u, m)) for u in sent], w, D.rank)
+            pairs[m] = weighted_sum([*(u.adapter.pairs[m] for u in sent), D], [*w, 1 - p], D.scale)
         adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
         told = {"rank": fmean(pair.rank for pair in pairs.values())} if pairs else {}
         return replace(state, adapter=adapter, round=state.round + 1, metrics=told)
@@ -113,3 +112,10 @@ class FedFold(Strategy):
         squares = (D.B.double().norm(dim=0) * D.A.double().norm(dim=1)).square()
         tail = squares.flip(0).cumsum(0).flip(0)
         return int((tail > (1 - self.energy) * tail[0]).sum())
+
+
+def _given(update: Update, module: str) -> int:
+    """r, the rank that a client was given, whatever it sent; what it sent where nobody says who it is."""
+    if update.peer is None:
+        return update.adapter.pairs[module].rank
+    return update.peer.ranks.get(module, update.peer.rank)

@@ -12,7 +12,8 @@ had module m active,
 and one more module becomes active when the mean training loss falls by less than the threshold.
 
 Stage 2, the mixture. The global expert is frozen. A client keeps a local expert, which starts as the global
-one and is never sent, and a gate weighs the logits of both; the gate's low-rank adapter alone is averaged:
+one, trains the same min(n_t, c_k) modules and is never sent, and a gate weighs the logits of both; the gate's
+low-rank adapter alone is averaged:
 
     y = p_0 · global(x) + p_1 · local(x),    p = softmax(B_g A_g [h(x); 1])
 
@@ -93,11 +94,11 @@ class FedMS(Strategy):
         return State(adapter, fold=fold or {}, memory=memory, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
-        """Stage 1: the expert, some of it to train. Stage 2: the gate, and the expert to use as it is."""
-        expert = cut(state.adapter, peer)
+        """Stage 1: the expert, partly to train. Stage 2: the gate, the expert, and the modules to train."""
+        expert, active = cut(state.adapter, peer), self._trained(state, peer)
         if state.round < self.global_rounds:
-            return Task(expert, active=self._trained(state, peer), fold=state.fold)
-        return Task(_gate(state), frozenset(), frozenset(), fold=state.fold, expert=expert)
+            return Task(expert, active=active, fold=state.fold)
+        return Task(_gate(state), frozenset(), frozenset(), active=active, fold=state.fold, expert=expert)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Stage 1: each module's mean over those that had it active. Stage 2: the gate's mean."""
@@ -126,7 +127,7 @@ class FedMS(Strategy):
         return replace(state, adapter=adapter, memory=memory, metrics=metrics, round=state.round + 1)
 
     def _trained(self, state: State, peer: Peer | None) -> frozenset[str]:
-        """The modules that a client trains in stage 1; all active ones where nobody knows who it is."""
+        """The modules that a client trains; all active ones where nobody knows who it is."""
         most = self.capacity[peer.id % len(self.capacity)] if peer and self.capacity else None
         return frozenset(state.adapter.top_down()[: int(state.memory["active"])][:most])
 

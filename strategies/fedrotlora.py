@@ -13,8 +13,8 @@ with it. Softly, with blend λ, R_k gives way to the rotation nearest to (1 − 
 in the first round, there is no reference, and nothing is rotated.
 
 Sends: A and B up, A and B down, as FedIT.
-Differs from the paper: the server rotates, which is the same arithmetic. A scale s_k > 0 does not change R_k;
-clients of other scales are balanced by FedIT's mean.
+Differs from the paper: the server rotates, which is the same arithmetic. Of clients of other scales, B_k
+counts as (s_k / s) B_k, as in FedIT.
 """
 
 from collections.abc import Sequence
@@ -66,13 +66,13 @@ class FedRotLoRA(Strategy):
 
 
 def aligned(pair: Pair, reference: Pair, side: Literal["A", "B"], blend: float = 1.0) -> Pair:
-    """The same ΔW with factors rotated so that those of one side come near the reference's."""
+    """The same ΔW in the reference's scale, its factors rotated so that those of one side come near to it."""
     pair = pair.plain()
-    A, B = pair.A.double(), pair.B.double()
+    A, B = pair.A.double(), pair.B.double() * (pair.scale / reference.scale)
     R = rotation(A @ reference.A.double().T if side == "A" else B.T @ reference.B.double())
     if blend < 1:
         R = rotation((1 - blend) * torch.eye(pair.rank, dtype=R.dtype, device=R.device) + blend * R)
-    return Pair((R.T @ A).to(pair.A.dtype), (B @ R).to(pair.B.dtype), pair.scale)
+    return Pair((R.T @ A).to(pair.A.dtype), (B @ R).to(pair.B.dtype), reference.scale)
 
 
 @one_thread()

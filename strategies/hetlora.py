@@ -16,8 +16,8 @@ clients whose rank reaches i. `mean_over="holders"` divides each row by p_i inst
 2024, arXiv:2408.08699), and keeps a row that no sampled client holds.
 
 Sends: A and B up and down, at the client's rank, which the server remembers by the client's id.
-Differs from the paper: an update is s_k B_k A_k; √s_k goes on both factors before the mean and comes off both
-on the way down, and ΔW_k has its scale. Directions that no sampled client held come back as zero; they are
+Differs from the paper: an update is s_k B_k A_k, and ΔW_k has its scale; s_k goes on B_k before the mean and
+comes off B on the way down. Directions that no sampled client held come back as zero; they are
 made new, with B = 0, so that they can learn again.
 """
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import mean_extras, mean_factors, mean_rows, norm, normalised, pad, truncate
+from fedlora.algebra import mean_extras, mean_factors, mean_rows, norm, normalised, pad, rescale, truncate
 from fedlora.errors import ConfigError
 from fedlora.protocol import Peer, State, Tail, Task, Update
 from fedlora.strategy import Strategy, cut, with_room
@@ -75,9 +75,7 @@ class HetLoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """The first directions, as many as the client has left, and the rule of the tail."""
         peer = replace(peer, ranks=self._ranks(state, peer))
-        first = cut(with_room(state, peer), replace(peer, scales={}))
-        pairs = {m: _balanced(pair, peer.scales.get(m, pair.scale)) for m, pair in first.pairs.items()}
-        return Task(Adapter(pairs, first.extra), fold=state.fold, tail=self._tail)
+        return Task(cut(with_room(state, peer), peer), fold=state.fold, tail=self._tail)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself and weighted by norm; note who has pruned."""
@@ -107,7 +105,7 @@ class HetLoRA(Strategy):
             # Who has no weight holds no direction: it would come out with both factors zero, and never learn.
             rank = max(pair.rank for pair, o in zip(pairs, omega, strict=True) if o > 0)
             return mean_factors([_of_rank(pair, rank) for pair in pairs], omega, old.scale)
-        pairs = [_balanced(pair, old.scale) for pair in pairs]
+        pairs = [rescale(pair, old.scale) for pair in pairs]
         A = mean_rows([pair.A for pair in pairs], omega, old.A)
         B = mean_rows([pair.B.T for pair in pairs], omega, old.B.T).T.contiguous()
         return Pair(A, B, old.scale)
@@ -139,11 +137,6 @@ class HetLoRA(Strategy):
 def _of_rank(pair: Pair, rank: int) -> Pair:
     """The first directions, and zeros where there are too few."""
     return pad(truncate(pair, rank), rank)
-
-
-def _balanced(pair: Pair, scale: float) -> Pair:
-    """The same ΔW in another scale, the root of the ratio on each factor; the mean of factors undoes it."""
-    return mean_factors([pair], [1.0], scale)
 
 
 def _key(peer: Peer) -> str:

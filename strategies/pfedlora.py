@@ -11,7 +11,7 @@ Client k has its own frozen base, its own local model ω_k on it, which it never
 
 Sends: θ up, θ down.
 Differs from the paper: only its abstract was at hand. θ is one low-rank pair from a common width to the
-labels, behind a projection that each client trains and keeps; the paper's models are vision models.
+labels, behind a projection that is fixed for each width of model; the paper's models are vision models.
 """
 
 from collections.abc import Sequence

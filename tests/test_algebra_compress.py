@@ -141,11 +141,22 @@ def test_compress_of_float32_is_computed_in_float64(make, np64, rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_compress_drops_what_the_dtype_cannot_hold_and_nothing_else(make, rng, dtype):
-    eps = torch.finfo(dtype).eps
+def test_compress_drops_what_is_below_float32s_rounding_and_nothing_else(make, rng, dtype):
+    eps = torch.finfo(torch.float32).eps
     eye = torch.eye(6, 8, dtype=dtype)
     B = torch.diag(torch.tensor([1.0, 0.5, 4 * eps, 2 * eps, eps / 4, 0.0], dtype=dtype))
     assert algebra.compress(Pair(eye, B)).rank == 4
+
+
+@pytest.mark.parametrize("call", ["compress", "weighted_sum"])
+def test_a_bfloat16_adapter_keeps_its_small_directions(make, np64, rng, call):
+    # bfloat16 rounds at 0.4 %, yet holds a direction of 0.1 % of the largest to 0.4 % of its own size.
+    exact = make.spectrum(rng, 30, 40, [1.0, 1e-2, 1e-3, 1e-5])
+    pair = Pair(exact.A.bfloat16(), exact.B.bfloat16())
+    sigma = np.linalg.svd(np64.delta(pair), compute_uv=False)[:4]
+    best = algebra.compress(pair) if call == "compress" else algebra.weighted_sum([pair, pair], [0.5, 0.5])
+    assert (best.rank, best.A.dtype) == (4, torch.bfloat16)
+    assert best.B.double().norm(dim=0).tolist() == pytest.approx(sigma, rel=1e-2)
 
 
 @DTYPES

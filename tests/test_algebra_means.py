@@ -98,12 +98,12 @@ def test_mean_factors_of_one_scale_averages_each_factor(make, np64, seed, d_out,
     assert np64.close(mean.B, sum(x * p.B.numpy() for x, p in zip(w, pairs, strict=True)), 1e-14)
 
 
-def test_mean_factors_absorbs_another_scale_by_its_root_on_both_factors(make, np64, rng):
+def test_mean_factors_puts_another_scale_on_B(make, np64, rng):
     one, two = make.pair(rng, 5, 7, 3, 2.0), make.pair(rng, 5, 7, 3, 8.0)
     mean = algebra.mean_factors([one, two], [0.25, 0.75])
     assert mean.scale == 2.0
-    assert np64.close(mean.A, 0.25 * one.A + 0.75 * 2 * two.A, 1e-14)
-    assert np64.close(mean.B, 0.25 * one.B + 0.75 * 2 * two.B, 1e-14)
+    assert np64.close(mean.A, 0.25 * one.A + 0.75 * two.A, 1e-14)
+    assert np64.close(mean.B, 0.25 * one.B + 0.75 * 4 * two.B, 1e-14)
 
 
 @pytest.mark.parametrize("scale", [0.3, 2.0, 5.0, -5.0, 0.0])
@@ -114,8 +114,8 @@ def test_one_pair_with_all_the_weight_keeps_its_product_in_any_scale(make, np64,
 
 def test_mean_factors_of_other_scales_rounds_once_too(make, rng):
     pairs = [make.pair(rng, 40, 50, 8, scale, torch.bfloat16) for scale in (1.0, 3.0, 0.7)]
-    want = sum(w * math.sqrt(p.scale) * p.A.double() for w, p in zip((0.2, 0.3, 0.5), pairs, strict=True))
-    assert torch.equal(algebra.mean_factors(pairs, [0.2, 0.3, 0.5]).A, want.to(torch.bfloat16))
+    want = sum(w * p.scale * p.B.double() for w, p in zip((0.2, 0.3, 0.5), pairs, strict=True))
+    assert torch.equal(algebra.mean_factors(pairs, [0.2, 0.3, 0.5]).B, want.to(torch.bfloat16))
 
 
 # --- one pair in other clothes ------------------------------------------------------------------------------

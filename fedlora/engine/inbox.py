@@ -6,6 +6,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message
 
 from fedlora.engine.asked import Asked
+from fedlora.engine.memory import FOLD, forgotten
 from fedlora.engine.wire import Held, size, write_task
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task, Update
@@ -28,6 +29,7 @@ class Inbox:
         self._asked = Asked()
         self._sent: dict[int, tuple[Peer, Task, int, Held]] = {}
         self._held: dict[int, Held] = {}
+        self._seen: dict[str, int] = {}  # a fold's tensor -> the last version in which a client received it
 
     def send(
         self,
@@ -42,12 +44,26 @@ class Inbox:
         """A node's message, `more` records in it; a new round forgets what was sent before."""
         if round != self._round:
             self._round, self._sent, self._asked = round, {}, Asked()
+        self._forget(version)
         held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
         content, held = write_task(task, round, seed, held, version)
         content.update(more)
         self._sent[node] = (peer, task, size(content), held)
         ttl = None if self._patience is None else self._patience + GRACE
         return self._asked.note(Message(content, node, "train", ttl=ttl, group_id=str(round)))
+
+    def _forget(self, version: int) -> None:
+        """No longer count on folds that clients of one process have dropped by now (`Shelf`)."""
+        old = forgotten(self._seen, version)
+        for seal in old:
+            del self._seen[seal]
+        for node, held in self._held.items() if old else ():
+            kept = {
+                name: seal
+                for name, seal in held.digests.items()
+                if not (name.startswith(FOLD) and seal in old)
+            }
+            self._held[node] = Held(kept, held.version)
 
     def receive(
         self, round: int, replies: Iterable[Message], read: Read
@@ -80,6 +96,8 @@ class Inbox:
                 lines.append(line | {"status": "dropped", "reason": str(error)})
                 continue
             self._held[node] = held
+            if held.version is not None:
+                self._seen |= dict.fromkeys(_folds(held).values(), held.version)
             good.append((update, task))
             valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
             told = {**update.metrics, **valid, **line}
@@ -93,6 +111,11 @@ class Inbox:
         good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
         lines.sort(key=lambda line: int(line["client"]))
         return [update for update, _ in good], [task for _, task in good], lines
+
+
+def _folds(held: Held) -> dict[str, str]:
+    """The digests of a fold's tensors by name."""
+    return {name: seal for name, seal in held.digests.items() if name.startswith(FOLD)}
 
 
 def line_of(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fedlora.engine.ledgers import LEDGER, read_ledger, spend
 from fedlora.errors import CheckpointError
 from fedlora.privacy import Ledger
 
+FOLD = "fold/"  # begins the name of a fold's tensor in a packed task
 KEPT = 3  # versions: of a round that was cut off, of the last checkpoint's, and of the one before that
 
 
@@ -87,15 +88,22 @@ class Memory:
 class Shelf:
     """Tensors that clients were sent and hold on to.
 
+    In memory, for many clients of one process, equal tensors are kept once, and folds that have been replaced
+    are forgotten: a fold that nobody was sent since the state before the last leads to no fold of now, and
+    the server knows that it has to send the whole one (`forgotten`). Each client on a machine of its own
+    keeps its one fold, in a file.
+
     Args:
-        folder: where they outlive this process, a file a client; None keeps them in memory, equal ones once,
-            whoever holds them.
+        folder: where they outlive this process, a file a client; None keeps them in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
         self._held: dict[int, dict[str, Tensor]] = {}
         self._known: WeakValueDictionary[str, Tensor] = WeakValueDictionary()
+        self._seals: dict[int, dict[str, str]] = {}
+        self._seen: dict[str, int] = {}
+        self._version = -1
 
     def held(self, client: int) -> dict[str, Tensor]:
         """What a client holds; nothing where a file is damaged, so that the server has to send it again."""
@@ -104,14 +112,37 @@ class Shelf:
         found = _read(self._file(client))
         return {} if found is None else found
 
-    def hold(self, client: int, tensors: Mapping[str, Tensor]) -> None:
-        """A client holds these from now on, and nothing else."""
+    def hold(self, client: int, tensors: Mapping[str, Tensor], version: int | None = None) -> None:
+        """A client holds these from now on, and nothing else.
+
+        Args:
+            client: its id.
+            tensors: by name.
+            version: the state that they come from, as `write_task` has it; None forgets no fold.
+        """
         if self._folder is not None:
             self._write(self._file(client), tensors)
-        elif tensors:
-            self._held[client] = {name: self._one(tensor) for name, tensor in tensors.items()}
-        else:
-            self._held.pop(client, None)
+            return
+        seals = {name: digest("", [("", tensor)]) for name, tensor in tensors.items()}
+        self._held[client] = {n: self._known.setdefault(seals[n], tensor) for n, tensor in tensors.items()}
+        self._seals[client] = {name: seal for name, seal in seals.items() if name.startswith(FOLD)}
+        if not tensors:
+            del self._held[client]
+        if version is None:
+            return
+        self._seen |= dict.fromkeys(self._seals[client].values(), version)
+        if version > self._version:
+            self._version = version
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drop the folds that no client can be counted on to hold any more."""
+        old = forgotten(self._seen, self._version)
+        for client, seals in self._seals.items():
+            for name in [name for name, seal in seals.items() if seal in old]:
+                del seals[name], self._held[client][name]
+        for seal in old:
+            del self._seen[seal]
 
     def _file(self, client: int) -> Path:
         assert self._folder is not None
@@ -125,8 +156,18 @@ class Shelf:
             if old is None or digest("", sorted(old.items())) != seal:
                 write_whole(path, lambda file: save_file(kept, file, {"digest": seal}))
 
-    def _one(self, tensor: Tensor) -> Tensor:
-        return self._known.setdefault(digest("", [("", tensor)]), tensor)
+
+def forgotten(seen: Mapping[str, int], version: int) -> set[str]:
+    """The digests of folds that a client need not hold any more once the state has come to a version.
+
+    A later fold is built on the one of the version before, or is sent whole. Server and clients use this one
+    rule, so that nothing is counted on that has been dropped.
+
+    Args:
+        seen: digest -> the last version in whose tasks a client has received it.
+        version: of the state whose tasks are now sent.
+    """
+    return {seal for seal, last in seen.items() if last < version - 1}
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

@@ -76,8 +76,9 @@ class Site:
         for a, outcome in zip(assignments, outcomes, strict=True):
             self._remember(a, outcome)
         self._spend(assignments, outcomes, contexts)
-        for a, held in read:  # once nothing can fail any more: a second try starts from what was held before
-            self.shelf.hold(a.client, held)
+        for m, (a, held) in zip(messages, read, strict=True):
+            # Once nothing can fail any more: a second try starts from what was held before.
+            self.shelf.hold(a.client, held, _version(m))
         return [
             reply or _masked(m, a, o, c)
             for reply, m, a, o, c in zip(plain, messages, assignments, outcomes, contexts, strict=True)
@@ -86,7 +87,7 @@ class Site:
     def evaluate(self, message: Message, context: Context) -> Message:
         """The client's model on the rows that it keeps back, without training."""
         assignment, held = self._assignment(message, context)
-        self.shelf.hold(assignment.client, held)
+        self.shelf.hold(assignment.client, held, _version(message))
         kept = len(self._split(assignment.client)[1])
         metrics = MetricRecord({"num-examples": kept, **self._told([assignment])[0]})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
@@ -224,6 +225,12 @@ def _masked(message: Message, assignment: Assignment, outcome: Outcome, context:
     except IncompatibleUpdates as error:
         return Message(Error(FAILED, str(error)), reply_to=message)
     return Message(content, reply_to=message)
+
+
+def _version(message: Message) -> int | None:
+    """The state that a task comes from; None where the server counts on nothing from before."""
+    version = int(message.content.config_records["config"].get("version", -1))  # type: ignore[arg-type]
+    return None if version < 0 else version
 
 
 def _examples(assignment: Assignment, outcome: Outcome) -> int:

@@ -71,7 +71,8 @@ def write_task(
     )
     to = _fold_seal(digests) if grown else ""
     whole = _bytes(tensors, tensors.keys() - gain)
-    config = ConfigRecord({"round": round, "seed": seed, "task": header, "grown": to, "whole": whole})
+    numbers = {"round": round, "seed": seed, "whole": whole, "version": -1 if version is None else version}
+    config = ConfigRecord({**numbers, "task": header, "grown": to})
     arrays = ArrayRecord({name: _array(tensors[name]) for name in sorted(sent)})
     return RecordDict({"arrays": arrays, "config": config}), Held(digests, version)
 

@@ -16,7 +16,8 @@ from fedlora.data import Example, collate
 from fedlora.errors import ConfigError
 from fedlora.evaluation import evaluate
 from fedlora.models import Bank, Base, LoRA, fresh_adapter, targets
-from fedlora.protocol import Task
+from fedlora.protocol import Peer, Task
+from fedlora.strategies import FedMS
 
 CLIENT = GatedExperts.of(lr=0.01, batch_size=4, epochs=2)
 
@@ -158,6 +159,27 @@ def test_stage_2_trains_the_gate_and_the_local_expert_alone(base: Base) -> None:
         assert not torch.equal(outcome.memory[f"local/{name}"], tensor), name
     assert outcome.metrics["steps"] == 6
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.model.modules())
+
+
+@pytest.mark.parametrize("capacity", [1, 3])
+def test_a_client_of_small_capacity_trains_so_many_modules_of_its_own_expert(
+    base: Base, capacity: int
+) -> None:
+    common = expert(base, 1)
+    state = FedMS(global_rounds=0, active=4, capacity=(capacity,)).init(common)
+    task = FedMS(global_rounds=0, active=4, capacity=(capacity,)).task(state, Peer(0, 2))
+    back = Task.unpack(*task.pack())  # as it travels
+    outcome = CLIENT.train(base, [Assignment(0, 1, 0, back, rows(11))])[0]
+    changed = {
+        m
+        for m, pair in common.pairs.items()
+        for factor, tensor in pair.factors()
+        if not torch.equal(outcome.memory[f"local/{m}.{factor}"], tensor)
+    }
+    assert changed == set(common.top_down()[:capacity])
+    with Mixture(base, Assignment(0, 1, 0, back, rows(11)), train=True) as mixture:
+        trained = sum(t.requires_grad for name, group in mixture.parameters.items() for t in group)
+    assert trained == 2 * capacity + len(common.extra) + 2
 
 
 def test_the_mixture_learns_and_goes_on_from_its_memory(base: Base) -> None:

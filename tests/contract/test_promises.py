@@ -158,6 +158,49 @@ def test_clients_that_learned_nothing_leave_the_model_as_it_was(
     assert all(np64.close(new.delta(m), state.delta(m)) for m in layers)
 
 
+SCALES = (0.03, 0.425, 0.7, 1.7, 12.0)
+
+
+def test_a_round_without_learning_is_the_identity_for_any_mix_of_scales(
+    strategy, np64, states, aggregate, layers, largest
+):
+    rng = np.random.default_rng(31)
+    for state in states():
+        still = [Peer(i, largest, {}, {m: float(rng.choice(SCALES)) for m in layers}) for i in range(4)]
+        sent = [Update(strategy.task(state, one).adapter, 1.0 + one.id, one) for one in still]
+        new = aggregate(strategy, state, sent)
+        assert all(np64.close(new.delta(m), state.delta(m)) for m in layers)
+
+
+@pytest.mark.parametrize("c", [0.25, 4.0])
+def test_the_scale_in_which_a_client_states_its_update_changes_nothing(
+    strategy, np64, state, updates, c, aggregate, same_model, with_pair
+):
+    """(A, B / c) with c · s is the same update; by powers of two, so that a frozen B is the same bits."""
+    other = updates[1]
+    for m, pair in other.adapter.pairs.items():
+        other = with_pair(other, m, dataclasses.replace(pair, B=pair.B / c, scale=c * pair.scale))
+    want = aggregate(strategy, state, updates)
+    assert same_model(np64, aggregate(strategy, state, [updates[0], other, *updates[2:]]), want)
+
+
+def test_the_first_cut_of_a_given_adapter_is_the_best_of_its_rank(strategy, make, np64, rng, layers, largest):
+    """Eckart–Young; who also sends the rest as a fold starts nearer still. The global update stays."""
+    given = make.adapter(rng, layers, largest, 0.7)
+    given = Adapter(
+        {m: dataclasses.replace(p, B=p.B.flip(1) * 9) for m, p in given.pairs.items()}, given.extra
+    )
+    state = strategy.init(given)
+    assert all(np64.close(state.delta(m), np64.delta(pair)) for m, pair in given.pairs.items())
+    for rank in (1, 2, 5, largest) if strategy.mixed_ranks else (largest,):
+        task = strategy.task(state, Peer(1, rank, {}, {"tall": 3.0}))
+        for m, shape in layers.items():
+            if task.expert is None:
+                found, D = np64.effective(task, task.adapter, m, shape), np64.delta(given.pairs[m])
+                least = np.linalg.norm(D - np64.best(D, rank))
+                assert np.linalg.norm(found - D) <= least + 1e-10 * np.linalg.norm(D)
+
+
 def test_several_rounds_from_nothing_learned_stay_finite_and_count_up(
     strategy, make, rng, peers, weights, aggregate, layers, largest
 ):

@@ -240,3 +240,16 @@ def test_a_capped_download_is_not_called_exact():
     assert FedFold().exact
     assert FedFold(fresh=0.0).exact
     assert not FedFold(energy=0.999).exact
+
+
+@pytest.mark.parametrize("sent", [1, 3, 9])
+def test_what_a_client_began_with_follows_from_its_task_whatever_rank_it_sends(make, np64, rng, sent):
+    fold, state = started(make, rng, 9, 8, 6)
+    peers = [Peer(0, 6), Peer(1, 4, {"m": 5})]
+    tasks = [fold.task(state, peer) for peer in peers]
+    pairs = [make.pair(rng, 9, 8, sent, 2.0), make.pair(rng, 9, 8, 5, 2.0)]
+    updates = [
+        Update(Adapter({"m": pair}), w, p) for pair, w, p in zip(pairs, (1.0, 3.0), peers, strict=True)
+    ]
+    want = sum(w * model(np64, t, p) for w, t, p in zip((0.25, 0.75), tasks, pairs, strict=True))
+    assert np64.close(fold.aggregate(state, updates, rng).delta("m"), want)

@@ -101,13 +101,10 @@ def test_every_client_counts_by_its_examples(make, np64, rng):
     assert np64.close(new.B, 0.1 * pairs[0].B + 0.2 * pairs[1].B + 0.7 * pairs[2].B, 1e-14)
 
 
-def test_the_same_updates_in_other_scales_are_balanced_to_the_same_mean(make, np64, rng):
+def test_the_same_updates_in_other_scales_give_the_same_mean(make, np64, rng):
     pairs, w = [make.pair(rng, 8, 6, 3, 2.0) for _ in range(3)], [0.2, 0.3, 0.5]
-    balanced = [
-        Pair(p.A * (2 / s) ** 0.5, p.B * (2 / s) ** 0.5, s)
-        for p, s in zip(pairs, (0.5, 2.0, 7.0), strict=True)
-    ]
-    one, two = run(pairs, w, 2.0), run(balanced, w, 2.0)
+    said = [Pair(p.A, p.B * (2 / s), s) for p, s in zip(pairs, (0.5, 2.0, 7.0), strict=True)]
+    one, two = run(pairs, w, 2.0), run(said, w, 2.0)
     assert np64.close(np64.delta(one), np64.delta(two), 1e-13)
 
 

@@ -49,13 +49,12 @@ def shares(np64, updates, modules):
 
 
 def padded_mean(pairs, omega, scale):
-    """(Σ ω √(s_k/s) A_k, Σ ω √(s_k/s) B_k) over zero-padded factors."""
+    """(Σ ω A_k, Σ ω (s_k/s) B_k) over zero-padded factors."""
     rank = max(pair.rank for pair in pairs)
     A, B = np.zeros((rank, pairs[0].shape[1])), np.zeros((pairs[0].shape[0], rank))
     for pair, w in zip(pairs, omega, strict=True):
-        root = np.sqrt(pair.scale / scale)
-        A[: pair.rank] += w * root * pair.A.numpy()
-        B[:, : pair.rank] += w * root * pair.B.numpy()
+        A[: pair.rank] += w * pair.A.numpy()
+        B[:, : pair.rank] += w * pair.scale / scale * pair.B.numpy()
     return A, B
 
 
@@ -172,12 +171,8 @@ def test_holders_alone_decide_a_direction_and_one_without_any_stays(make, np64, 
     for i in range(new.rank):
         own = [(p, w) for p, w in zip(pairs, omega, strict=True) if p.rank > i]
         total = sum(w for _, w in own)
-        A = sum(w / total * np.sqrt(p.scale / scale) * p.A[i].numpy() for p, w in own) if own else old.A[i]
-        B = (
-            sum(w / total * np.sqrt(p.scale / scale) * p.B[:, i].numpy() for p, w in own)
-            if own
-            else old.B[:, i]
-        )
+        A = sum(w / total * p.A[i].numpy() for p, w in own) if own else old.A[i]
+        B = sum(w / total * p.scale / scale * p.B[:, i].numpy() for p, w in own) if own else old.B[:, i]
         assert np64.close(new.A[i], A)
         assert np64.close(new.B[:, i], B)
 
@@ -187,10 +182,10 @@ def test_a_client_gets_the_first_directions_and_fresh_ones_where_nobody_was(make
     small = HetLoRA().aggregate(state, make.round(rng, HetLoRA(), state, [Peer(0, 3)], [1.0]), rng)
     task = HetLoRA().task(small, Peer(1, 8, {}, {"m": 0.5})).adapter.pairs["m"]
     assert np64.close(np64.delta(task), small.delta("m"))
-    assert np64.close(task.A[:3], 2.0 * small.adapter.pairs["m"].A)  # √(s / s_j) on both factors
-    assert np64.close(task.B[:, :3], 2.0 * small.adapter.pairs["m"].B)
+    assert np64.close(task.A[:3], small.adapter.pairs["m"].A)  # s / s_j is on B
+    assert np64.close(task.B[:, :3], 4.0 * small.adapter.pairs["m"].B)
     assert (task.A[3:].norm(dim=1) > 0.9).all()  # B is zero there, so that A must not be
-    assert np64.close(2.0 * HetLoRA().task(small, Peer(1, 2)).adapter.pairs["m"].A, task.A[:2])
+    assert np64.close(HetLoRA().task(small, Peer(1, 2)).adapter.pairs["m"].A, task.A[:2])
 
 
 def test_the_rule_of_the_tail_goes_with_the_task(make, rng):

@@ -238,3 +238,11 @@ def test_the_precision_of_the_adapter_is_kept_through_both_stages(make, rng, dty
         state, _ = step(make, rng, slora, state)
         kinds = {t.dtype for adapter in (state.adapter, Adapter(state.fold)) for _, t in adapter.tensors()}
         assert kinds == {dtype}
+
+
+def test_without_a_sparse_stage_ranks_begin_with_the_best_cuts_of_a_given_adapter(make, np64, rng):
+    given, strategy = Adapter({"m": make.pair(rng, 7, 9, 6, 2.0)}), SLoRA(sparse_rounds=0, second="flexlora")
+    state = strategy.init(given)
+    for rank in (1, 3, 6):
+        pair = strategy.task(state, Peer(0, rank)).adapter.pairs["m"]
+        assert np64.close(np64.delta(pair), np64.best(np64.delta(given.pairs["m"]), rank))
