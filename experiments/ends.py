@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 import fedlora
 from fedlora.answers import Answer, scores
+from fedlora.data.dataset import counted
 from fedlora.engine import RunFolder, megabytes
 from fedlora.models import save_adapter
 from fedlora.privacy import Ledger
@@ -49,6 +50,8 @@ def opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
     )
     who = f"{job.rules.clients} clients of {min(sizes)} to {max(sizes)} rows" if sizes else "sites' own rows"
     what = f"{type(job.strategy).__name__}: {_model(config)} on {config.data.name}"
+    if job.dataset.labels:
+        what += f", {counted(job.dataset.labels)}"
     lines = [f"{what}, {who}, rank {ranks}, {goes}", f"-> {path}"]
     if job.privacy is not None and job.plans:
         lines.insert(1, private.opening(job.privacy, job.plans))

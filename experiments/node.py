@@ -222,7 +222,7 @@ class Node:
             raise ConfigError(f"data.file: this site has one file for runs, which is not '{asked}'")
         columns = {name: getattr(self, name) or config.data[name] for name in COLUMNS}
         try:
-            return rows_of(own, **columns, labels=labels)
+            return rows_of(own, **columns, labels=labels, quotes=config.data.quotes)
         except ColumnError as error:
             raise error.at_a_site() from None
 

@@ -21,6 +21,7 @@ from omegaconf.errors import (
 from fedlora.errors import ConfigError
 
 PATHS = ("out", "resume", "data.train", "data.test", "data.path", "model.path", "lora.adapter")
+COLUMNS = tuple(f"data.{role}" for role in ("text", "label", "prompt", "response", "client"))  # 1 is a name
 PLACED = tuple(key for key in PATHS if "." in key)  # what a deployment's server opens in a folder of its own
 NEVER_A_NAME = ("data.train", "data.test", "lora.adapter")  # the others may be names on the Hugging Face hub
 
@@ -151,10 +152,13 @@ def check_keys(overrides: Sequence[str]) -> None:
 
 
 def _quoted(word: str) -> str:
-    """A path in the quotes that Hydra's grammar wants; its user knows the shell's only."""
+    """A path or a column's name in the quotes that Hydra's grammar wants; its user knows the shell's only."""
     key, given, value = word.partition("=")
-    plain = value not in ("", "null", "???") and value[0] not in "'\"" and "${" not in value
-    if not given or key not in PATHS or not plain:
+    quoted = (
+        "'\"[{" if key in COLUMNS else "'\""
+    )  # a list of columns is refused where its columns are looked for
+    plain = value not in ("", "null", "???") and value[0] not in quoted and "${" not in value
+    if not given or key not in (*PATHS, *COLUMNS) or not plain:
         return word
     return key + "='" + value.replace("'", "\\'") + "'"
 

@@ -1,15 +1,22 @@
 """Rows of text with their targets, and the data set that a run trains and tests on."""
 
+import re
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
 from fedlora.errors import ConfigError, DataError
-from fedlora.order import in_order
+from fedlora.order import INTEGER, in_order
 from fedlora.seeds import generator
 
 Kind = Literal["classification", "instruction"]
+DECIMAL = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+)")
+MANY = 50  # integers that are classes are seldom more
+NO_REGRESSION = (
+    "regression is not available yet; if the numbers are classes, write them as whole numbers or words"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ class Dataset:
                     f"data set {name!r}: expected at least 2 labels in the training rows, got only "
                     f"{labels[0]!r}; check that the label column is the right one"
                 )
+            check_classes(labels, f"data set {name!r}")
             unknown = Counter(row.target for row in test if row.target not in labels)
             if unknown:
                 label, count = unknown.most_common(1)[0]
@@ -72,6 +80,42 @@ class Dataset:
                     f"row; correct it, remove those test rows, or add training rows with it"
                 )
         return cls(name, kind, tuple(train), tuple(test), labels)
+
+
+def check_classes(labels: Collection[str], where: str) -> None:
+    """Warn of labels that hardly are classes.
+
+    Raises:
+        DataError: they are numbers with decimals, which are values to predict.
+    """
+    decimals = [name for name in labels if DECIMAL.fullmatch(name)]
+    integers = [name for name in labels if INTEGER.fullmatch(name)]
+    if decimals and len(decimals) + len(integers) == len(labels):
+        raise DataError(
+            f"{where}: expected labels, got {len(labels)} numbers, {len(decimals)} of them with decimals "
+            f"({decimals[0]!r}); {NO_REGRESSION}"
+        )
+    if len(integers) == len(labels) > MANY:
+        warnings.warn(
+            f"{where}: {len(labels)} different integers are labels, a class each; name another column if "
+            "they are scores, ages or numbers of rows",
+            stacklevel=2,
+        )
+    truths = [name for name in labels if name.casefold() in ("true", "false")]
+    if truths and integers:
+        warnings.warn(
+            f"{where}: truth values ({', '.join(truths)}) and integers ({', '.join(integers):.80}) are "
+            "labels side by side, a class each; write them alike if they mean the same",
+            stacklevel=2,
+        )
+
+
+def counted(labels: Collection[str]) -> str:
+    """How many labels there are, and how many of them are integers, for a line."""
+    integers = sum(INTEGER.fullmatch(name) is not None for name in labels)
+    if integers == len(labels):
+        return f"{integers} integer labels"
+    return f"{len(labels)} labels" + (f", {integers} of them integers" if integers else "")
 
 
 def hold_out(rows: Sequence[Row], kind: Kind, test_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -95,6 +139,7 @@ def hold_out(rows: Sequence[Row], kind: Kind, test_rows: int, seed: int) -> tupl
     staying = set(first.values())
     held = [i for i in order if i not in staying][: min(test_rows, len(rows) // 5)]
     if not held:
+        check_classes(first, "the label column")
         labels = f" with {len(first)} labels" if first else ""
         raise DataError(
             f"no test row can be held out of {len(rows)} rows{labels}: at most a fifth is held out and one "

@@ -4,20 +4,16 @@ A folder stands for the files in it, each of them one natural client named by it
 is cut from the training rows when there are no test files.
 """
 
-import csv
-import io
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedlora.data.dataset import Dataset, Row, hold_out
-from fedlora.data.fields import Fields, choose
+from fedlora.data.dataset import Dataset, Row, check_classes, hold_out
+from fedlora.data.fields import Fields, as_text, choose
+from fedlora.data.records import ENDINGS, records
 from fedlora.errors import ConfigError, DataError
 from fedlora.order import in_order, natural
-
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv")
 
 
 def load(
@@ -30,6 +26,7 @@ def load(
     client: str | None = None,
     test_rows: int = 500,
     seed: int = 0,
+    quotes: bool | None = None,
 ) -> Dataset:
     """Read a classification (text, label) or an instruction (prompt, response) data set.
 
@@ -41,17 +38,19 @@ def load(
         label: the column of its label.
         prompt: the column of the prompt.
         response: the column of the response.
-        client: the column that names a row's natural client, if there is one; none with a folder.
+        client: the column that names a row's natural client, if there is one; none with a folder. Test rows
+            may lack it.
         test_rows: how many rows to hold out of the training rows, at most a fifth of them.
         seed: which rows.
+        quotes: whether quotation marks enclose the cells of a table; None: those of CSV, and not of TSV.
     """
     fields = choose(text, label, prompt, response, client)
     path = Path(train)
-    rows = _gather(path, fields)
+    rows = _gather(path, fields, quotes)
     if test is None:
         kept, held = hold_out(rows, fields.kind, test_rows, seed)
     else:
-        kept, held = rows, _gather(Path(test), fields)
+        kept, held = rows, _gather(Path(test), replace(fields, optional=True), quotes)
     return Dataset.build(path.stem, fields.kind, kept, held)
 
 
@@ -62,6 +61,7 @@ def held_out(
     prompt: str | None = None,
     response: str | None = None,
     labels: Sequence[str] | None = None,
+    quotes: bool | None = None,
 ) -> Dataset:
     """Read the server's part of a data set whose training rows are at other sites: its test rows.
 
@@ -72,13 +72,14 @@ def held_out(
         prompt: the column of the prompt.
         response: the column of the response.
         labels: all labels that sites may have; None takes those of the test rows.
+        quotes: as in `load`.
     """
     fields = choose(text, label, prompt, response, None)
-    rows = _gather(Path(test), fields)
+    rows = _gather(Path(test), fields, quotes)
     if fields.kind == "instruction":
         return Dataset(Path(test).stem, fields.kind, (), tuple(rows), ())
     known = tuple(
-        in_order({row.target for row in rows} if labels is None else {str(name) for name in labels})
+        in_order({row.target for row in rows} if labels is None else {as_text(name) for name in labels})
     )
     check_labels(rows, known, str(test))
     return Dataset(Path(test).stem, fields.kind, (), tuple(rows), known)
@@ -91,6 +92,7 @@ def rows_of(
     prompt: str | None = None,
     response: str | None = None,
     labels: Sequence[str] = (),
+    quotes: bool | None = None,
 ) -> list[Row]:
     """Read one site's own rows, by its own names of the columns.
 
@@ -101,9 +103,10 @@ def rows_of(
         prompt: the column of the prompt.
         response: the column of the response.
         labels: those of the run.
+        quotes: as in `load`.
     """
     fields = choose(text, label, prompt, response, None)
-    rows = _read(Path(path), fields)
+    rows = _read(Path(path), fields, quotes)
     if fields.kind == "classification":
         check_labels(rows, labels, str(path))
     return rows
@@ -111,6 +114,7 @@ def rows_of(
 
 def check_labels(rows: Sequence[Row], labels: Sequence[str], where: str) -> None:
     """Raise DataError unless there are two labels or more, and every row has one of them."""
+    check_classes(labels, where)
     if len(labels) < 2:
         raise DataError(f"{where}: expected at least 2 labels, got {list(labels)}; name all with data.labels")
     unknown = Counter(row.target for row in rows if row.target not in labels)
@@ -122,10 +126,10 @@ def check_labels(rows: Sequence[Row], labels: Sequence[str], where: str) -> None
         )
 
 
-def _gather(path: Path, fields: Fields) -> list[Row]:
+def _gather(path: Path, fields: Fields, quotes: bool | None) -> list[Row]:
     """The rows of a file; or of the files of a folder in the order of their names, as clients."""
     if not path.is_dir():
-        return _read(path, fields)
+        return _read(path, fields, quotes)
     if fields.client:
         raise ConfigError(
             f"{path}: expected a file, since client names the column {fields.client!r}; got a folder, whose "
@@ -146,87 +150,12 @@ def _gather(path: Path, fields: Fields) -> list[Row]:
             f"{path}: expected files ending in .jsonl, .json, .csv or .tsv, a client each, got none; "
             f"check the path"
         )
-    return [replace(row, client=name) for name, file in found.items() for row in _read(file, fields)]
+    return [replace(row, client=name) for name, file in found.items() for row in _read(file, fields, quotes)]
 
 
-def _read(path: Path, fields: Fields) -> list[Row]:
-    ending = path.suffix.lower()
-    if ending not in ENDINGS:
-        came = repr(ending) if ending else "none"
-        raise DataError(
-            f"{path}: expected a file ending in .jsonl, .json, .csv or .tsv, got {came}; convert the file"
-        )
-    content = _decode(path)
-    if ending in (".csv", ".tsv"):
-        rows = list(_csv_rows(path, content, "," if ending == ".csv" else "\t", fields))
-    else:
-        rows = list(_json_rows(path, content, fields))
-    if not rows:
+def _read(path: Path, fields: Fields, quotes: bool | None = None) -> list[Row]:
+    found = list(records(path, fields, quotes))
+    if not found:
         raise DataError(f"{path}: expected one row or more, got an empty file; check the path")
-    return rows
-
-
-def _decode(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: expected a data file, got none; check the path") from error
-    except OSError as error:
-        raise DataError(f"{path}: expected a readable file, got {error.strerror}; check the path") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: expected UTF-8 text, got the byte 0x{content[error.start]:02x}; "
-            f"save the file as UTF-8 (for example with iconv)"
-        ) from error
-
-
-def _json_rows(path: Path, content: str, fields: Fields) -> Iterator[Row]:
-    for number, line in enumerate(content.split("\n"), 1):  # splitlines() would cut inside strings
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = (
-                f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            )
-            raise DataError(
-                f"{where}: expected one JSON object a line, got broken JSON ({reason}); correct the line"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{where}: expected a JSON object, got the JSON {type(record).__name__}; write "
-                f'one object a line, such as {{"{fields.source}": "...", "{fields.target}": "..."}}'
-            )
-        yield fields.row(record, where)
-
-
-def _csv_rows(path: Path, content: str, delimiter: str, fields: Fields) -> Iterator[Row]:
-    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    try:
-        for cells in reader:
-            where = f"{path}:{reader.line_num}"
-            if not cells:  # a blank line
-                continue
-            if not header:
-                header = [cell.strip() for cell in cells]
-                fields.check(header, where)
-                if len(set(header)) < len(header):
-                    raise DataError(f"{where}: expected each column once, got {header}; rename one")
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{where}: expected {len(header)} cells as in the header, got {len(cells)}; "
-                    f"put quotes around a cell that holds a separator or a line break"
-                )
-            yield fields.row(dict(zip(header, cells, strict=True)), where)
-    except csv.Error as error:
-        raise DataError(
-            f"{path}:{reader.line_num}: expected a row of cells, got broken quoting or an endless cell "
-            f'({error}); double each " inside a quoted cell, or use JSONL'
-        ) from error
+    fields.warn_of_halves(found[0][1].keys(), str(path))
+    return [fields.row(record, where) for where, record in found]

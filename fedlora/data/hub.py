@@ -1,5 +1,6 @@
 """Data sets from the Hugging Face hub, or from a local folder that the `datasets` library can load."""
 
+from dataclasses import replace
 from typing import Any
 
 from fedlora.data.dataset import Dataset, Row, hold_out
@@ -54,7 +55,7 @@ def load(
     if test_split is None:
         kept, held = hold_out(rows, fields.kind, test_rows, seed)
     else:
-        kept, held = rows, _rows(tables, test_split, fields, path)
+        kept, held = rows, _rows(tables, test_split, replace(fields, optional=True), path)
     return Dataset.build(path, fields.kind, kept, held)
 
 
@@ -67,7 +68,9 @@ def _rows(tables: dict[str, Any], split: str, fields: Fields, path: str) -> list
     where = f"hub data set {path!r}, split {split!r}"
     table = tables[split]
     fields.check(table.column_names, where)
-    columns = [column for column in (fields.source, fields.target, fields.client) if column]
+    fields.warn_of_halves(table.column_names, where)
+    asked = (fields.source, fields.target, fields.client)
+    columns = [column for column in asked if column and column in table.column_names]
     names = {c: table.features[c].names for c in columns if hasattr(table.features[c], "names")}
     rows = []
     for number, record in enumerate(table.select_columns(columns)):
