@@ -83,7 +83,7 @@ class Fields:
         found = record[self.target]
         if self.kind == "classification" and isinstance(found, float):
             raise DataError(
-                f"{where}: expected a label in {self.target!r}, got the number {found}; {NO_REGRESSION}"
+                f"{where}: expected a label in {self.target!r}, got the type float; {NO_REGRESSION}"
             )
         target = _string(found, self.target, where, numbers=True)
         return Row(
