@@ -6,6 +6,7 @@ https://aclanthology.org/W04-1013, with β = 1. It is written here, since the pa
 for a stemmer that nobody asks for, and takes every letter beyond a to z for a blank.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import torch
 
 from fedlora.batches import Micro, micro_batches
 from fedlora.data import Example, Row
-from fedlora.data.encode import IGNORED
+from fedlora.data.encode import IGNORED, turn_ends
 from fedlora.models import Bank, Base
 from fedlora.order import in_order
 from fedlora.protocol import Task
@@ -94,6 +95,7 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int = 40
     prompts = [(at, Example(e.input_ids[: _told(e)], [])) for at, e in enumerate(examples)]
     longest = min(LONGEST, max(len(e.input_ids) - _told(e) for e in examples))
     room = getattr(base.model.config, "max_position_embeddings", None)
+    ends = answer_ends(base)
     said: dict[int, str] = {}
     with Bank(base, [task]), Workers(base) as workers:
 
@@ -109,16 +111,27 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int = 40
                 input_ids=ids.to(base.device),
                 attention_mask=mask.to(base.device),
                 max_new_tokens=longest if room is None else min(longest, room - width),
-                eos_token_id=base.tokenizer.eos_token_id,
+                eos_token_id=ends,
                 pad_token_id=base.pad_id,
                 **GREEDY,
             )
-            return [_text(base, line) for line in full[:, width:].tolist()]
+            return [_text(base, line, ends) for line in full[:, width:].tolist()]
 
         batches = micro_batches(prompts, tokens)
         for batch, texts in zip(batches, workers.map(generate, batches), strict=True):
             said |= {at: text for (at, _), text in zip(batch, texts, strict=True)}
     return [said[at] for at in range(len(examples))]
+
+
+def answer_ends(base: Base) -> list[int]:
+    """The ids of the tokens that end an answer, by the chat template, the tokenizer or the model's own word.
+
+    A chat model may end its turn with another token than its tokenizer's end of sequence, and names all of
+    them in its generation_config.json.
+    """
+    own = base.model.generation_config.eos_token_id
+    named = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({*turn_ends(base.tokenizer), *named})
 
 
 def exact(said: str, expected: str) -> bool:
@@ -167,10 +180,9 @@ def _told(example: Example) -> int:
     return example.target.count(IGNORED)
 
 
-def _text(base: Base, ids: list[int]) -> str:
+def _text(base: Base, ids: list[int], ends: Sequence[int]) -> str:
     """What was said up to the end of the turn; padding may have the same id."""
-    end = base.tokenizer.eos_token_id
-    said = ids[: ids.index(end)] if end in ids else ids
+    said = list(itertools.takewhile(lambda id: id not in ends, ids))
     return str(base.tokenizer.decode(said, skip_special_tokens=True))
 
 

@@ -21,6 +21,7 @@ class Tokenizer(Protocol):
 
     chat_template: Any
     eos_token_id: Any
+    added_tokens_decoder: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The tokens of a text, or of a list of texts."""
@@ -96,15 +97,42 @@ def encode_instruction(rows: Sequence[Row], tokenizer: Tokenizer, max_length: in
     the tokenizer's own warning (verbose).
     """
     _check_length(max_length, 2, "a token of the prompt and one of the response")
+    ends = turn_ends(tokenizer)
     examples = []
     for number, row in enumerate(rows):
-        prompt, response = _conversation(row, tokenizer)
+        prompt, response = _conversation(row, tokenizer, ends)
         if not response:
             raise DataError(f"row {number}: expected a response with a token, got none; leave the row out")
         response = response[: max_length - 1]
         prompt = prompt[-(max_length - len(response)) :]
         examples.append(Example(prompt + response, [IGNORED] * len(prompt) + response))
     return examples
+
+
+def turn_ends(tokenizer: Tokenizer) -> list[int]:
+    """The ids of the tokens that end an answer: that of the chat template, if any, and end of sequence.
+
+    The template's is the first special token behind an answer, whatever the answer is.
+
+    Raises:
+        ModelError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ModelError("expected a tokenizer with an end-of-sequence token, got none; set its eos_token")
+    if not tokenizer.chat_template:
+        return [tokenizer.eos_token_id]
+    one, other = (
+        list(tokenizer.apply_chat_template(_turns("Yes?", answer), return_dict=False))
+        for answer in ("yes", "no")
+    )
+    if one == other:  # a vocabulary without these words
+        return [tokenizer.eos_token_id]
+    same = 0
+    while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
+        same += 1
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    behind = [id for id in one[len(one) - same :] if id in special]
+    return [*dict.fromkeys([*behind[:1], tokenizer.eos_token_id])]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
@@ -124,27 +152,34 @@ def _check_length(max_length: int, least: int, why: str) -> None:
         raise ConfigError(f"max_length: expected at least {least} ({why}), got {max_length}")
 
 
-def _conversation(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens of the prompt, and of the response up to the end of its turn; no response, no end."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ModelError("expected a tokenizer with an end-of-sequence token, got none; set its eos_token")
+def _turns(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _conversation(row: Row, tokenizer: Tokenizer, ends: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The tokens of the prompt, and of the response up to the end of its turn; no response, no end.
+
+    Args:
+        row: a prompt and its response.
+        tokenizer: the model's.
+        ends: by `turn_ends`.
+    """
+    end, eos = ends[0], tokenizer.eos_token_id
     answer = list(tokenizer(row.target, add_special_tokens=False, verbose=False)["input_ids"])
     if not answer:
         return [], []
     if not tokenizer.chat_template:
         prompt = list(tokenizer(row.source + "\n", verbose=False)["input_ids"])
-        return (prompt[:-1] if prompt[-1:] == [end] else prompt), [*answer, end]
-    turns = [{"role": "user", "content": row.source}, {"role": "assistant", "content": row.target}]
+        return (prompt[:-1] if prompt[-1:] == [eos] else prompt), [*answer, eos]
+    turns = _turns(row.source, row.target)
     named: dict[str, Any] = {"return_dict": False, "tokenizer_kwargs": {"verbose": False}}
     prompt = list(tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, **named))
     full = list(tokenizer.apply_chat_template(turns, **named))
     response = full[len(prompt) :]
     if full[: len(prompt)] != prompt or not response:  # the template rewrites earlier turns
         return prompt, [*answer, end]
-    if end in response:  # leave out what the template writes after the turn
-        response = response[: len(response) - response[::-1].index(end)]
-    return prompt, response
+    last = max((at for at, id in enumerate(response) if id in ends), default=len(response) - 1)
+    return prompt, response[: last + 1]  # without what the template writes after the turn
 
 
 def _pad(rows: Sequence[Any], value: int) -> Tensor:

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedlora.data import Example, Row, collate, encode
-from fedlora.data.encode import encode_classification, encode_instruction
+from fedlora.data.encode import encode_classification, encode_instruction, turn_ends
 from fedlora.errors import ConfigError, DataError, ModelError
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -19,14 +20,17 @@ CHAT = (
 REWRITING = CHAT.replace("<assistant>{% endif", "<assistant> <think>{% endif")
 
 
-def words(chat: str | None = None, eos: str | None = "<end>") -> Any:
-    special = ["<pad>", "<unk>", "<end>", "<user>", "<assistant>", "<line>", "<think>"]
-    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+def words(
+    chat: str | None = None, eos: str | None = "<end>", more: Sequence[str] = (), special: Sequence[str] = ()
+) -> Any:
+    known = ["<pad>", "<unk>", "<end>", "<user>", "<assistant>", "<line>", "<think>"]
+    vocabulary = {word: i for i, word in enumerate([*known, *WORDS, *more, *special])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token=eos
     )
+    made.add_special_tokens({"additional_special_tokens": list(special)})
     made.chat_template = chat
     return made
 
@@ -154,3 +158,15 @@ def test_the_packaged_encoder_keeps_its_special_tokens_when_it_cuts() -> None:
     assert tokenizer.decode(example.input_ids) == "[CLS] a question [SEP]"
     with pytest.raises(ConfigError, match=r"at least 3 .*2 special tokens"):
         encode_classification([], ["x"], tokenizer, 2)
+
+
+def test_a_turn_ends_where_its_template_ends_it_though_the_tokenizer_has_another_end() -> None:
+    """As with Gemma, Phi-3 and Llama-3, whose base tokenizers end a sequence with a token of its own."""
+    plain = CHAT.replace("<end>", "<turn>").replace("<line>", "w9")
+    tokenizer = words(plain, eos="<end>", more=["yes", "no"], special=["<turn>"])
+    turn, end = tokenizer.convert_tokens_to_ids(["<turn>", "<end>"])
+    assert turn_ends(tokenizer) == [turn, end]
+    [example] = encode_instruction([Row("w1", "w2 w3")], tokenizer, 100)
+    assert tokenizer.decode(labelled(example)) == "w2 w3 <turn>"
+    tokenizer.chat_template = None
+    assert turn_ends(tokenizer) == [end]

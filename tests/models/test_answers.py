@@ -85,3 +85,17 @@ def test_batches_side_by_side_say_the_same(zoo: Any) -> None:
         assert answer(base, task, rows, tokens=24) == one
     finally:
         torch.set_num_threads(before)
+
+
+def test_the_model_s_own_word_ends_an_answer_too(zoo: Any) -> None:
+    """A list in generation_config.json, which transformers' generate reads and a tokenizer does not have."""
+    base, rows = zoo.base("llama"), zoo.rows(zoo.base("llama"), 12, 5)
+    before = answer(base, Task(Adapter({})), rows)
+    word = next(text.split()[1] for text in before if len(text.split()) > 2)
+    base.model.generation_config.eos_token_id = [
+        base.tokenizer.eos_token_id,
+        base.tokenizer.convert_tokens_to_ids(word),
+    ]
+    after = answer(base, Task(Adapter({})), rows)
+    assert after == [" ".join(takewhile(lambda told: told != word, text.split())) for text in before]
+    assert after != before
