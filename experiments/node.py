@@ -1,7 +1,8 @@
-"""A site's own word: what it is, what it allows, and the Site that it becomes for a run."""
+"""A site's own word: what it is, and what it allows."""
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,23 +10,16 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from fedlora.data import Dataset, Row, encode
+from fedlora.data import Row
 from fedlora.data.fields import ColumnError
 from fedlora.data.files import rows_of
-from fedlora.engine import Memory, Shelf, Site
-from fedlora.engine.files import write_whole
-from fedlora.errors import CheckpointError, ConfigError
-from fedlora.models import Base, load
-from fedlora.privacy import DPSGD
-from fedlora.strategy import Strategy
+from fedlora.errors import ConfigError
 
-from .bases import heads_of, load_base, model_choices
-from .ranks import deal_ranks
+from .limits import LOCK, PROMISED, Limits
 from .rows import at_sites, dataset_of, deal
-from .targets import Trust, make
 
 RUN = "run"  # in the place of a file: rows dealt by the run itself, for trials
-PROMISED = "promised.json"
+OWN = ("worker", "worker.log", PROMISED, LOCK)  # what stands beside the runs in a site's folder
 COLUMNS = ("text", "label", "prompt", "response")
 
 
@@ -72,6 +66,8 @@ def check_name(name: str) -> None:
         or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
     ):
         raise ConfigError(f"engine.experiment: expected letters, digits, '-', '_' and '.', got {name!r:.60}")
+    if name in OWN:
+        raise ConfigError(f"engine.experiment: a site keeps something else under '{name}'; take another name")
 
 
 @dataclass(frozen=True)
@@ -87,7 +83,9 @@ class Node:
         model: its own folder of the base model, which must be the run's to the bit.
         state: a folder on its disk, for ledgers and what it keeps of a run.
         epsilon: the most that it spends over all runs; a run must then be private.
-        max_rounds: the most rounds of a run.
+        delta: the largest of a run, beside epsilon; None takes min(1e-5, a tenth of 1 / rows).
+        max_rounds: the most trainings of a run that it answers; one that is asked for again counts again.
+        secure: whether it sends updates under the masks of a secure sum alone.
         allow: modules of its own that configurations may name.
         warm: whether the model stays loaded between messages.
     """
@@ -103,7 +101,9 @@ class Node:
     device: str | None = None
     model: str | None = None
     epsilon: float | None = None
+    delta: float | None = None
     max_rounds: int | None = None
+    secure: bool = False
     allow: str = ""
     warm: bool = True
 
@@ -129,8 +129,17 @@ class Node:
                 raise ConfigError(
                     f"--node-config: {key}: expected a whole number from {low}, got {given[key]!r}"
                 )
-        if "epsilon" in given and not (type(given["epsilon"]) in (int, float) and given["epsilon"] > 0):
-            raise ConfigError(f"--node-config: epsilon: expected a number above 0, got {given['epsilon']!r}")
+        for key, top in (("epsilon", math.inf), ("delta", 1.0)):
+            if key in given and not (type(given[key]) in (int, float) and 0 < given[key] < top):
+                wanted = "a number above 0" if top == math.inf else "a number between 0 and 1"
+                raise ConfigError(f"--node-config: {key}: expected {wanted}, got {given[key]!r}")
+        for key in ("secure", "warm"):
+            if key in given and type(given[key]) is not bool:
+                raise ConfigError(f"--node-config: {key}: expected true or false, got {given[key]!r}")
+        if "delta" in given and "epsilon" not in given:
+            raise ConfigError(
+                "--node-config: delta: is read beside epsilon, which is missing; say epsilon=..."
+            )
         return cls(**given)
 
     @property
@@ -146,7 +155,7 @@ class Node:
         """Refuse a run that this site's own words do not allow.
 
         Raises:
-            ConfigError: more rounds than agreed, no privacy where it is required, or no budget left.
+            ConfigError: another plan's run, more rounds than agreed, or updates in the clear.
         """
         if plan.experiment != str(config.engine.experiment):
             raise ConfigError(f"the plan is of '{plan.experiment}', the run of '{config.engine.experiment}'")
@@ -155,42 +164,16 @@ class Node:
                 f"this site takes part in at most {self.max_rounds} rounds (max-rounds), the run has "
                 f"{config.rounds}"
             )
-        if self.epsilon is None:
-            return
-        privacy: Any = config.get("privacy") or {}
-        if not str(privacy.get("_target_", "")).endswith(".DPSGD"):
-            raise ConfigError("this site takes part in private runs alone (epsilon); say privacy=dp_sgd")
-        for key in ("insecure_test_seed", "public_metrics"):
-            if privacy.get(key) not in (None, False):
-                raise ConfigError(f"this site's epsilon would not hold: leave privacy.{key} out")
-        others = sum(epsilon for name, epsilon in self._promised().items() if name != plan.experiment)
-        if others + privacy.epsilon > self.epsilon * (1 + 1e-9):
+        if self.secure and config.get("secure_sum") is not True:
             raise ConfigError(
-                f"this site spends epsilon {self.epsilon:g} at most over all runs; {others:g} are promised "
-                f"to others, this one asks {privacy.epsilon:g}"
+                "this site sends updates under masks alone (secure); say secure_sum=true, with a strategy "
+                "that it suits"
             )
 
-    def promise(self, config: DictConfig, plan: Plan) -> None:
-        """Write down what a run may spend here, before it spends any of it.
-
-        Raises:
-            ConfigError: as `check` does; other runs may have come between.
-        """
-        self.check(config, plan)
-        if self.epsilon is None:
-            return
-        known, epsilon = self._promised(), float(config.privacy.epsilon)
-        if known.get(plan.experiment, 0.0) < epsilon:
-            text = json.dumps(known | {plan.experiment: epsilon}, indent=2) + "\n"
-            write_whole(self.home / PROMISED, lambda file: file.write_text(text, "utf-8"))
-
-    def _promised(self) -> dict[str, float]:
-        """Epsilon by experiment, of all runs that this site has trained for."""
-        path = self.home / PROMISED
-        try:
-            return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-        except ValueError as error:
-            raise CheckpointError(f"'{path}', what this site has promised, is damaged: {error}") from error
+    @property
+    def limits(self) -> Limits | None:
+        """Those of its privacy; None where it has none."""
+        return None if self.epsilon is None else Limits(self.home, self.epsilon, self.delta)
 
     def rows(self, config: DictConfig, labels: Sequence[str]) -> list[Row]:
         """Its rows for a run.
@@ -225,58 +208,3 @@ class Node:
             return rows_of(own, **columns, labels=labels, quotes=config.data.quotes)
         except ColumnError as error:
             raise error.at_a_site() from None
-
-
-def site_of(config: DictConfig, node: Node, plan: Plan) -> tuple[Site, int]:
-    """The Site that a node is for one run, and the number of its rows.
-
-    Args:
-        config: the run's.
-        node: this site's own word.
-        plan: what the server told.
-
-    Raises:
-        FedLoraError: the site cannot, or does not want to, take part.
-    """
-    config = Trust(tuple(node.allow.replace(",", " ").split())).into(config)  # whatever the server granted it
-    node.check(config, plan)
-    strategy: Strategy = make(config, "strategy")
-    client = make(config, "client")
-    rows = node.rows(config, plan.labels)
-    if (config.get("privacy") or {}).get("_target_"):
-        privacy = make(config, "privacy")
-        if isinstance(privacy, DPSGD):
-            client = client.privately(privacy)
-            client.plan(len(rows))
-    base = _base(config, node, plan)
-    encoded = encode(base.kind, rows, plan.labels, base.tokenizer, config.data.max_length)
-    base.check_lengths(encoded)
-    keeps = node.keeps(plan.experiment) / "clients"
-    held_out = bool(config.evaluate.clients or strategy.personal)
-    return Site(base, client, lambda _: encoded, Memory(keeps), held_out, Shelf(keeps)), len(rows)
-
-
-def rank_of(config: DictConfig, node: Node) -> int:
-    """The site's rank: its own word, or what the run deals it."""
-    if node.rank is not None:
-        return node.rank
-    return deal_ranks(config.ranks, max(config.clients or 0, node.client + 1), config.seed)[node.client]
-
-
-def _base(config: DictConfig, node: Node, plan: Plan) -> Base:
-    """The base model at this site, which must be the server's."""
-    kind = "classification" if plan.labels else "instruction"
-    empty = Dataset(str(config.data.name), kind, (), (), plan.labels)  # type: ignore[arg-type]
-    choices = model_choices(config)
-    wanted = choices[node.client % len(choices)].copy()
-    if node.device is not None:
-        wanted.model.device = node.device
-    if node.model is not None:
-        wanted.model.path = node.model
-    base = load_base(wanted, empty, load)
-    if len(choices) == 1 and (found := base.fingerprint(heads_of(config, base))) != plan.model:
-        raise CheckpointError(
-            f"this site's model {base.path} is another than the server's: fingerprint {found[:16]}, expected "
-            f"{plan.model[:16]}; copy the server's files, or check model.dtype and the head's seed"
-        )
-    return base

@@ -249,6 +249,11 @@ def not_covered(privacy: Privacy, secure_sum: bool = False) -> list[str]:
     found = ["settings that were chosen by looking at the private rows", "that a client failed"]
     if isinstance(privacy, DPSGD) and privacy.public_counts:
         found.append("how many records a client has (privacy.public_counts)")
+    elif isinstance(privacy, DPSGD):
+        found.append(
+            "how many records a client has, as far as the strength of its noise, the time it takes and what "
+            "it refuses tell it (privacy.public_counts=false keeps it out of messages alone)"
+        )
     if isinstance(privacy, DPSGD) and privacy.public_metrics:
         found.append("training losses and shares of clipped records (privacy.public_metrics)")
     if isinstance(privacy, ClientLevel):

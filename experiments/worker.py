@@ -31,7 +31,9 @@ from fedlora.engine.wire import FAILED, REFUSED
 from fedlora.errors import CheckpointError, ConfigError, ModelError, PrivacyError
 
 from .flower_app import address, receive, secret, send
-from .node import Node, Plan, rank_of, site_of
+from .node import Node, Plan
+from .site import rank_of, site_of
+from .targets import received
 
 IDLE = 1800.0  # seconds without a question after which a worker ends
 LOOK = 2.0  # seconds between two looks at whether it is still wanted
@@ -65,8 +67,7 @@ class Worker:
         return Message(Error(FAILED, why), reply_to=message)
 
     def _answer(self, message: Message, context: Context) -> Message:
-        node, config = Node.read(context.node_config), OmegaConf.create(str(context.run_config["config"]))
-        assert isinstance(config, DictConfig)
+        node, config = Node.read(context.node_config), received(str(context.run_config["config"]))
         self._log = "/".join(
             [*node.home.parts[-3:], "worker.log"]
         )  # sites/NAME/state, or as it has been moved
@@ -75,8 +76,9 @@ class Worker:
         assert self._site is not None
         if message.metadata.message_type == "query.profile":
             return self._profile(message, config, node)
-        if message.metadata.message_type == "train":
-            node.promise(config, plan)
+        limits = node.limits
+        if message.metadata.message_type == "train" and limits is not None:
+            limits.promise(plan.experiment, self._site.client.plan(self._size), self._size)
         if "config" in message.content.config_records:
             round = message.content.config_records["config"]["round"]
             if isinstance(round, int) and round > config.rounds + 1:  # one more, for a last evaluation
@@ -115,7 +117,9 @@ class Worker:
             "free_mb": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
             "device": node.device or str(config.model.device),
         }
-        if (config.get("privacy") or {}).get("public_counts", True):
+        assert self._site is not None
+        noise = self._site.client.plan(self._size)
+        if noise is None or not noise.privacy.hides_counts:
             known["rows"] = self._size
         return Message(RecordDict({"profile": ConfigRecord(known)}), reply_to=message)
 

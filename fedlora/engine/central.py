@@ -103,7 +103,8 @@ class Central:
         mechanism, wide = self._mechanism, strategy.task(state, self._widest)
         assert mechanism is not None, "a round begins with its sample"
         self._mechanism = None  # its noise is drawn once
-        spend(self._path, self._plan.after(self.ledger))
+        spent = self.ledger
+        spend(self._path, spent, self._plan.after(spent))
         noise = mechanism.source.normals(len(total)) * (mechanism.sigma * mechanism.clip)
         sizes = _sizes(strategy, wide)
         mean = split((total + noise) / mechanism.batch_size, sizes)

@@ -1,10 +1,23 @@
-"""Files that are whole or not there: made under a temporary name, synced, and given their own."""
+"""Files that are whole or not there: made under a temporary name, synced, and given their own; and locks."""
 
 import os
+import secrets
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
+
+from fedlora.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
+STALE = 3600.0  # seconds without a change, after which a temporary file is of a process that was killed
 
 
 def write_whole(final: Path, make: Callable[[Path], Any]) -> Path:
@@ -12,20 +25,45 @@ def write_whole(final: Path, make: Callable[[Path], Any]) -> Path:
 
     Args:
         final: its own name; what is there is replaced, and the folder above is made if it is missing.
-        make: makes it at the path that it is given.
+        make: makes it at the path that it is given, which no other call is given.
     """
-    made = final.with_name(f"{final.name}.tmp")
-    made.parent.mkdir(parents=True, exist_ok=True)
-    remove(made)
-    make(made)
-    for file in [made] if made.is_file() else made.rglob("*"):
-        if file.is_file():
-            _sync(file)
-    if made.is_dir():
-        remove(final)
-    os.replace(made, final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for old in final.parent.glob(f"{escape(final.name)}.*.tmp"):
+        with suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - old.stat().st_mtime > STALE:
+                remove(old)
+    made = final.with_name(f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        make(made)
+        for file in [made] if made.is_file() else made.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        if made.is_dir():
+            remove(final)
+        os.replace(made, final)
+    finally:
+        remove(made)
     _sync(final.parent)  # the new name, too
     return final
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock that a file stands for; whoever else asks for it, in any process, waits meanwhile.
+
+    Raises:
+        CheckpointError: the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise CheckpointError(
+                    f"'{path}' cannot be locked: {error.strerror}; keep this folder on a disk with file locks"
+                ) from error
+        yield
 
 
 def remove(path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fedlora.engine.files import write_whole
+from fedlora.engine.files import locked, write_whole
 from fedlora.errors import CheckpointError
 from fedlora.privacy import Ledger
 
@@ -23,14 +23,24 @@ def read_ledger(path: Path) -> Ledger | None:
         raise CheckpointError(f"'{path}', what was spent, cannot be read: {error}") from error
 
 
-def spend(path: Path, ledger: Ledger) -> None:
+def spend(path: Path, before: Ledger | None, after: Ledger) -> None:
     """Write down what has been spent, all of it; on disk when this returns, so call it before sending.
 
+    Args:
+        path: the ledger's file.
+        before: what it held when the spending was decided on; None for nothing.
+        after: what it holds from now on.
+
     Raises:
-        CheckpointError: something that was spent before is missing in it.
+        CheckpointError: it holds something else by now, or `after` lacks some of it.
     """
-    before = read_ledger(path)
-    if before is not None and not ledger.covers(before):
-        raise CheckpointError(f"'{path}' can only grow: {before} became {ledger}")
-    text = ledger.dump() + "\n"
-    write_whole(path, lambda file: file.write_text(text, "utf-8"))
+    with locked(path.with_name(f"{path.name}.lock")):
+        if read_ledger(path) != before:
+            raise CheckpointError(
+                f"'{path}' is no longer the ledger that was read before training, which another process has "
+                "changed or removed since; nothing is sent, ask again"
+            )
+        if before is not None and not after.covers(before):
+            raise CheckpointError(f"'{path}' can only grow, and some of what was spent would be missing")
+        text = after.dump() + "\n"
+        write_whole(path, lambda file: file.write_text(text, "utf-8"))

@@ -1,6 +1,7 @@
 """What clients keep between rounds: their own trained parts on disk, and what they were sent in memory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -9,12 +10,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.adapter import digest
-from fedlora.engine.files import write_whole
+from fedlora.engine.files import locked, write_whole
 from fedlora.engine.ledgers import LEDGER, read_ledger, spend
 from fedlora.errors import CheckpointError
 from fedlora.privacy import Ledger
 
 FOLD = "fold/"  # begins the name of a fold's tensor in a packed task
+ANSWERED = "answered"  # the file that counts a client's trainings
+LOCKS = 64  # files for the locks of all clients
 KEPT = 3  # versions: of a round that was cut off, of the last checkpoint's, and of the one before that
 
 
@@ -67,13 +70,54 @@ class Memory:
         """
         return read_ledger(self._folder / f"client-{client}" / LEDGER)
 
-    def spend(self, client: int, ledger: Ledger) -> None:
+    def spend(self, client: int, before: Ledger | None, after: Ledger) -> None:
         """Write down what a client's privacy has cost; on disk when this returns, so call it before sending.
 
+        Args:
+            client: its id.
+            before: its ledger as it was read before the client trained; None for nothing.
+            after: its ledger from now on.
+
         Raises:
-            CheckpointError: something that was spent before is missing in it.
+            CheckpointError: its ledger has changed since, or some of it is missing in `after`.
         """
-        spend(self._folder / f"client-{client}" / LEDGER, ledger)
+        spend(self._folder / f"client-{client}" / LEDGER, before, after)
+
+    def answered(self, client: int) -> int:
+        """How many trainings of this run a client has answered.
+
+        Raises:
+            CheckpointError: the count is damaged.
+        """
+        path = self._folder / f"client-{client}" / ANSWERED
+        try:
+            return int(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return 0
+        except ValueError as error:
+            raise CheckpointError(
+                f"'{path}', how many trainings were answered, is damaged: {error}"
+            ) from error
+
+    def answer(self, client: int) -> None:
+        """Count one more training of a client; on disk when this returns, so call it before sending."""
+        text = f"{self.answered(client) + 1}\n"
+        path = self._folder / f"client-{client}" / ANSWERED
+        write_whole(path, lambda file: file.write_text(text, "utf-8"))
+
+    @contextmanager
+    def alone(self, clients: Iterable[int]) -> Iterator[None]:
+        """Keep everyone else, in any process, from training these clients, until the block ends.
+
+        Raises:
+            CheckpointError: the folder's file system has no locks.
+        """
+        with ExitStack() as held:
+            # Clients share a few files, so that a large group does not open one each; in order, so that two
+            # groups do not wait for each other.
+            for number in sorted({client % LOCKS for client in clients}):
+                held.enter_context(locked(self._folder / f"lock-{number:02d}"))
+            yield
 
     def ledgers(self) -> dict[int, Ledger]:
         """The ledger of every client that has spent anything, by its id."""

@@ -40,6 +40,9 @@ class Site:
             what it is sent, before it trains, or where it keeps a part of its own, what it then has.
         shelf: what clients were sent and hold on to.
         bases: other models than `base`, dealt in turn by client id, where clients do not run the same one.
+        most: trainings of this run that a client answers, those of earlier processes included; None for any
+            number. A round that is asked for again counts again.
+        masked: whether a client trains only where its update leaves under the masks of a secure sum.
     """
 
     base: Base
@@ -49,6 +52,8 @@ class Site:
     held_out: bool = False
     shelf: Shelf = field(default_factory=Shelf)
     bases: Sequence[Base] = ()
+    most: int | None = None
+    masked: bool = False
 
     def __post_init__(self) -> None:
         if self.held_out and self.client.private:
@@ -61,10 +66,20 @@ class Site:
         return Message(RecordDict({"profile": known}), reply_to=message)
 
     def train(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-        """Train the clients of a group in one pass; each gets the reply that it would get alone."""
+        """Train the clients of a group in one pass; each gets the reply that it would get alone.
+
+        What a client may still spend is read, and what it has spent is written, in one piece: a second
+        message to the same client, in any process that shares the site's memory, waits.
+        """
+        if self.memory is None or not (self.client.private or self.most is not None):
+            return self._train(messages, contexts)
+        with self.memory.alone(int(context.node_config["client"]) for context in contexts):
+            return self._train(messages, contexts)
+
+    def _train(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
         read = [self._assignment(m, c) for m, c in zip(messages, contexts, strict=True)]
-        refused = [self.client.refusal(assignment) for assignment, _ in read]
-        if any(refused):
+        refused = [self._refusal(m, assignment) for m, (assignment, _) in zip(messages, read, strict=True)]
+        if any(why is not None for why in refused):
             return self._without(refused, messages, contexts)
         assignments = [assignment for assignment, _ in read]
         outcomes = self._trained(assignments)
@@ -80,7 +95,7 @@ class Site:
             # Once nothing can fail any more: a second try starts from what was held before.
             self.shelf.hold(a.client, held, _version(m))
         return [
-            reply or _masked(m, a, o, c)
+            _masked(m, a, o, c) if reply is None else reply
             for reply, m, a, o, c in zip(plain, messages, assignments, outcomes, contexts, strict=True)
         ]
 
@@ -170,28 +185,56 @@ class Site:
             )
         return found
 
+    def _refusal(self, message: Message, assignment: Assignment) -> str | None:
+        """Why a client must not train now; None if it may."""
+        if self.masked and SUM not in message.content:
+            return "this client sends under the masks of a secure sum alone, and this message asks for no sum"
+        if self.most is not None:
+            if self.memory is None:
+                raise ConfigError("a client has trainings to count, and its site has nowhere to count them")
+            if self.memory.answered(assignment.client) >= self.most:
+                return f"this client has answered the {self.most} trainings of a run that it agreed to"
+        return self.client.refusal(assignment)
+
     def _without(
         self, refused: Sequence[str | None], messages: Sequence[Message], contexts: Sequence[Context]
     ) -> list[Message]:
         """The replies where some clients must not train: theirs say why, the others train together."""
-        going = [i for i, why in enumerate(refused) if not why]
-        trained = self.train([messages[i] for i in going], [contexts[i] for i in going]) if going else []
+        going = [i for i, why in enumerate(refused) if why is None]
+        trained = self._train([messages[i] for i in going], [contexts[i] for i in going]) if going else []
         replies = dict(zip(going, trained, strict=True))
         return [
-            Message(Error(REFUSED, why), reply_to=messages[i]) if why else replies[i]
+            replies[i] if why is None else Message(Error(REFUSED, why), reply_to=messages[i])
             for i, why in enumerate(refused)
         ]
 
     def _spend(
         self, assignments: Sequence[Assignment], outcomes: Sequence[Outcome], contexts: Sequence[Context]
     ) -> None:
-        """Write down what the outcomes cost, all that could go wrong before they leave being done."""
+        """Write down what the outcomes cost, all that could go wrong before they leave being done.
+
+        Raises:
+            PrivacyError: a private client's ledger has not grown by exactly this round.
+            CheckpointError: the ledger on disk is no longer the one that was read.
+        """
         for assignment, outcome, context in zip(assignments, outcomes, contexts, strict=True):
-            if outcome.ledger is not None:
+            if self.client.private or outcome.ledger is not None:
+                after = self._paid(assignment, outcome)
                 if self.memory is None:
                     raise ConfigError("a client has a ledger to keep, and its site has nowhere to keep it")
-                self.memory.spend(assignment.client, outcome.ledger)
-                context.state["ledger"] = ConfigRecord({"json": outcome.ledger.dump()})
+                self.memory.spend(assignment.client, assignment.ledger, after)
+                context.state["ledger"] = ConfigRecord({"json": after.dump()})
+            if self.most is not None and self.memory is not None:
+                self.memory.answer(assignment.client)
+
+    def _paid(self, assignment: Assignment, outcome: Outcome) -> Ledger:
+        """The ledger after an outcome, which must be the one before it and the entry of this round."""
+        plan = self.client.plan(len(assignment.rows))
+        if plan is None or outcome.ledger is None or outcome.ledger != plan.after(assignment.ledger):
+            raise PrivacyError(
+                "private training left no entry of its own in the ledger; its result is not sent"
+            )
+        return outcome.ledger
 
     def _remember(self, assignment: Assignment, outcome: Outcome) -> None:
         if outcome.memory and self.memory is None:

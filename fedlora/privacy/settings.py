@@ -99,6 +99,8 @@ class DPSGD(Privacy):
         participations: rounds that a client takes part in at most.
         public_counts: whether a client's number of records may be known. Then it weighs in the mean, and q,
             σ, steps and the epsilon spent so far, from which it follows, are reported; else only the budget.
+            It is then in no message, but not hidden from whoever measures: σ, and so the noise, follows from
+            it, and so does the time of a round where the client's steps do.
         public_metrics: whether a client's training loss and its share of clipped records may be known, which
             no noise covers.
     """

@@ -133,11 +133,12 @@ def test_a_damaged_ledger_is_a_client_that_does_not_train(lab: Any, noise: Any, 
 
 
 def test_a_ledger_only_ever_grows(memory: Memory) -> None:
-    memory.spend(4, Ledger(1e-5).plus(STEP))
-    memory.spend(4, Ledger(1e-5).plus(STEP).plus(STEP))
+    one, two = Ledger(1e-5).plus(STEP), Ledger(1e-5).plus(STEP).plus(STEP)
+    memory.spend(4, None, one)
+    memory.spend(4, one, two)
     for less in (Ledger(1e-5), Ledger(1e-5).plus(STEP), Ledger(1e-5).plus(Entry(9.0, 0.1, 99))):
         with pytest.raises(CheckpointError, match="can only grow"):
-            memory.spend(4, less)
+            memory.spend(4, two, less)
     assert memory.ledger(4) == Ledger(1e-5).plus(STEP).plus(STEP)
     assert memory.ledger(5) is None
 
@@ -160,7 +161,7 @@ def test_a_reply_has_no_loss_and_no_count_and_a_refusal_reaches_the_log(
             None, client, rows or (lambda c: [None] * (10 * (c + 1))), memory
         ),
     )
-    memory.spend(1, Ledger(1e-5, accountant="rdp").plus(Entry(0.7, 0.1, 300)))
+    memory.spend(1, None, Ledger(1e-5, accountant="rdp").plus(Entry(0.7, 0.1, 300)))
     ran = lab.run(FedIT(), client=Spender(noise()), rounds=2)
     lines = ran.lines("clients.jsonl")
     assert [(x["round"], x["client"], x["status"]) for x in lines] == [

@@ -1,8 +1,17 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from asking import JOB, SITES, Asked, rows
+from omegaconf import DictConfig
+
+from fedlora.experiments.bases import heads_of
+from fedlora.experiments.build import build
+from fedlora.experiments.node import Plan
+from fedlora.experiments.settings import compose
+from fedlora.experiments.worker import Worker
 
 SMALL = ("model=tiny", "data=tiny", "clients=3", "rounds=1", "ranks=4", "+data.source.rows=48")
 
@@ -88,3 +97,42 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["lab", "trial"])
 def folder(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DictConfig]:
+    """The configuration of a run over sites, as a server sends it."""
+    test = rows(tmp_path_factory.mktemp("server") / "test.jsonl")
+    known: dict[tuple[str, ...], DictConfig] = {}
+
+    def go(*more: str) -> DictConfig:
+        if more not in known:
+            data = [] if "data=tiny" in more else [*SITES, f"data.test={test}"]
+            known[more] = compose([*JOB, *data, *more])
+        return known[more].copy()
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def model(composed: Any) -> str:
+    """The fingerprint of the server's model."""
+    job = build(composed())
+    return job.base.fingerprint(heads_of(composed(), job.base))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> dict[str, Any]:
+    """What a site says in its node.toml."""
+    return {"client": 0, "state": str(tmp_path / "state"), "data": str(rows(tmp_path / "own" / "rows.jsonl"))}
+
+
+@pytest.fixture
+def ask(model: str) -> Callable[..., Asked]:
+    """A worker of a site's, and messages to it."""
+
+    def make(config: DictConfig, site: dict[str, Any], **plan: Any) -> Asked:
+        known = {"experiment": "trial", "labels": ("a", "b"), "model": model, **plan}
+        return Asked(Worker(), config, site, Plan(**known))
+
+    return make

@@ -122,8 +122,8 @@ def test_show_has_every_client_and_the_kinds_of_its_steps(tmp_path: Path) -> Non
         ledgers(tmp_path)
     memory = Memory(tmp_path / "checkpoint" / "clients")
     first = Ledger(1e-5, accountant="rdp").plus(Entry(1.5, 0.1, 20))
-    memory.spend(0, first)
-    memory.spend(3, first.plus(Entry(2.0, 0.1, 5)))
+    memory.spend(0, None, first)
+    memory.spend(3, None, first.plus(Entry(2.0, 0.1, 5)))
     table = ledgers(tmp_path)
     assert cells(table, "client") == ["0", "3", "3"]
     assert cells(table, "steps") == ["20", "20", "5"]

@@ -1,108 +1,23 @@
 """What a site's own words allow, and the worker that answers for it, without a network."""
 
-import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
-from omegaconf import DictConfig, OmegaConf
+from asking import rows
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from fedlora.errors import ConfigError
 from fedlora.experiments import flower_app
-from fedlora.experiments.bases import heads_of
-from fedlora.experiments.build import build
-from fedlora.experiments.node import Node, Plan, check_name, rank_of
-from fedlora.experiments.settings import compose
-from fedlora.experiments.worker import Worker
-
-JOB = (
-    "engine=deploy",
-    "engine.superlink=x",
-    "engine.experiment=trial",
-    "model=tiny",
-    "clients=2",
-    "ranks=[2,4]",
-    "strategy=flexlora",
-)
-SITES = ("data=sites", "data.text=text", "data.label=label")
-
-
-def rows(path: Path, count: int = 24, label: str = "label", extra: str | None = None) -> Path:
-    found = [{"text": f"w{i} w{i + 1} w{i * 7 % 5}", label: "ab"[i % 2]} for i in range(count)]
-    if extra is not None:
-        found.append({"text": "w1", label: extra})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(map(json.dumps, found)) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def composed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DictConfig]:
-    test = rows(tmp_path_factory.mktemp("server") / "test.jsonl")
-    known: dict[tuple[str, ...], DictConfig] = {}
-
-    def go(*more: str) -> DictConfig:
-        if more not in known:
-            data = [] if "data=tiny" in more else [*SITES, f"data.test={test}"]
-            known[more] = compose([*JOB, *data, *more])
-        return known[more].copy()
-
-    return go
-
-
-@pytest.fixture(scope="module")
-def model(composed: Any) -> str:
-    """The fingerprint of the server's model."""
-    job = build(composed())
-    return job.base.fingerprint(heads_of(composed(), job.base))
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> dict[str, Any]:
-    """What a site says in its node.toml."""
-    return {"client": 0, "state": str(tmp_path / "state"), "data": str(rows(tmp_path / "own" / "rows.jsonl"))}
-
-
-class Asked:
-    """A worker, and messages to it as Flower would bring them."""
-
-    def __init__(self, worker: Worker, config: DictConfig, site: dict[str, Any], plan: Plan) -> None:
-        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
-        self.worker, self.plan = worker, plan
-        run = {"config": OmegaConf.to_yaml(config), "verb": "run"}
-        self.context = Context(7, 11, dict(site), RecordDict(), run)  # type: ignore[arg-type]
-
-    def __call__(self, kind: str = "query.profile", content: RecordDict | None = None) -> Message:
-        profile = RecordDict({"plan": ConfigRecord(dict(self.plan.record()))})
-        message = Message(profile if content is None else content, 11, kind)
-        message.metadata.__dict__["_message_id"] = "m"
-        return self.worker.answer(message, self.context)
-
-    def why(self) -> str:
-        reply = self()
-        assert reply.has_error(), reply.content
-        assert "\n" not in reply.error.reason
-        return reply.error.reason
-
-
-@pytest.fixture
-def ask(model: str) -> Callable[..., Asked]:
-    def make(config: DictConfig, site: dict[str, Any], **plan: Any) -> Asked:
-        return Asked(
-            Worker(),
-            config,
-            site,
-            Plan(**{"experiment": "trial", "labels": ("a", "b"), "model": model, **plan}),
-        )
-
-    return make
+from fedlora.experiments.node import Node, Plan, check_name
+from fedlora.experiments.site import rank_of
 
 
 def test_a_site_says_who_it_is(ask: Any, composed: Any, site: dict[str, Any]) -> None:
@@ -145,6 +60,18 @@ def test_its_own_names_of_columns_count(
 
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "more rounds than agreed": ({"max-rounds": 4}, (), "at most 4 rounds"),
+    "updates in the clear": ({"secure": True}, (), "secure_sum=true"),
+    "a larger delta than a run takes by itself": (
+        {"epsilon": 8.0},
+        ("privacy=dp_sgd", "privacy.delta=1.1e-5"),
+        "a delta of at most min(1e-5, 0.1 / rows)",
+    ),
+    "a larger delta than its own": (
+        {"epsilon": 8.0, "delta": 1e-6},
+        ("privacy=dp_sgd", "privacy.delta=2e-6"),
+        "a delta of at most 1e-06 (delta), the run asks 2e-06",
+    ),
+    "rows that may be longer than the model has room for": ({}, ("data.max_length=129",), "128 tokens"),
     "privacy off": ({"epsilon": 8.0}, (), "private runs alone"),
     "client-level privacy": ({"epsilon": 8.0}, ("privacy=client_level",), "private runs alone"),
     "noise that others know": (
@@ -257,11 +184,26 @@ def test_an_experiments_name_leads_nowhere(name: str) -> None:
         {"max-rounds": 0},
         {"epsilon": 0},
         {"epsilon": True},
+        {"epsilon": 8.0, "delta": 0},
+        {"epsilon": 8.0, "delta": 1.0},
+        {"epsilon": 8.0, "delta": "1e-5"},
+        {"delta": 1e-5},
+        {"secure": 1},
+        {"secure": "true"},
+        {"warm": 0},
     ],
 )
 def test_a_word_that_cannot_be_switches_no_limit_off(words: dict[str, Any], site: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--node-config"):
         Node.read(site | words)
+
+
+def test_every_word_of_a_site_is_in_the_file_that_it_is_given(trial: Path) -> None:
+    text = (next((trial / "sites").iterdir()) / "node.toml").read_text()
+    lines = [line.removeprefix("# ") for line in text.splitlines() if re.match(r"(# )?[a-z-]+ = ", line)]
+    said = tomllib.loads("\n".join(lines))
+    assert {key.replace("-", "_") for key in said} == {field.name for field in fields(Node)}
+    Node.read(said)  # and each may be said as it stands there
 
 
 def test_what_must_be_said_is_asked_for(site: dict[str, Any]) -> None:

@@ -283,8 +283,9 @@ def test_what_is_kept_grants_nothing_whatever_it_said() -> None:
 
 
 def test_a_site_listens_to_its_own_word_alone(tmp_path: Path) -> None:
-    from fedlora.experiments.node import Node, Plan, site_of
+    from fedlora.experiments.node import Node, Plan
     from fedlora.experiments.settings import compose
+    from fedlora.experiments.site import site_of
 
     deployed = ("engine=deploy", "engine.superlink=s", "engine.experiment=x")
     config = compose([*SMALL, *deployed, "strategy._target_=my_module.Mine", "allow=[my_module]"])

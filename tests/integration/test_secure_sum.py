@@ -36,3 +36,9 @@ def test_a_private_run_under_masks_is_the_same_run(run: Any, capsys: pytest.Capt
 def test_what_a_sum_is_not_enough_for_is_refused(run: Any, overrides: list[str], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         run("secure_sum=true", *overrides)
+
+
+def test_what_each_client_holds_is_written_only_where_nobody_hides_it(run: Any) -> None:
+    plain, secure = run("rounds=1"), run("rounds=1", "secure_sum=true")
+    assert (plain.path / "data.json").exists()
+    assert not (secure.path / "data.json").exists()

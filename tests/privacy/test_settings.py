@@ -144,3 +144,25 @@ def test_what_is_told_depends_on_no_count_unless_counts_are_public() -> None:
     assert public.keys() == {"epsilon", "delta", "epsilon_valid", "sigma", "q", "steps"}
     assert public["epsilon"] < 8
     assert public["q"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 5000},  # fewer records than a batch
+        {"delta": 0.9},  # a delta that gives one of them away
+        {"epsilon": 1e-9},  # an epsilon that no noise reaches
+    ],
+    ids=str,
+)
+def test_why_there_is_no_plan_tells_the_count_only_where_it_is_public(wrong: dict[str, Any]) -> None:
+    def said(rows: int, public: bool) -> str:
+        settings = {name: value for name, value in wrong.items() if name != "batch_size"}
+        privacy = DPSGD(**{"epsilon": 8.0, "accountant": "rdp", "public_counts": public} | settings)
+        with pytest.raises(ConfigError) as caught:
+            privacy.plan(rows, wrong.get("batch_size", 10), math.ceil(rows / 10))
+        return str(caught.value)
+
+    assert said(1234, False) == said(4321, False)
+    assert "1234" not in said(1234, False)
+    assert said(1234, True) != said(4321, True)
