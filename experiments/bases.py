@@ -11,10 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedlora.data import Dataset
 from fedlora.errors import ConfigError
-from fedlora.models import Base, load
+from fedlora.models import Base, LoRA, load
 
 from .ranks import plain
 from .targets import make
+
+
+def lora_of(config: DictConfig) -> LoRA:
+    """The rule from a client's rank to the scales of its modules."""
+    lora = config.lora
+    patterns = dict(lora.rank_pattern), dict(lora.alpha_pattern)
+    return LoRA(lora.scale, lora.alpha, lora.use_rslora, *patterns)
+
 
 # A base is never written to, so the runs of one process share it.
 shared = functools.lru_cache(maxsize=1)(load)

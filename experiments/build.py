@@ -1,6 +1,5 @@
 """From a composed configuration to the objects of a run."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +20,10 @@ from fedlora.protocol import Peer, State, Task
 from fedlora.strategy import Strategy
 
 from . import private
-from .bases import heads_of, load_base, model_choices, shared
+from .bases import heads_of, load_base, lora_of, model_choices, shared
 from .begin import begin
 from .ranks import deal_ranks, plain
-from .rows import dataset_of, deal, encoded
+from .rows import dataset_of, deal, encoded, metrics
 from .targets import make, named
 
 
@@ -103,9 +102,7 @@ class Job:
 
     def named(self, loss: float, right: float) -> dict[str, float]:
         """Loss and share of right answers as the metrics of what is trained for."""
-        if self.metric == "accuracy":
-            return {"loss": loss, "accuracy": right}
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": right}
+        return metrics(self.dataset.kind, loss, right)
 
     def initial(self) -> Task:
         """The model before round 1; the bare one where the adapter is no part of it."""
@@ -137,13 +134,7 @@ def build(config: DictConfig) -> Job:
             f"strategy {type(strategy).__name__} needs the client {strategy.client}, which does its part of "
             f"the algorithm, got {type(client).__name__}; leave client=... out, the strategy brings its own"
         )
-    lora = LoRA(
-        config.lora.scale,
-        config.lora.alpha,
-        config.lora.use_rslora,
-        dict(config.lora.rank_pattern),
-        dict(config.lora.alpha_pattern),
-    )
+    lora = lora_of(config)
     rules = Rules(
         config.rounds,
         config.seed,

@@ -19,11 +19,13 @@ from .build import Job, build
 from .ends import ANSWERS
 from .job import Run
 from .known_sites import registered
+from .learnt import FILE as LEARNT
 from .node import Plan, check_name
 from .targets import differences
 
 LEDGER = "checkpoint/ledger.json"  # of client-level privacy
 BROUGHT = (
+    LEARNT,
     "metrics.jsonl",
     "clients.jsonl",
     "data.json",

@@ -24,6 +24,7 @@ from . import private
 from .build import Job, build, fuse_of
 from .ends import ANSWERS, finish, opening, strategy_name, write_holdings
 from .known_sites import registered
+from .learnt import Learnt
 from .rows import at_sites
 from .targets import Trust, kept, read
 from .tracking import check, tracked
@@ -77,6 +78,7 @@ class Run:
                 done, state = 0, job.start
                 folder.save_state(0, state)
             write_holdings(job, folder)
+            Learnt.of(job).write(folder)
             if not gc.isenabled():  # by the command, until here
                 gc.freeze()
                 gc.enable()

@@ -16,6 +16,7 @@ from fedlora.engine import RunFolder
 from fedlora.engine.certificate import certificate, sizes
 from fedlora.engine.recording import Recording
 from fedlora.errors import CheckpointError, ConfigError
+from fedlora.evaluation import evaluate
 from fedlora.protocol import Peer, State, Task, Update
 from fedlora.report import Table
 from fedlora.report.tables import score
@@ -23,7 +24,9 @@ from fedlora.seeds import generator
 from fedlora.strategy import Strategy
 
 from . import settings
-from .build import Job, build
+from .bases import lora_of
+from .learnt import Learnt
+from .rows import encoded, metrics
 from .targets import Trust, make, read
 
 MEANING = (
@@ -51,8 +54,8 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
     if not (rounds := recording.rounds()):
         raise CheckpointError(f"'{run}' has no recorded updates; run it with record_updates=true")
     name, chosen = _chosen(words)
-    job = build(config)
-    other = job.strategy
+    learnt, recorder = Learnt.read(run), make(config, "strategy", Strategy)
+    other = recorder
     if chosen is not None:
         other = make(OmegaConf.merge(config, {"strategy": None}, {"strategy": chosen}), "strategy", Strategy)  # type: ignore[arg-type]
     name = name or type(other).__name__.lower()
@@ -60,39 +63,58 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         raise ConfigError(
             f"strategy {type(other).__name__} makes no global model of updates; nothing to replay"
         )
+    dataset, base = learnt.tested(config), learnt.load_base(config)
+    test = encoded(config, dataset, dataset.test, base)
+    modules = recording.read(rounds[0])[0].adapter.pairs
+    widest = lora_of(config).peer(0, max(learnt.ranks), modules)
     had = {line["round"]: line for line in folder.rounds()}
     lines = []
     for round in rounds:
         before, updates = recording.read(round)
-        after, tasks = again(job.strategy, other, job, before, updates, round)
+        after, tasks = again(recorder, other, widest, config.seed, before, updates, round)
         found = {**sizes(after), **certificate(after, updates, tasks)}
-        found |= job.named(*job.evaluate([Task(after.adapter, fold=after.fold)])[0])
+        found |= metrics(learnt.kind, *evaluate(base, [Task(after.adapter, fold=after.fold)], [test])[0])
         kept = {key: had[round][key] for key in SHOWN if key in had.get(round, {})}
         lines.append({"round": round, "recorded": kept, "replayed": found, "state": after.digest()})
     said = OmegaConf.to_container(OmegaConf.create({"strategy": chosen or config.strategy}), resolve=True)
     assert isinstance(said, dict)
-    result = {"recorded": type(job.strategy).__name__, "meaning": MEANING, **said, "rounds": lines}
+    result = {"recorded": learnt.strategy, "meaning": MEANING, **said, "rounds": lines}
     folder.write_json(f"replay-{name}.json", {str(key): value for key, value in result.items()})
-    return _table(f"{type(other).__name__} on what clients of {type(job.strategy).__name__} sent", lines)
+    return _table(f"{type(other).__name__} on what clients of {learnt.strategy} sent", lines)
 
 
 def again(
-    recorder: Strategy, other: Strategy, job: Job, before: State, updates: Sequence[Update], round: int
+    recorder: Strategy,
+    other: Strategy,
+    widest: Peer,
+    seed: int,
+    before: State,
+    updates: Sequence[Update],
+    round: int,
 ) -> tuple[State, list[Task]]:
     """The state that a strategy makes of a recorded round, and what the clients had been asked.
+
+    Args:
+        recorder: the strategy of the run.
+        other: the one that aggregates now.
+        widest: a client of the largest rank, whose start has all of the state.
+        seed: the run's.
+        before: the state that the clients started from.
+        updates: what they sent.
+        round: its number.
 
     Raises:
         FedLoraError: the strategy would have asked its clients for something else.
     """
     peers = [update.peer for update in updates if update.peer is not None]
     tasks = [recorder.task(before, peer) for peer in peers]
-    rng = generator(job.rules.seed, "aggregate", 0, round)
+    rng = generator(seed, "aggregate", 0, round)
     if other == recorder:
         return other.aggregate(before, updates, rng), tasks
     # What the widest client starts from is the state in a form that every strategy knows.
-    widest = recorder.task(before, job.peer(0, max(job.ranks)))
-    made = other.init(widest.adapter, widest.fold, before.seed)
-    own = replace(made, adapter=widest.adapter, fold=widest.fold, round=before.round)
+    start = recorder.task(before, widest)
+    made = other.init(start.adapter, start.fold, before.seed)
+    own = replace(made, adapter=start.adapter, fold=start.fold, round=before.round)
     for peer, task in zip(peers, tasks, strict=True):
         _check_alike(other, recorder, other.task(own, peer), task, peer, round)
     return other.aggregate(own, updates, rng), tasks

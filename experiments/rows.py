@@ -1,5 +1,6 @@
 """The rows that a configuration names, and whose they are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -47,6 +48,13 @@ def deal(config: DictConfig, dataset: Dataset) -> list[Part]:
     d = config.data
     how = (d.partition, config.clients, d.alpha, d.shards, d.min_rows, d.max_rows, config.seed)
     return partition(dataset.train, *how, kind=dataset.kind)
+
+
+def metrics(kind: Kind, loss: float, right: float) -> dict[str, float]:
+    """Loss and share of right answers as the metrics of what is trained for."""
+    if kind == "classification":
+        return {"loss": loss, "accuracy": right}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": right}
 
 
 @dataclass(frozen=True)

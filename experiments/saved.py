@@ -4,21 +4,20 @@ import hashlib
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from fedlora.adapter import Adapter
 from fedlora.client import Assignment
-from fedlora.data import Dataset, collate, encode
+from fedlora.data import collate, encode
 from fedlora.engine import Memory, RunFolder
 from fedlora.errors import CheckpointError, ConfigError, ModelError
 from fedlora.evaluation import evaluate
-from fedlora.models import Bank, by_peft, merge, save_adapter
+from fedlora.models import Bank, by_peft, checkpoint_dtype, merge, save_adapter
 from fedlora.protocol import Task, whole
 from fedlora.strategy import Strategy
 
-from .bases import load_base
-from .build import build
-from .rows import dataset_of
+from .bases import lora_of
+from .learnt import Learnt
 from .targets import Trust, make, read
 
 NONE = Trust()
@@ -32,15 +31,17 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
         ConfigError: the folder is there already, or what the run trained is no LoRA of its model.
     """
     _check_new(to)
-    config, dataset = _read(run, trust)
-    strategy: Strategy = make(config, "strategy", Strategy)
-    if strategy.personal:
+    config, learnt = read(run, trust), Learnt.read(run)
+    if learnt.personal:
         raise ConfigError(
-            f"export: what all clients of {type(strategy).__name__} share is nobody's model; say --client N, "
+            f"export: what all clients of {learnt.strategy} share is nobody's model; say --client N, "
             "where a client's own is an adapter"
         )
     _, state = RunFolder(run).read_state()
-    base = load_base(config, dataset)
+    dtype = torch.float32
+    if merged:
+        config, dtype = _in_own_dtype(config, learnt)
+    base = learnt.load_base(config)
     adapter = state.whole()
     if apart := adapter.pairs.keys() - dict(base.model.named_modules()).keys():
         raise ConfigError(
@@ -51,10 +52,11 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
         save_adapter(adapter, base, to)
         return f"adapter of {len(adapter.pairs)} modules -> {to} (peft.PeftModel.from_pretrained)"
     merge(base, adapter)
+    base.model.to(dtype)
     to.mkdir(parents=True, exist_ok=True)
     base.model.save_pretrained(str(to))
     base.tokenizer.save_pretrained(str(to))
-    return f"merged model -> {to} (transformers' from_pretrained)"
+    return f"merged model in {str(dtype).removeprefix('torch.')} -> {to} (transformers' from_pretrained)"
 
 
 def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
@@ -65,19 +67,20 @@ def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
         ConfigError: the folder is there already, there is no such client, or it keeps no part of its own.
     """
     _check_new(to)
-    job = build(_read(run, trust)[0])
-    if not 0 <= client < len(job.ranks):
-        raise ConfigError(f"--client: expected 0 to {len(job.ranks) - 1}, got {client}")
+    config, learnt = read(run, trust), Learnt.read(run)
+    if not 0 <= client < len(learnt.ranks):
+        raise ConfigError(f"--client: expected 0 to {len(learnt.ranks) - 1}, got {client}")
     round, state = RunFolder(run).read_state()
-    task = job.strategy.task(state, job.peer(client, job.ranks[client]))
+    strategy: Strategy = make(config, "strategy", Strategy)
+    task = strategy.task(state, lora_of(config).peer(client, learnt.ranks[client], state.adapter.pairs))
     if not task.own():
         raise ConfigError(
-            f"--client: what a client of {type(job.strategy).__name__} keeps is no adapter that PEFT could "
+            f"--client: what a client of {learnt.strategy} keeps is no adapter that PEFT could "
             "load; of a strategy with one global model, leave --client out"
         )
     memory = Memory(run / "checkpoint" / "clients").read(client, round + 1)
-    own = Assignment(client, round + 1, job.rules.seed, task, [], memory).start
-    save_adapter(whole(own, task.fold), job.base, to)
+    own = Assignment(client, round + 1, config.seed, task, [], memory).start
+    save_adapter(whole(own, task.fold), learnt.load_base(config), to)
     return f"adapter of client {client} -> {to} (peft.PeftModel.from_pretrained)"
 
 
@@ -101,14 +104,15 @@ def verify(run: Path, trust: Trust = NONE) -> str:
         raise CheckpointError(
             f"'{file}' has SHA-256 {found[:16]}, its summary says {str(summary['adapter_sha256'])[:16]}"
         )
-    config, dataset = _read(run, trust)
+    config, learnt = read(run, trust), Learnt.read(run)
+    dataset = learnt.tested(config)
     _, state = RunFolder(run).read_state()
-    base = load_base(config, dataset)
+    base = learnt.load_base(config)
     rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, config.data.max_length)
     batch = collate(rows[:16], base.pad_id)
     with torch.no_grad(), Bank(base, [Task(state.adapter, fold=state.fold)]):
         ours = base.logits(batch)
-    plain = by_peft(load_base(config, dataset), run / "adapter")
+    plain = by_peft(learnt.load_base(config), run / "adapter")
     with torch.no_grad():
         gap = float((plain.logits(batch) - ours).abs().max())
     if not gap < 1e-4:
@@ -128,6 +132,13 @@ def _check_new(to: Path) -> None:
         raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
 
 
-def _read(run: Path, trust: Trust) -> tuple[DictConfig, Dataset]:
-    config = read(run, trust)
-    return config, dataset_of(config)
+def _in_own_dtype(config: DictConfig, learnt: Learnt) -> tuple[DictConfig, torch.dtype]:
+    """The settings that load a base in the precision of its checkpoint, and this precision.
+
+    ΔW is added in float64 and rounded once, and the merged model takes the room of the base. A precision that
+    we do not load, such as float16, leaves the settings, and the model is cast when it is merged.
+    """
+    dtype = checkpoint_dtype(learnt.base) or getattr(torch, config.model.dtype)
+    if (name := str(dtype).removeprefix("torch.")) in ("float32", "bfloat16", "float64"):
+        config = OmegaConf.merge(config, {"model": {"dtype": name}})  # type: ignore[assignment]
+    return config, dtype

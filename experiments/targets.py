@@ -19,6 +19,8 @@ from torch import nn, optim
 
 from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 
+from .settings import PLACED
+
 # What each group of a configuration may name of fedlora. The rest also writes, removes and loads files, and
 # only `data` may read them: a server must not have a site open a file by the way of, say, `client`.
 OURS = {
@@ -117,8 +119,20 @@ def received(text: str) -> DictConfig:
 
 
 def kept(config: DictConfig) -> str:
-    """The configuration as a run keeps it: one that was continued is the same run, and grants nothing."""
-    return OmegaConf.to_yaml(Trust().into(OmegaConf.merge(config, {"resume": None})))  # type: ignore[arg-type]
+    """The configuration as a run keeps it: one that was continued is the same run, and grants nothing.
+
+    Paths of what is there are absolute, so that the run can be read and continued from any folder.
+    """
+    made: DictConfig = OmegaConf.merge(config, {"resume": None})  # type: ignore[assignment]
+    for key in PLACED:
+        path = OmegaConf.select(made, key, throw_on_missing=False)
+        if not isinstance(path, str) or not Path(path).exists():
+            continue
+        group, _, name = key.partition(".")
+        OmegaConf.update(made, key, str(Path(path).absolute()))
+        if (made[group].get("source") or {}).get(name) == path:  # resolved before
+            OmegaConf.update(made, f"{group}.source.{name}", str(Path(path).absolute()))
+    return OmegaConf.to_yaml(Trust().into(made))
 
 
 def differences(config: DictConfig, run: Path, but: Collection[str]) -> list[str]:

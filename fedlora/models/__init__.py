@@ -3,7 +3,7 @@
 from fedlora.models.bank import Bank
 from fedlora.models.base import Base
 from fedlora.models.dora import with_magnitudes
-from fedlora.models.loading import load
+from fedlora.models.loading import checkpoint_dtype, load
 from fedlora.models.lora import LoRA, fresh_adapter, layer_weight, targets
 from fedlora.models.peft_files import by_peft, load_adapter, merge, save_adapter
 from fedlora.models.starts import taken_out
@@ -15,6 +15,7 @@ __all__ = [
     "LoRA",
     "Tap",
     "by_peft",
+    "checkpoint_dtype",
     "fresh_adapter",
     "layer_weight",
     "load",

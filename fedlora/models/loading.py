@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from fedlora.data import Kind
 from fedlora.errors import ModelError
@@ -38,7 +38,7 @@ def load(
         kind: what it will be trained for.
         labels: the labels of a classification, in the order of the logits.
         dtype: of the frozen weights, "float32" or "bfloat16"; adapters are float32 in any case.
-        device: "cpu", "cuda" or "cuda:1".
+        device: "cpu", "cuda", "cuda:1" or "mps".
         seed: of made-up parameters.
         quantize: "4bit" or "8bit", on a GPU with bitsandbytes; heads and adapters stay as they are.
         allow_pickle: also load weights that are not safetensors; a pickle can hold more than weights.
@@ -51,12 +51,7 @@ def load(
 
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ModelError(f"model.dtype: expected float32, bfloat16 or float64, got '{dtype}'")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"model.device: '{device}' was asked for, torch sees no GPU; use model.device=cpu")
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"model.device: expected cpu, cuda or cuda:1, got '{device}'") from error
+    _check_device(device)
     chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     chosen["ignore_mismatched_sizes"] = True  # a head for other labels is made anew, below
     chosen["use_safetensors"] = None if allow_pickle else True
@@ -106,6 +101,48 @@ def load(
     after = only_first_token(model) if kind == "classification" else None
     packs = ours and (after is not None or kind == "instruction")
     return Base(model, tokenizer, kind, heads, str(path), after, offset_of(model, after) if packs else None)
+
+
+def checkpoint_dtype(path: str) -> torch.dtype | None:
+    """The precision that a checkpoint's weights are stored in; None where nothing tells.
+
+    Args:
+        path: a folder or a hub name.
+    """
+    from transformers import AutoConfig
+
+    named = AutoConfig.from_pretrained(path, trust_remote_code=False).dtype
+    if named is not None:
+        return getattr(torch, named) if isinstance(named, str) else named  # type: ignore[no-any-return]
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118
+        for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("F16", torch.float16)):
+            if name in kinds:
+                return dtype
+    return None
+
+
+def _check_device(device: str) -> None:
+    """Raise ModelError unless torch can put tensors on a device of this name, here and now."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ModelError(f"model.device: expected cpu, cuda, cuda:1 or mps, got '{device}'")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[kind]
+    try:
+        if there:
+            torch.empty(1, device=device)
+    except RuntimeError as error:
+        raise ModelError(
+            f"model.device: torch cannot use '{device}' ({str(error).splitlines()[0]}); use model.device=cpu"
+        ) from error
+    if not there:
+        raise ModelError(
+            f"model.device: '{device}' was asked for, torch sees no GPU of that kind; use model.device=cpu"
+        )
 
 
 def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[str, ...]:
