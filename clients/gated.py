@@ -65,12 +65,17 @@ class GatedExperts(Client):
         for a in assignments:
             if id(a) not in found:
                 with Mixture(base, a) as mixture:
-                    found[id(a)] = measure(base, mixture.scores, a.rows)
+                    found[id(a)] = measure(base, mixture.scores, a.rows, self.micro_tokens)
         return [found[id(a)] for a in assignments]
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
         """As many as in local training."""
         return self.local.step_tokens(rows)
+
+    @property
+    def micro_tokens(self) -> int | None:
+        """As in local training."""
+        return self.local.micro_tokens
 
     def _mix(self, base: Base, assignment: Assignment) -> Outcome:
         with Mixture(base, assignment, train=True) as mixture:

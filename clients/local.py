@@ -42,8 +42,9 @@ class LocalTraining(Client):
         clip: largest gradient norm over all that a client trains; None does not clip.
         schedule: "constant", "linear" or "cosine" decay to zero over the client's own steps of a round.
         warmup: share of the steps in which the rate rises from zero.
-        micro_tokens: tokens a micro-batch holds at most, and a step of clients that train together; speed
-            and memory, and of the result no more than its rounding.
+        micro_tokens: tokens a micro-batch holds at most, in training and evaluation, and a step of clients
+            that train together. It changes speed and memory, and of the result no more than its rounding.
+            None chooses by the rows.
         privacy: differential privacy of each row; batches are then drawn at random, of `batch_size` rows on
             the average, `clip` is off beside the privacy's own, and no loss is reported unless it may be.
     """
@@ -58,7 +59,7 @@ class LocalTraining(Client):
     clip: float | None = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0
-    micro_tokens: int = 512
+    micro_tokens: int | None = None
     privacy: DPSGD | None = None
 
     def __post_init__(self) -> None:

@@ -103,6 +103,11 @@ class PoisonedTraining(Client):
         """As many as in local training."""
         return self.local.step_tokens(rows)
 
+    @property
+    def micro_tokens(self) -> int | None:
+        """As in local training."""
+        return self.local.micro_tokens
+
     def _turned(self, assignment: Assignment, trained: Adapter) -> Adapter:
         """The trained adapter with the attack on all that is shared."""
         rng = generator(assignment.seed, "poison", assignment.client, assignment.round)

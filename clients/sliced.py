@@ -94,6 +94,11 @@ class SlicedTraining(Client):
         """As many as in local training."""
         return self.local.step_tokens(rows)
 
+    @property
+    def micro_tokens(self) -> int | None:
+        """As in local training."""
+        return self.local.micro_tokens
+
 
 class Channel:
     """Authenticated encryption between the two slices, by a key of its own; counts the bytes of each way.

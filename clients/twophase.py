@@ -96,12 +96,17 @@ class TwoPhase(Client):
         found = []
         for assignment in assignments:
             with self.personal(base, assignment) as model:
-                found.append(measure(base, model.scores, assignment.rows))
+                found.append(measure(base, model.scores, assignment.rows, self.micro_tokens))
         return found
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
         """As many as in local training."""
         return self.local.step_tokens(rows)
+
+    @property
+    def micro_tokens(self) -> int | None:
+        """As in local training."""
+        return self.local.micro_tokens
 
     def personal(self, base: Base, assignment: Assignment, train: bool = False) -> "Personal":
         """The client's model as it is before it trains; gradients reach it if `train`."""

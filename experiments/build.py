@@ -93,11 +93,11 @@ class Job:
 
     def evaluate(self, tasks: Sequence[Task]) -> list[tuple[float, float]]:
         """Loss and share of right answers of each task's adapter, as it is, on the test rows."""
-        return evaluate(self.base, tasks, [self.test] * len(tasks))
+        return evaluate(self.base, tasks, [self.test] * len(tasks), self.site.client.micro_tokens)
 
     def answers(self, task: Task) -> list[Answer]:
         """What a task's adapter, as it is, says to the test rows that are to be answered."""
-        said = answer(self.base, task, [self.test[i] for i in self.asked])
+        said = answer(self.base, task, [self.test[i] for i in self.asked], self.site.client.micro_tokens)
         return [Answer.to(self.dataset.test[i], i, text) for i, text in zip(self.asked, said, strict=True)]
 
     def named(self, loss: float, right: float) -> dict[str, float]:

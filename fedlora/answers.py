@@ -26,6 +26,7 @@ from fedlora.seeds import generator
 from fedlora.workers import Workers
 
 LONGEST = 256  # tokens of an answer, whatever is expected
+PROMPTS = 4096  # padded tokens of the prompts that are answered together
 SHOWN = 300  # letters of a prompt, its last, that an answer keeps
 EDGES = " .,;:!?…。，、；：！？'\"`‘’“”„«»()[]{}*_"  # no signs: -5 is not 5, and 5% is not 5
 # What a model's makers set for sampling is undone, so that "greedy" means the same for every model.
@@ -78,7 +79,7 @@ def chosen(rows: Sequence[Row], count: int, seed: int) -> list[int]:
     return sorted(sorted(turns, key=turns.__getitem__)[:count])  # stable: one's first rows come first
 
 
-def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int = 4096) -> list[str]:
+def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | None = None) -> list[str]:
     """Answer every prompt with one adapter, in the order of the examples.
 
     A prompt is the part of an example that has no loss, so it is what training reads before a response. An
@@ -88,7 +89,7 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int = 40
         base: the frozen model, a decoder.
         task: the adapter, and what is folded into the base.
         examples: as `fedlora.data.encode` makes them of instructions.
-        tokens: padded tokens of the prompts of one batch.
+        tokens: padded tokens of the prompts of one batch; None takes 4,096.
     """
     if not examples:
         return []  # without a look at the adapter, which may be no part of this model
@@ -117,7 +118,7 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int = 40
             )
             return [_text(base, line, ends) for line in full[:, width:].tolist()]
 
-        batches = micro_batches(prompts, tokens)
+        batches = micro_batches(prompts, tokens or PROMPTS)
         for batch, texts in zip(batches, workers.map(generate, batches), strict=True):
             said |= {at: text for (at, _), text in zip(batch, texts, strict=True)}
     return [said[at] for at in range(len(examples))]

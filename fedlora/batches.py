@@ -1,4 +1,12 @@
-"""Which clients train together, and their rows cut into micro-batches of like length: less padding."""
+"""Which clients train together, and their rows cut into micro-batches of like length: less padding.
+
+Where the user names no size, it follows from the rows alone. It must not follow from the number of cores:
+other micro-batches add gradients up in another order, and a run's bytes are the same on every machine. So the
+size has to do for few cores and for many. A micro-batch goes through all the model's weights, which costs as
+much as C tokens whatever it holds (about 22 with MiniLM). n micro-batches of a step of S tokens thus take
+S + n C on one core and S / n + C on n cores. With n that grows as √S the first stays near S, and the second
+falls as S grows.
+"""
 
 import itertools
 from collections.abc import Sequence
@@ -8,19 +16,52 @@ from fedlora.data import Example
 Micro = list[tuple[int, Example]]
 
 
-def micro_batches(rows: Micro, tokens: int, padded: bool = True) -> list[Micro]:
-    """Cut (slot, row) pairs into lists of like length and at most `tokens` tokens, slot by slot.
+TOGETHER = 512  # tokens of a step of clients that train together, on a CPU
+MANY = 8  # groups of clients from which on a micro-batch holds as many tokens as a group's step
+ON_A_GPU = 4096  # tokens of a micro-batch there; each is one pass, and nothing else runs beside it
+LARGEST = 1024  # tokens of a micro-batch on a CPU, on the average over a step's: larger ones gain no more
+SMALLEST_SPLIT = 64  # tokens of a step below which a second micro-batch costs more than a second core saves
 
-    As few lists as possible, and of sizes as even as possible, so that no core waits for another.
+
+def budget(tokens: int | None, device: str) -> int | None:
+    """The tokens that a micro-batch holds at most; None on a CPU where nobody says so, for `count` to choose.
+
+    Args:
+        tokens: what the user says, if anything.
+        device: the kind of device that the model is on, such as "cpu".
+    """
+    return ON_A_GPU if tokens is None and device != "cpu" else tokens
+
+
+def count(tokens: int) -> int:
+    """How many micro-batches a step of so many tokens is cut into on a CPU.
+
+    2 from 64 tokens on, 4 from 1,024, 8 from 4,096: powers of two, which 2, 4 or 8 cores share evenly. Beyond
+    8,192 as many as it takes for 1,024 tokens each.
+    """
+    if tokens < SMALLEST_SPLIT:
+        return 1
+    return max(2, 1 << ((tokens // 64).bit_length() - 1) // 2, -(-tokens // LARGEST))
+
+
+def micro_batches(rows: Micro, tokens: int | None, padded: bool = True) -> list[Micro]:
+    """Cut (slot, row) pairs into lists of like length, slot by slot.
+
+    Their sizes are as even as possible, so that no core waits for another.
 
     Args:
         rows: in any order.
-        tokens: what a list holds at most, if it holds more than one row.
+        tokens: what a list holds at most, if it holds more than one row; there are as few lists as that
+            allows. None makes as many lists as `count` says, or fewer.
         padded: whether each row counts as long as its list's longest.
     """
     ordered = sorted(rows, key=lambda item: -len(item[1].input_ids))
     lengths = [len(row.input_ids) for _, row in ordered]
-    fewest, low, high = len(_cuts(lengths, tokens, padded)), 0, tokens
+    if tokens is None:
+        fewest, high = count(sum(lengths)), sum(lengths[:1]) * len(lengths)
+    else:
+        fewest, high = len(_cuts(lengths, tokens, padded)), tokens
+    low = 0
     while high - low > 1:  # the smallest budget that needs no more lists
         middle = (low + high) // 2
         low, high = (low, middle) if len(_cuts(lengths, middle, padded)) <= fewest else (middle, high)

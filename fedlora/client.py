@@ -82,7 +82,12 @@ class Client(ABC):
         (nan, nan) where there are no rows.
         """
         tasks = [replace(a.task, adapter=a.start) for a in assignments]
-        return evaluate(base, tasks, [a.rows for a in assignments])
+        return evaluate(base, tasks, [a.rows for a in assignments], self.micro_tokens)
+
+    @property
+    def micro_tokens(self) -> int | None:
+        """Tokens that a micro-batch holds at most, in training and evaluation; None chooses by the rows."""
+        return None
 
     def shared(self, base: Base) -> Mapping[str, tuple[int, int]] | None:
         """The pairs that clients share where those are no part of the model: name -> (d_out, d_in).

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fedlora.batches import Micro, micro_batches
+from fedlora.batches import Micro, budget, micro_batches
 from fedlora.data import Example, collate
 from fedlora.models import Bank, Base
 from fedlora.protocol import Task
@@ -15,7 +15,7 @@ from fedlora.workers import Workers
 
 
 def evaluate(
-    base: Base, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], tokens: int = 1024
+    base: Base, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], tokens: int | None = None
 ) -> list[tuple[float, float]]:
     """The mean loss and the mean share of right answers of each task's adapter, as it is, on its own rows.
 
@@ -23,8 +23,10 @@ def evaluate(
         base: the frozen model.
         tasks: one a slot.
         rows: the rows of each; (nan, nan) where there are none.
-        tokens: a micro-batch holds at most, padding included where the model needs it.
+        tokens: a micro-batch holds at most, padding included where the model needs it; None chooses by the
+            rows.
     """
+    tokens = budget(tokens, base.device.type)
     totals = [[0.0, 0.0] for _ in tasks]
     pool = [(slot, row) for slot, own in enumerate(rows) for row in own]
     with Bank(base, tasks) as bank, Workers(base) as workers:
@@ -49,7 +51,7 @@ def measure(
     base: Base,
     scores: Callable[[list[Example]], tuple[Tensor, Tensor]],
     rows: Sequence[Example],
-    tokens: int = 1024,
+    tokens: int | None = None,
 ) -> tuple[float, float]:
     """The means of two numbers a row, such as its loss and its share of right answers; (nan, nan) of none.
 
@@ -57,8 +59,9 @@ def measure(
         base: the frozen model, for its device.
         scores: the numbers of a micro-batch's rows, both (rows,); called from several threads.
         rows: all rows.
-        tokens: padded tokens a micro-batch holds at most.
+        tokens: padded tokens a micro-batch holds at most; None chooses by the rows.
     """
+    tokens = budget(tokens, base.device.type)
 
     @torch.no_grad()
     def sums(micro: Micro) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter
-from fedlora.batches import Micro, groups, micro_batches
+from fedlora.batches import MANY, TOGETHER, Micro, budget, groups, micro_batches
 from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.evaluation import losses_of
@@ -55,10 +55,6 @@ class Fitted:
 
 Gradients = list[tuple[nn.Parameter, Tensor | None]]
 Parameters = dict[str, list[nn.Parameter]]
-# A micro-batch's tokens where one group has all cores: smaller, so that there are more to share. Whatever the
-# cores, so that the result is the same; each micro-batch goes through all the model's weights once more.
-ALONE = 256
-
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 Schedule = Callable[[int, int], float]
 
@@ -69,7 +65,7 @@ def fit(
     make_optimizer: MakeOptimizer,
     schedule: Schedule | None = None,
     clip: float | None = None,
-    tokens: int = 512,
+    tokens: int | None = None,
 ) -> list[Fitted]:
     """Train every job's adapter; the result of each is what it would be alone, up to rounding.
 
@@ -80,11 +76,12 @@ def fit(
         schedule: (step, steps) -> factor of the learning rate, step counting from 0; None keeps it constant.
         clip: the largest norm of a client's gradient over all it trains; None does not clip. Not for jobs
             with a mechanism, which has its own.
-        tokens: a micro-batch holds at most, padding included where the model needs it; a longer row makes
-            one of its own.
+        tokens: a micro-batch holds at most, padding included where the model needs it, and a step of clients
+            that train together; a longer row makes a micro-batch of its own. None chooses by the rows.
 
     A client that diverges ends in non-finite tensors of its own; the others do not notice.
     """
+    tokens = budget(tokens, base.device.type)
     mechanisms = [job.mechanism for job in jobs if job.mechanism is not None]
     if mechanisms and (clip is not None or len(mechanisms) < len(jobs)):
         raise ConfigError("private and other clients cannot train in one pass, nor with a second clip")
@@ -104,6 +101,10 @@ def fit(
             told = [(slot, x) for (slot, _), x in zip(micro, weighted.tolist(), strict=True)]
             return list(zip(present, grads, strict=True)), told
 
+        def finish(item: tuple[_Learner, int]) -> None:
+            learner, step = item
+            learner.step(clip, schedule, step)
+
         def train(slots: Sequence[int]) -> None:
             """All steps of clients that share micro-batches, and wait for nobody else."""
             for step in range(max(len(jobs[slot].batches) for slot in slots)):
@@ -116,14 +117,11 @@ def fit(
                     (_collect if mechanisms else _accumulate)(grads)
                     for slot, loss in told:
                         learners[slot].loss += loss
-                workers.map(_release, [(learners[slot], len(batch)) for slot, batch in live.items()])
-                if step == 0:
-                    _all_called([p for slot in live for p in learners[slot].leaves])
-                for slot in live:
-                    learners[slot].step(clip, schedule, step)
+                workers.map(finish, [(learners[slot], step) for slot in live])
 
-        cut = groups([job.batches for job in jobs], tokens)
-        room = tokens if len(cut) > 1 else min(tokens, ALONE)
+        cut = groups([job.batches for job in jobs], tokens or TOGETHER)
+        # So many groups keep the cores busy by themselves, and need not be cut further for that.
+        room = TOGETHER if tokens is None and len(cut) >= MANY else tokens
         workers.map(train, cut)
         return [learner.fitted(bank.adapter(slot)) for slot, learner in enumerate(learners)]
 
@@ -140,7 +138,11 @@ class _Learner:
         self.share, self.loss = 0.0, 0.0
 
     def step(self, clip: float | None, schedule: Schedule | None, step: int) -> None:
-        """Move by the gradient that is there."""
+        """Move by the gradient that is there, which is the noised one of the step's rows under privacy."""
+        if self.private is not None:
+            self.private.release(len(self.job.batches[step]))
+        if step == 0:
+            _all_called(self.leaves)
         if self.job.task.tail is not None:
             _press(self.factors, self.job.task.tail)
         _step(self.optimizer, clip, self.rates, schedule, step, len(self.job.batches))
@@ -160,7 +162,7 @@ def descend(
     make_optimizer: MakeOptimizer,
     schedule: Schedule | None = None,
     clip: float | None = None,
-    tokens: int = 512,
+    tokens: int | None = None,
 ) -> tuple[float, int]:
     """One client's steps on a loss of its own, in place; the mean loss over them, and their number.
 
@@ -174,6 +176,7 @@ def descend(
         clip: as for `fit`.
         tokens: as for `fit`.
     """
+    tokens = budget(tokens, base.device.type)
     leaves = [p for found in parameters.values() for p in found]
     optimizer, total = make_optimizer(parameters), 0.0
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -192,13 +195,6 @@ def descend(
                 total += loss
             _step(optimizer, clip, rates, schedule, step, len(batches))
     return total / max(1, len(batches)), len(batches)
-
-
-def _release(item: tuple[_Learner, int]) -> None:
-    """Make a client's noised gradient of the rows of a step, under privacy."""
-    learner, rows = item
-    if learner.private is not None:
-        learner.private.release(rows)
 
 
 def _accumulate(grads: Gradients) -> None:

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import trainer
+from fedlora import evaluation, trainer
 from fedlora.adapter import Adapter, Pair
-from fedlora.batches import groups, micro_batches
+from fedlora.batches import count, groups, micro_batches
 from fedlora.data import Example, collate
 from fedlora.evaluation import evaluate
 from fedlora.models import Bank, Base, load, targets
@@ -112,27 +112,99 @@ def test_any_number_of_threads_and_of_groups_trains_the_same_to_the_bit(base: Ba
     assert found[0] == found[1]
 
 
-def test_one_group_alone_takes_smaller_micro_batches_whatever_the_cores(base: Base, monkeypatch: Any) -> None:
+@pytest.fixture
+def passes(monkeypatch: Any) -> list[int]:
+    """The tokens of every micro-batch that goes through a model, from here on."""
     seen: list[int] = []
-    spied = trainer.losses_of
+    spied = evaluation.losses_of
 
     def losses_of(base: Base, bank: Bank, micro: Any, slots: int) -> Any:
         seen.append(sum(len(row.input_ids) for _, row in micro))
         return spied(base, bank, micro, slots)
 
-    monkeypatch.setattr(trainer, "losses_of", losses_of)
+    for module in (trainer, evaluation):
+        monkeypatch.setattr(module, "losses_of", losses_of)
+    return seen
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("clients", [1, 2])
+def test_a_number_of_tokens_is_what_every_pass_holds_whatever_the_clients_and_cores(
+    base: Base, passes: list[int], clients: int, threads: int
+) -> None:
     many = [Example([5] * 10, 0)] * 60  # 600 tokens a step
     job = Job(Task(adapter(base, 1, 0)), [many])
     before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            for jobs, room in (([job], trainer.ALONE), ([job] * 2, 512)):
-                seen.clear()
-                fit(base, jobs, sgd, tokens=512)
-                assert sorted(seen) == sorted([600 // -(-600 // room)] * (-(-600 // room) * len(jobs)))
+        for tokens, each in ((100, 100), (300, 300), (599, 300), (600, 600), (10**6, 600 * clients)):
+            passes.clear()
+            fit(base, [job] * clients, sgd, tokens=tokens)
+            assert passes == [each] * (600 * clients // each)
+            passes.clear()
+            evaluate(base, [job.task] * clients, [many] * clients, tokens=tokens)
+            assert sum(passes) == 600 * clients
+            assert max(passes) <= tokens
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_without_a_number_the_passes_follow_from_the_rows_alone(
+    base: Base, passes: list[int], threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows, length, number in (
+            (1, 40, 1),
+            (6, 10, 1),
+            (8, 10, 2),
+            (32, 13, 2),
+            (60, 10, 2),
+            (8, 128, 4),
+        ):
+            job = Job(Task(adapter(base, 1, 0)), [[Example([5] * length, 0)] * rows] * 2)
+            passes.clear()
+            fit(base, [job], sgd)
+            assert len(passes) == 2 * number
+            assert max(passes) - min(passes) <= length  # as even as whole rows allow
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_groups_are_not_cut_further(base: Base, passes: list[int]) -> None:
+    for clients, each in ((3, 400 // 2), (8, 400)):
+        job = Job(Task(adapter(base, 1, 0)), [[Example([5] * 10, 0)] * 40])
+        passes.clear()
+        fit(base, [job] * clients, sgd)
+        assert passes == [each] * (clients * 400 // each)
+
+
+@given(lengths=lengths, padded=st.booleans())
+def test_micro_batches_without_a_budget_hold_every_row_in_as_many_lists_as_the_count(
+    lengths: list[tuple[int, int]], padded: bool
+) -> None:
+    pool = [(slot, Example([number] * length, 0)) for number, (slot, length) in enumerate(lengths)]
+    found = micro_batches(pool, None, padded)
+    assert sorted(item for micro in found for item in micro) == sorted(pool)
+    wanted = count(sum(length for _, length in lengths))
+    assert len(found) <= wanted
+    if pool:  # and no budget that allows so many lists makes the largest one smaller
+        size = max(sum(len(row.input_ids) for _, row in micro) for micro in found)
+        most = max(len(micro) * max(len(row.input_ids) for _, row in micro) for micro in found)
+        tighter = (most if padded else size) - 1
+        if tighter >= 1:
+            assert len(micro_batches(pool, tighter, padded)) > wanted or len(found) == len(pool)
+
+
+@given(tokens=st.integers(1, 10**6))
+def test_the_number_of_micro_batches_is_even_and_their_size_has_bounds(tokens: int) -> None:
+    number = count(tokens)
+    assert number == 1 if tokens < 64 else number >= 2
+    assert tokens / number <= 1024
+    assert tokens < 1024 or tokens / number >= 256
+    assert tokens > 8192 or number & (number - 1) == 0
 
 
 def test_micro_batches_are_of_even_size() -> None:
