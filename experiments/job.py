@@ -23,6 +23,7 @@ from fedlora.protocol import State, Task
 from . import private
 from .build import Job, build, fuse_of
 from .ends import ANSWERS, finish, opening, strategy_name, write_holdings
+from .inputs import check_inputs
 from .known_sites import registered
 from .learnt import Learnt
 from .rows import at_sites
@@ -68,6 +69,7 @@ class Run:
             if resumed:
                 if not folder.started:  # killed before its first checkpoint
                     folder.save_state(0, job.start)
+                check_inputs(job, config, folder, resumed)
                 done, state = folder.load_state()
                 for last in ("summary.json", ANSWERS):
                     (path / last).unlink(missing_ok=True)
@@ -75,6 +77,7 @@ class Run:
             else:
                 folder = RunFolder.create(path, kept(config))
                 held.enter_context(folder.hold())
+                check_inputs(job, config, folder, resumed)
                 done, state = 0, job.start
                 folder.save_state(0, state)
             write_holdings(job, folder)

@@ -6,6 +6,7 @@ leaves its traceback in a file, one line that names it, and exit code 1.
 
 import argparse
 import atexit
+import errno
 import gc
 import os
 import sys
@@ -90,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PermissionError as error:
         _fail(f"'{error.filename}': {error.strerror}; name another folder, or let yourself write there", 2)
     except Exception as error:
+        if _disk_is_full(error):
+            _fail("the disk is full; make room, then go on with fedlora run resume=DIR", 1)
         log = Path("fedlora-error.log").absolute()
         try:
             log.write_text(traceback.format_exc(), encoding="utf-8")
@@ -99,6 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(f"unexpected {type(error).__name__}: {error}; the traceback is in {log}", 1)
     finally:
         gc.enable()
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether this is an operating system's refusal for want of room; safetensors tells it in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {code})" in str(error) for code in full)
 
 
 def _fail(message: str, code: int) -> None:
@@ -113,7 +122,7 @@ def _run(words: list[str]) -> None:
     if words in (["-h"], ["--help"]):
         print(_run_help(), end="")
         return
-    resume = next((word.partition("=")[2] for word in words if word.startswith("resume=")), None)
+    resume = next((settings.path_said(word) for word in words if word.startswith("resume=")), None)
     many = {"-m", "--multirun"}.intersection(words)
     if many or (resume and _of_sweep(Path(resume))):
         from .sweep import sweep

@@ -24,6 +24,7 @@ PATHS = ("out", "resume", "data.train", "data.test", "data.path", "model.path", 
 COLUMNS = tuple(f"data.{role}" for role in ("text", "label", "prompt", "response", "client"))  # 1 is a name
 PLACED = tuple(key for key in PATHS if "." in key)  # what a deployment's server opens in a folder of its own
 NEVER_A_NAME = ("data.train", "data.test", "lora.adapter")  # the others may be names on the Hugging Face hub
+DICTIONARIES = ("lora.rank_pattern", "lora.alpha_pattern")
 
 
 @dataclass
@@ -97,7 +98,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         ConfigError: an unknown key, group choice or value, in one line.
     """
     register()
-    overrides = [_quoted(word) for word in overrides]
+    overrides = [_open(_quoted(word)) for word in overrides]
     try:
         with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
             _know(overrides)
@@ -161,6 +162,25 @@ def _quoted(word: str) -> str:
     if not given or key not in (*PATHS, *COLUMNS) or not plain:
         return word
     return key + "='" + value.replace("'", "\\'") + "'"
+
+
+def _open(word: str) -> str:
+    """A dictionary of names that nobody can know before: Hydra adds keys to it only if told to."""
+    return f"++{word}" if word.partition("=")[0] in DICTIONARIES else word
+
+
+def path_said(word: str) -> str:
+    """The path in `KEY=PATH`, quoted or not, as Hydra's grammar reads it.
+
+    Raises:
+        ConfigError: quotes that do not close.
+    """
+    try:
+        (override,) = OverridesParser.create().parse_overrides([_quoted(word)])
+    except HydraException as error:
+        raise ConfigError(one_line(error)) from error
+    value = override.value()
+    return "" if value is None else str(value)
 
 
 def choices() -> dict[str, list[str]]:
