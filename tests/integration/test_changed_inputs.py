@@ -27,15 +27,6 @@ def begun(tmp_path: Path) -> tuple[Path, Path]:
     """The file and the folder of a run of one round."""
     data, out = tmp_path / "train.csv", tmp_path / "my runs" / "a, b=c"
     data.write_text(lines())
-    job = (
-        "model=tiny",
-        "data=files",
-        "data.text=text",
-        "data.label=label",
-        "clients=2",
-        "rounds=1",
-        "ranks=2",
-    )
     main(["run", *JOB, f"data.train={data}", f"out={out}"])
     return data, out
 
@@ -84,15 +75,6 @@ def test_what_is_remembered_of_the_rows_is_keyed_and_stays_with_the_checkpoint(
     digests = [kept["test"], kept["labels"], *kept["clients"]]
     others = [f.read_text() for f in out.iterdir() if f.suffix in (".json", ".jsonl", ".yaml", ".html")]
     assert not [d for d in digests for text in others if d in text]
-    job = (
-        "model=tiny",
-        "data=files",
-        "data.text=text",
-        "data.label=label",
-        "clients=2",
-        "rounds=1",
-        "ranks=2",
-    )
     main(["run", *JOB, f"data.train={tmp_path / 'train.csv'}", f"out={tmp_path / 'again'}"])
     again = json.loads((tmp_path / "again" / "checkpoint" / "inputs.json").read_text())
     assert not {again["test"], again["labels"], *again["clients"]} & set(digests)
@@ -100,15 +82,6 @@ def test_what_is_remembered_of_the_rows_is_keyed_and_stays_with_the_checkpoint(
 
 def test_a_pattern_of_module_names_needs_no_plus(begun: tuple[Path, Path], tmp_path: Path) -> None:
     data, _ = begun
-    job = (
-        "model=tiny",
-        "data=files",
-        "data.text=text",
-        "data.label=label",
-        "clients=2",
-        "rounds=1",
-        "ranks=2",
-    )
     pattern = ("lora.rank_pattern={query: 4}", "lora.alpha=8", "lora.alpha_pattern={query: 16}")
     main(["run", *JOB, *pattern, f"data.train={data}", f"out={tmp_path / 'p'}"])
     config = json.loads((tmp_path / "p" / "adapter" / "adapter_config.json").read_text())
