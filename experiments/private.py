@@ -18,6 +18,8 @@ from fedlora.privacy.ledger import Accountant
 from fedlora.protocol import Task
 from fedlora.strategy import Strategy
 
+from .targets import named
+
 
 def check(privacy: Privacy, strategy: Strategy, rules: Rules, dora: bool) -> None:
     """Refuse what cannot be done under differential privacy, or would not be covered by it.
@@ -280,10 +282,9 @@ def closing(summary: Mapping[str, Any]) -> str:
 
 def more_rounds(config: DictConfig, rounds: int) -> None:
     """Refuse to add rounds to a run whose noise was made for fewer."""
-    privacy = config.get("privacy") or {}
-    planned = privacy.get("participations") or privacy.get("rounds")
-    if planned is not None and rounds > max(planned, config.rounds):
+    privacy: Privacy | None = named(config, "privacy", Privacy)
+    if privacy is not None and rounds > max(planned(privacy), config.rounds):
         raise ConfigError(
-            f"resume: the noise of this run is for {planned} rounds, more would break its epsilon "
-            f"of {config.privacy.epsilon:g}; start a new run with rounds={rounds}"
+            f"resume: the noise of this run is for {planned(privacy)} rounds, more would break its epsilon "
+            f"of {privacy.epsilon:g}; start a new run with rounds={rounds}"
         )

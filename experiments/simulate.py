@@ -34,7 +34,11 @@ def simulate(run: "Run", progress: Display) -> None:
         raise ConfigError(
             'engine=ray: Ray is not installed; pip install "fedlora[ray]", or use engine=inprocess'
         )
-    actors = config.engine.actors or min(os.cpu_count() or 1, job.rules.clients)
+    actors = config.engine.actors
+    if actors is None:
+        actors = min(os.cpu_count() or 1, job.rules.clients)
+    if actors < 1:
+        raise ConfigError(f"engine.actors: expected a whole number of at least 1 or null, got {actors}")
     _check_memory(actors, sum(p.nbytes for p in job.base.model.parameters()))
     site = Simulated(
         functools.partial(_site, OmegaConf.to_yaml(config), str(run.folder.path.absolute())), job.ranks

@@ -24,8 +24,8 @@ HOSTILE = {
     "builtins.eval": "builtins",
     "subprocess.run": "subprocess",
     "fedlora.experiments.run.os.system": "fedlora.experiments.run.os",
-    "fedlora.data.files.json.loads": "json.decoder",
-    "fedlora.data.files.csv.reader": "_csv",
+    "fedlora.data.records.json.loads": "json.decoder",
+    "fedlora.data.records.csv.reader": "_csv",
     "fedlora.data.packaged.Path": "pathlib",
     "fedlora.data.files.load.__class__": "fedlora.data.files.load",
     "fedlora.strategies.FedIT.__subclasses__": "fedlora.strategies.FedIT",
@@ -57,7 +57,7 @@ def test_what_is_not_ours_is_refused_with_what_to_say(target: str, monkeypatch: 
     group = {"data": "data", "models": "model"}.get(target.split(".")[1], "strategy")
     text = said({group: {"_target_": target}}, group)
     assert f"'{target}' is outside of what a configuration may name of fedlora and torch" in text
-    if target != "fedlora.data.files.json.loads":  # whose module is named where it is defined
+    if target != "fedlora.data.records.json.loads":  # whose module is named where it is defined
         assert f"say allow=[{HOSTILE[target]}] if you trust it" in text
 
 
