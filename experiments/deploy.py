@@ -134,7 +134,7 @@ def submit(config: DictConfig, verb: str, superlink: str) -> int:
         text = f"config = {json.dumps(OmegaConf.to_yaml(sent))}\nverb = {json.dumps(verb)}\n"
         given.write_text(text, "utf-8")
         words = ["run", str(bundle), superlink, "--run-config", str(given), "--format", "json"]
-        return int(_flwr(words)["run-id"])
+        return int(flwr(words)["run-id"])
 
 
 def heard(superlink: str, run: int) -> Generator[str, None, None]:
@@ -254,17 +254,17 @@ def nodes_of(superlink: str) -> dict[int, str]:
     Raises:
         FedLoraError: the SuperLink cannot be reached.
     """
-    found = _flwr(["supernode", "list", superlink, "--format", "json"])["nodes"]
+    found = flwr(["supernode", "list", superlink, "--format", "json"])["nodes"]
     return {int(node["node-id"]): str(node["status"]) for node in found}
 
 
 def _status(superlink: str, run: int) -> str:
     """What Flower says of a run: pending, starting, running, or finished:completed, failed, stopped."""
-    runs = _flwr(["list", superlink, "--run-id", str(run), "--format", "json"])["runs"]
+    runs = flwr(["list", superlink, "--run-id", str(run), "--format", "json"])["runs"]
     return str(runs[0]["status"]) if runs else "unknown"
 
 
-def _flwr(words: list[str]) -> dict[str, Any]:
+def flwr(words: list[str]) -> dict[str, Any]:
     """What the `flwr` command answers, which is JSON.
 
     Raises:

@@ -52,7 +52,7 @@ def check(config: DictConfig, public: str | None, console: Console) -> None:
     sites, told = _asked(config, superlink, find)
     console.print(_table(sites))
     if told[0] < told[1]:
-        away = f"; away: {', '.join(told[2])}" if told[2] else ""
+        away = f", without {', '.join(told[2])}" if told[2] else ""
         find(f"{told[0]} of {told[1]} sites can take part{away}")
     for finding in [finding for site in sites for finding in _look(site)]:
         find(finding)

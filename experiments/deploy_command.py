@@ -1,6 +1,8 @@
 """`fedlora deploy`: prepare a server and its sites, and check what they see."""
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +13,10 @@ USAGE = """fedlora deploy: one server and many sites, over TLS
 
   fedlora deploy init DIR --sites N | --site NAME[:RANK]...
                                           keys, certificates, scripts, settings, checklists
+  fedlora deploy start DIR                start what is in it on this machine, and register the sites
+  fedlora deploy status DIR               who is connected, what runs, its last round, where the logs are
+  fedlora deploy add-site DIR NAME[:RANK] one site more: folder, key, registration
+  fedlora deploy stop DIR                 end its runs, sites and server on this machine
   fedlora deploy check [--public HOST:PORT] [GROUP=CHOICE] [KEY=VALUE] ...
                                           a running federation: versions, clocks, models, memory, open paths
 """
@@ -25,7 +31,14 @@ def deploy(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return
-    verbs = {"init": _init, "check": _check}
+    verbs: dict[str, Callable[[list[str]], None]] = {
+        "init": _init,
+        "start": partial(_local, "start"),
+        "status": partial(_local, "status"),
+        "add-site": _add_site,
+        "stop": partial(_local, "stop"),
+        "check": _check,
+    }
     if words[0] not in verbs:
         raise ConfigError(f"unknown verb 'deploy {words[0]}'; there are {', '.join(verbs)}")
     verbs[words[0]](words[1:])
@@ -54,6 +67,33 @@ def _init(words: list[str]) -> None:
 
     sites = [NewSite.of(text) for text in given.site or [f"site-{i}" for i in range(given.sites)]]
     print(init(given.folder, given.server or [], sites, given.port))
+
+
+def _local(verb: str, words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog=f"fedlora deploy {verb}", description="For the parts whose folders are on this machine."
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="of a deployment, or of its server or one site alone"
+    )
+    folder = parser.parse_args(words).folder
+    from . import deploy_local
+
+    getattr(deploy_local, verb)(folder, Console())
+
+
+def _add_site(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fedlora deploy add-site", description="Write the folder of one site more, and register its key."
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="of a deployment")
+    parser.add_argument("site", metavar="NAME[:RANK]", help="of the site; without a rank it is 8")
+    given = parser.parse_args(words)
+    from .deploy_init import NewSite, add_site
+    from .deploy_local import register
+
+    at = add_site(given.folder, NewSite.of(given.site))
+    print(f"{at}\n{register(given.folder)}\nnext: {at / 'node.toml'}, then {at / 'supernode.sh'}")
 
 
 def _check(words: list[str]) -> None:

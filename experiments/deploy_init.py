@@ -1,15 +1,20 @@
 """What a server and its sites need to begin: certificates, keys, scripts, settings and checklists."""
 
 import ipaddress
+import json
 import os
 import re
 import secrets
+import shlex
+import socket
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from string import Template
 
+from fedlora.engine.files import write_whole
 from fedlora.errors import ConfigError
 
 from .certificates import AUTHORITY_DAYS, SERVER_DAYS, authority, node_key, server
@@ -17,6 +22,7 @@ from .certificates import AUTHORITY_DAYS, SERVER_DAYS, authority, node_key, serv
 LOOPBACK = ("127.0.0.1", "localhost")
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 NODE_PORT = 9094  # of Flower's first SuperNode on a machine
+SITES = "sites.json"  # at the server: the sites' numbers and ports, for those that come later
 SERVICES = {"superlink": "Flower SuperLink", "superexec": "Flower SuperExec", "nginx": "what sites may reach"}
 
 
@@ -99,6 +105,7 @@ def _write(folder: Path, names: Sequence[str], sites: Sequence[NewSite], port: i
         "port": str(port + proxied),
         "ca": str(folder / "server" / "ca.crt").replace("\\", "\\\\").replace('"', '\\"'),
         "site": sites[0].name,
+        "bin": shlex.quote(str(Path(sys.executable).parent)),
         "years": str(AUTHORITY_DAYS // 365),
         "days": str(SERVER_DAYS),
     }
@@ -123,16 +130,70 @@ def _write(folder: Path, names: Sequence[str], sites: Sequence[NewSite], port: i
             unit = _text("server.service", words | {"what": what, "script": script})
             _put(at / f"fedlora-{service}.service", unit)
     for number, site in enumerate(sites):
-        own = {
-            "name": site.name,
-            "client": str(number),
-            "rank": str(site.rank),
-            "port": str(NODE_PORT + number),
-        }
-        public = _write_site(folder / "sites" / site.name, site.name, signer.certificate, words | own)
-        _put(at / "keys" / f"{site.name}.pub", public)
+        _add(folder, site, number, NODE_PORT + number, signer.certificate, words["address"])
+    told = {site.name: {"client": i, "port": NODE_PORT + i} for i, site in enumerate(sites)}
+    _put(at / SITES, (json.dumps({"address": words["address"], "sites": told}, indent=2) + "\n").encode())
     name = "checklist.md" if proxied else "trial.md"
     _put(folder / "CHECKLIST.md", _text(name, words))
+
+
+def add_site(folder: Path, site: NewSite) -> Path:
+    """Write the folder of one site more, and its public key for the server.
+
+    Args:
+        folder: what `init` wrote, its server's folder in it.
+        site: whose name no other has.
+
+    Returns:
+        The site's folder.
+
+    Raises:
+        ConfigError: the folder is none, or there is a site of this name.
+    """
+    file = folder / "server" / SITES
+    try:
+        known = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"deploy add-site: expected a folder that `fedlora deploy init` wrote, cannot read '{file}'"
+        ) from error
+    sites = known["sites"]
+    if site.name in sites:
+        raise ConfigError(
+            f"deploy add-site: there is a site '{site.name}' already; give this one another name"
+        )
+    number = 1 + max(entry["client"] for entry in sites.values())
+    port = _free(1 + max(entry["port"] for entry in sites.values()))
+    authority = (folder / "server" / "ca.crt").read_bytes()
+    at = _add(folder.absolute(), site, number, port, authority, known["address"])
+    sites[site.name] = {"client": number, "port": port}
+    write_whole(file, lambda to: to.write_text(json.dumps(known, indent=2) + "\n", "utf-8"))
+    return at
+
+
+def _free(port: int) -> int:
+    """The first port of this machine from there on that nobody listens on; a site elsewhere looks itself."""
+    while port < 65535:
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)):
+                return port
+        port += 1
+    raise ConfigError("deploy add-site: no port of this machine is free; set PORT in the site's supernode.sh")
+
+
+def _add(folder: Path, site: NewSite, number: int, port: int, authority: bytes, address: str) -> Path:
+    words = {
+        "name": site.name,
+        "client": str(number),
+        "rank": str(site.rank),
+        "port": str(port),
+        "address": address,
+        "bin": shlex.quote(str(Path(sys.executable).parent)),
+    }
+    at = folder / "sites" / site.name
+    public = _write_site(at, site.name, authority, words)
+    _put(folder / "server" / "keys" / f"{site.name}.pub", public)
+    return at
 
 
 def _write_site(at: Path, name: str, authority: bytes, words: dict[str, str]) -> bytes:

@@ -16,6 +16,7 @@ from fedlora.errors import ConfigError, FedLoraError
 
 from .bases import heads_of
 from .build import Job, build
+from .deploy import NOTE
 from .ends import ANSWERS
 from .job import Run
 from .known_sites import registered
@@ -83,6 +84,7 @@ def _run(config: DictConfig, grid: Grid, teller: Teller) -> None:
     job = run.job
     with run.held, _nothing_left(config, run.folder):
         teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
+        run.folder.write_json(NOTE, {"run": grid.run.run_id})  # so that `deploy status` finds it
         patient = Patience(grid, job.enough, done=teller.advance, late=teller.warn)
         run.go(patient, teller, _plan(config, job).record())
     _bring(run.folder, teller)

@@ -135,6 +135,7 @@ def main() -> None:
     except BlockingIOError:
         return  # another one came first
     Path(address(home)).unlink(missing_ok=True)
+    (home / "worker" / "pid").write_text(str(os.getpid()), "utf-8")
     with Listener(address(home), "AF_UNIX", authkey=key) as listener:
         asked = _watched(parent, Path(address(home)))
         logging.info("listening; process %d, for process %d", os.getpid(), parent)

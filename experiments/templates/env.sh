@@ -3,6 +3,8 @@ FEDLORA_SERVER=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 ADDRESS=127.0.0.1:@{port} # of the SuperLink, for what runs on this machine
 
 [ -z "${FEDLORA_BIN:-}" ] || PATH=$FEDLORA_BIN:$PATH
+made_by=@{bin} # where fedlora was when it wrote this
+command -v flower-superlink > /dev/null || PATH=$PATH:$made_by
 export PATH FLWR_HOME=$FEDLORA_SERVER/flower
 export FEDLORA_STATE=$FEDLORA_SERVER/runs # where this server keeps its runs, to go on with them
 export FEDLORA_NODES=$FEDLORA_SERVER/nodes.txt # which node is whose, so that runs call sites by their names
@@ -12,6 +14,18 @@ if ! command -v flower-superlink > /dev/null; then
   echo "env.sh: expected flower-superlink on PATH, found none; say FEDLORA_BIN=FOLDER, where fedlora is installed" >&2
   return 1
 fi
+
+# Waits until the SuperLink listens, 60 seconds at most.
+await_superlink() {
+  local tries=0
+  until (exec 3<> "/dev/tcp/${ADDRESS%:*}/${ADDRESS##*:}") 2> /dev/null; do
+    if [ "$((tries += 1))" -gt 120 ]; then
+      echo "the SuperLink does not listen at $ADDRESS after 60 s; is superlink.sh running?" >&2
+      return 1
+    fi
+    sleep 0.5
+  done
+}
 
 # Flower wants the authority's file by its absolute path, which is another after a move.
 config=$FLWR_HOME/config.toml

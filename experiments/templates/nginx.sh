@@ -3,4 +3,5 @@
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 mkdir -p -- "$here/nginx"
+echo $$ > "$here/nginx.pid"
 PATH=$PATH:/usr/sbin exec nginx -e stderr -p "$here" -c "$here/nginx.conf" -g "daemon off;"

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Registers the public key of every site, keys/NAME.pub, with the SuperLink: once, and again after a site is added.
+# Waits for the SuperLink, so that it can be called at once.
 # Which node is whose is in nodes.txt, since `flwr supernode list` shows numbers alone.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 . "$here/env.sh"
+await_superlink
 
 failed=0
 for key in "$here"/keys/*.pub; do

@@ -6,6 +6,7 @@ here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 . "$here/env.sh"
 cd -- "$here"
 umask 077 # messages in state.db are models
+echo $$ > superlink.pid
 
 # --isolation process with a secret: a SuperLink that starts again finds its runs going on, and nobody without
 # the secret gets a task of theirs.

@@ -280,7 +280,9 @@ class Federation(FlowerStrategy):
         self._away = self._roster.away(rules.clients)
         if self._away:
             who, some = ", ".join(self._away), len(there)
-            self._progress.warn(f"round {round}: {who} away, {some} of {rules.clients} clients are there")
+            self._progress.warn(
+                f"round {round}: {who} away, {some} of {some + len(self._away)} clients are there"
+            )
         nodes = [node for node in there if node not in busy]
         if self._central:
             return self._central.sample(nodes, round)

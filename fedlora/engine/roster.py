@@ -100,7 +100,7 @@ class Roster:
             return []
         missing = self.missing()
         never = sorted(set(range(clients)) - self._met.keys())
-        seen = {peer.name for peer in self._met.values()} | {self._names.get(node) for node in self.refused}
+        seen = {peer.name for peer in self._met.values()}
         named = [name for name in self._names.values() if name not in seen]
         # Who never came has told no number; the operator's names are theirs where none is left over.
         others = named if len(named) == len(never) else [f"client {client}" for client in never]

@@ -21,7 +21,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 def test_keys_are_their_owner_s_alone_and_scripts_can_run(folder: Path) -> None:
     for name, path in files(folder).items():
-        secret = path.suffix in (".key", ".secret")
+        secret = path.suffix in (".key", ".secret", ".pid")
         want = 0o600 if secret else 0o755 if path.suffix == ".sh" and path.name != "env.sh" else 0o644
         assert stat.S_IMODE(path.stat().st_mode) == want, name
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700

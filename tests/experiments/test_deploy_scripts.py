@@ -1,8 +1,11 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import tomllib
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,21 @@ printf "%s\\n" "$@"
 """
 
 
-def called(script: Path, command: str, tmp_path: Path) -> tuple[Path, str, list[str]]:
+def called(
+    script: Path, command: str, tmp_path: Path, proxy: str = "http://proxy"
+) -> tuple[Path, str, list[str]]:
     """Where, in what environment and with which words a script calls a command."""
     for name in ("flower-superlink", "flower-superexec", "flower-supernode", "nginx"):
         (tmp_path / name).write_text(STUB if name == command else "#!/bin/sh\nexit 9\n")
         (tmp_path / name).chmod(0o755)
     environment = os.environ | {"FEDLORA_BIN": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run([script], env=environment, capture_output=True, text=True, check=True, cwd="/")
+    environment["HTTPS_PROXY"] = proxy
+    with socket.socket() as superlink, suppress(OSError):  # another test may be listening there
+        if (file := script.with_name("env.sh")).is_file():
+            superlink.bind(("127.0.0.1", int(re.findall(r"ADDRESS=127\.0\.0\.1:(\d+)", file.read_text())[0])))
+            superlink.listen()
+        words = {"capture_output": True, "text": True, "check": True, "cwd": "/"}
+        done = subprocess.run([script], env=environment, timeout=30, **words)  # type: ignore[call-overload]
     where, env, *words = done.stdout.splitlines()
     return Path(where), env, words
 
@@ -69,7 +80,8 @@ def test_flower_takes_a_site_s_words_and_settings(
     given = _parse_args_run_supernode().parse_args(words)
     assert where == lab / "sites" / name
     assert env == f"{where}/flower 01"
-    assert (given.superlink, given.port, given.insecure) == ("fl.example.org:8000", 9094 + number, False)
+    assert (given.superlink, given.insecure) == ("fl.example.org:8000", False)
+    assert given.port >= 9094 + number  # the first that nobody has
     assert given.runtime_dependency_install is False
     assert (where / given.root_certificates).read_bytes() == (lab / "ca" / "ca.crt").read_bytes()
     assert (where / given.auth_supernode_private_key).is_file()
@@ -104,11 +116,37 @@ def test_what_is_moved_finds_itself_again_and_leaves_the_rest_alone(lab: Path, t
 
 
 @pytest.mark.parametrize("script", ["server/superlink.sh", "server/register.sh", "sites/ward-3/supernode.sh"])
-def test_a_script_without_flower_says_what_to_do(lab: Path, script: str) -> None:
-    done = subprocess.run([lab / script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+def test_a_script_without_flower_says_what_to_do(lab: Path, script: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(lab, tmp_path / "elsewhere")  # where the environment that wrote it is not
+    for file in copy.rglob("*.sh"):
+        file.write_text(re.sub("(?m)^made_by=.*", "made_by=/nowhere", file.read_text()))
+    done = subprocess.run([copy / script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "FEDLORA_BIN=" in done.stderr
+
+
+def test_a_script_finds_the_environment_that_wrote_it(lab: Path) -> None:
+    words = [". server/env.sh && command -v flower-superlink"]
+    done = subprocess.run(
+        ["bash", "-c", *words], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, cwd=lab
+    )
+    assert Path(done.stdout.strip()).parent == Path(sys.executable).parent
+
+
+def test_a_site_takes_the_next_port_that_is_free(lab: Path, tmp_path: Path) -> None:
+    site = shutil.copytree(lab / "sites" / "ward-3", tmp_path / "site")
+    script = site / "supernode.sh"
+    with socket.socket() as server, socket.socket() as other:
+        for one in (server, other):
+            one.bind(("127.0.0.1", 0))
+            one.listen()
+        up, taken = server.getsockname()[1], other.getsockname()[1]
+        text = re.sub("(?m)^SUPERLINK=.*", f"SUPERLINK=127.0.0.1:{up}", script.read_text())
+        script.write_text(re.sub(r"(?m)^PORT=\d+", f"PORT={taken}", text))
+        _, _, words = called(script, "flower-supernode", tmp_path, "")
+    assert int(words[words.index("--port") + 1]) > taken
+    assert (site / "supernode.pid").read_text().strip().isdigit()
 
 
 def test_units_start_again_and_start_what_is_there(lab: Path) -> None:
