@@ -119,8 +119,10 @@ def _run(words: list[str]) -> None:
     """Compose the configuration and run it; Hydra itself takes over for its own flags, such as -m."""
     from . import settings
 
-    if words in (["-h"], ["--help"]):
-        print(_run_help(), end="")
+    if {"-h", "--help"}.intersection(words):
+        from .explained import explained
+
+        print(explained([word for word in words if not word.startswith("-")]), end="")
         return
     resume = next((settings.path_said(word) for word in words if word.startswith("resume=")), None)
     many = {"-m", "--multirun"}.intersection(words)
@@ -146,26 +148,6 @@ def _of_sweep(folder: Path) -> bool:
     from fedlora.report.read import SWEEP  # imports matplotlib, half a second that few commands need
 
     return (folder / SWEEP).is_file()
-
-
-def _run_help() -> str:
-    import hydra
-    from omegaconf import OmegaConf
-
-    from . import settings
-
-    settings.register()
-    with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
-        choices = settings.groups()
-        config = OmegaConf.to_yaml(hydra.compose("config"))
-    listed = "\n".join(f"  {group}={'|'.join(found)}" for group, found in choices.items())
-    return (
-        "fedlora run [GROUP=CHOICE] [KEY=VALUE] ...\n\nGroups:\n"
-        + listed
-        + "\n\nKeys and their defaults (with the default groups):\n\n"
-        + config
-        + "\n-m sweeps over comma-separated values: fedlora run -m strategy=fedit,flexlora seed=0,1\n"
-    )
 
 
 def _report(words: list[str]) -> None:

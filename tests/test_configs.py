@@ -111,3 +111,16 @@ def test_a_strategy_finds_the_client_that_it_needs() -> None:
     for name in fedlora.strategies.__all__:
         needed = getattr(fedlora.strategies, name).client or "LocalTraining"
         assert needed in compose([f"strategy={name.lower()}"]).client._target_.split("."), name
+
+
+@names
+def test_help_explains_every_key_of_every_choice(path: Path) -> None:
+    """By the comments of the YAML files, each shown beside its key and default."""
+    from fedlora.experiments.explained import explained
+
+    if path.parent.name == "experiment":
+        return
+    shown = [line for line in explained(choice(path)).splitlines() if re.match(r"  [\w.]+=", line)]
+    keys = [line for line in shown if "|" not in line.split("  ")[1]]
+    assert len(keys) > 60
+    assert [line for line in keys if len(re.split(r" {2,}", line.strip(), maxsplit=1)) < 2] == []
