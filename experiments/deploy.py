@@ -199,7 +199,8 @@ class _Follower:
                 elif what == "done":
                     return
         if failed and failed[1] == 2:
-            raise FedLoraError(failed[0])
+            more = f"; fedlora run resume={self._path} goes on" if 0 < progress.ended < self._rounds else ""
+            raise FedLoraError(f"{failed[0]}{more}")
         if failed:
             raise RuntimeError(f"{failed[0]}; its traceback is in {self._path / 'server-error.log'}")
         raise CheckpointError(

@@ -76,7 +76,7 @@ class Roster:
             time.sleep(PAUSE)
         if not there:
             who = ", ".join(map(self.called, sorted(self.refused)))
-            why = f"{who} cannot, for the reason above" if who else "are the nodes up? resume goes on"
+            why = f"{who} cannot, for the reason above" if who else "are the nodes up?"
             raise FedLoraError(f"no client took part within {wait:g} s; {why}")
         return sorted(there, key=lambda node: self.peers[node].id)
 
