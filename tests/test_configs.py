@@ -65,7 +65,11 @@ def test_only_a_strategy_or_an_experiment_sets_keys_of_other_groups(path: Path) 
 
 
 @names
-def test_the_command_of_a_config_composes(path: Path) -> None:
+def test_the_command_of_a_config_composes(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "F").touch()  # stands for a file in the commands; a deployment's must be there
+    monkeypatch.chdir(tmp_path)
     words = command(path).partition("fedlora run")[2].split()
     compose([word for word in words if word != "-m" and "," not in word])  # a sweep is of many
 
