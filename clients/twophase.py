@@ -206,7 +206,7 @@ class Personal:
 
 def _projection(seed: int, width: int, base: Base) -> Tensor:
     """P, (width, the model's own), float32: the Q of a random matrix, one for all models of a width."""
-    d = int(base.model.config.hidden_size)
+    d = int(base.model.config.get_text_config().hidden_size)
     drawn = generator(seed, "projection", d).standard_normal((max(width, d), min(width, d)))
     Q, R = np.linalg.qr(drawn)
     Q = Q * np.sign(R.diagonal())  # the one Q of which R's diagonal is positive, whichever LAPACK is there

@@ -95,7 +95,7 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | No
         return []  # without a look at the adapter, which may be no part of this model
     prompts = [(at, Example(e.input_ids[: _told(e)], [])) for at, e in enumerate(examples)]
     longest = min(LONGEST, max(len(e.input_ids) - _told(e) for e in examples))
-    room = getattr(base.model.config, "max_position_embeddings", None)
+    room = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     ends = answer_ends(base)
     said: dict[int, str] = {}
     with Bank(base, [task]), Workers(base) as workers:

@@ -1,10 +1,11 @@
 """Base models from transformers, K adapters on one of them, and adapters in PEFT's files."""
 
+from fedlora.models.adaptable import targets, unusable
 from fedlora.models.bank import Bank
 from fedlora.models.base import Base
 from fedlora.models.dora import with_magnitudes
 from fedlora.models.loading import checkpoint_dtype, load
-from fedlora.models.lora import LoRA, fresh_adapter, layer_weight, targets
+from fedlora.models.lora import LoRA, fresh_adapter, layer_weight
 from fedlora.models.peft_files import by_peft, load_adapter, merge, save_adapter
 from fedlora.models.starts import taken_out
 from fedlora.models.tap import Tap
@@ -24,5 +25,6 @@ __all__ = [
     "save_adapter",
     "taken_out",
     "targets",
+    "unusable",
     "with_magnitudes",
 ]

@@ -48,7 +48,7 @@ class Base:
     @property
     def pad_id(self) -> int:
         """What to pad with: the model's own, by which a decoder's classifier finds a row's last token."""
-        pad: int = self.model.config.pad_token_id
+        pad: int = self.model.config.get_text_config().pad_token_id
         return pad
 
     @property
@@ -57,7 +57,7 @@ class Base:
         ends = ("position_embeddings", "embed_positions", "wpe")
         named = (module for name, module in self.model.named_modules() if name.endswith(ends))
         table = next((module for module in named if isinstance(module, nn.Embedding)), None)
-        most: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        most: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if table is None or most is None:
             return None
         # RoBERTa and its like begin behind the padding.

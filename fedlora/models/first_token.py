@@ -29,7 +29,7 @@ def only_first_token(model: Any) -> nn.Module | None:
     except (AttributeError, IndexError, TypeError):
         return None
     device = next(model.parameters()).device
-    ids = torch.arange(10, device=device).view(2, 5) % int(model.config.vocab_size)
+    ids = torch.arange(10, device=device).view(2, 5) % int(model.config.get_text_config().vocab_size)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], device=device)
     whole = model(input_ids=ids, attention_mask=mask).logits
     handle = keep_first(module)

@@ -89,8 +89,9 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(f"model.path: the tokenizer of '{path}' has neither a pad nor an end token; set one")
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    text = model.config.get_text_config()  # a part of the configuration, in models of images and text
+    if getattr(text, "pad_token_id", None) is None:
+        text.pad_token_id = tokenizer.pad_token_id
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     heads = _heads(model, kind, missing, str(path))
     _make_up(model, missing, seed)
@@ -168,7 +169,7 @@ def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[s
 
 def _make_up(model: Any, missing: Sequence[str], seed: int) -> None:
     """Give parameters that the checkpoint lacks their values: zero biases, small normal weights."""
-    spread = getattr(model.config, "initializer_range", 0.02)
+    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     parameters = dict(model.named_parameters())
     rng = generator(seed, "head")
     for name in sorted(missing):

@@ -1,6 +1,5 @@
-"""Which layers of a model LoRA adapts, and the adapter it starts from."""
+"""The rule from ranks to scales, the adapter that a run starts from, and the layers it can be put on."""
 
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,42 +12,6 @@ from fedlora.errors import ConfigError, ModelError
 from fedlora.models.base import Base
 from fedlora.protocol import Peer
 from fedlora.seeds import generator
-
-
-def targets(base: Base, wanted: Sequence[str] | str) -> dict[str, tuple[int, int]]:
-    """The modules that LoRA adapts: name -> (d_out, d_in).
-
-    Args:
-        base: the model.
-        wanted: names as PEFT takes them ("query" is every module whose path ends in it), patterns with `*`,
-            or "all-linear": every linear layer but the heads and the output layer.
-
-    Raises:
-        ModelError: a name that fits no linear layer; lists those that exist.
-    """
-    output = base.model.get_output_embeddings()
-    linear = {
-        name: layer_shape(module, name)
-        for name, module in base.model.named_modules()
-        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-        and not name.startswith(tuple(f"{head}." for head in base.heads))
-        and name not in base.heads
-        and module is not output
-    }
-    if wanted == "all-linear":
-        return linear
-    names = [wanted] if isinstance(wanted, str) else list(wanted)
-    found: dict[str, tuple[int, int]] = {}
-    for name in names:
-        fits = {m: s for m, s in linear.items() if fnmatch.fnmatchcase("." + m, "*." + name)}
-        if not fits:
-            endings = sorted({m.rsplit(".", 1)[-1] for m in linear})
-            raise ModelError(
-                f"lora.targets: '{name}' fits no linear layer of '{base.path}'; "
-                f"they end in {', '.join(endings)}; or use all-linear"
-            )
-        found |= fits
-    return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)

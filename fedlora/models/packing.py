@@ -23,14 +23,15 @@ def offset_of(model: Any, after: nn.Module | None) -> int | None:
         model: one that attends our way; a decoder, or a classifier by the first token.
         after: the module from which on that token is enough.
     """
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
-    if kinds or getattr(model.config, "sliding_window", None) is not None:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds or getattr(config, "sliding_window", None) is not None:
         return None  # tokens far apart do not see each other, which short rows would not show
-    pad = getattr(model.config, "pad_token_id", None) or 0
+    pad = getattr(config, "pad_token_id", None) or 0
     pack = Pack(LENGTHS)
     everything = torch.arange(sum(LENGTHS))
     real = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    ids = 1 + pad + everything % max(1, int(model.config.vocab_size) - 1 - pad)
+    ids = 1 + pad + everything % max(1, int(config.vocab_size) - 1 - pad)
     padded = torch.full(real.shape, pad).masked_scatter(real, ids)
     with torch.no_grad():
         whole = model(input_ids=padded, attention_mask=real.long()).logits

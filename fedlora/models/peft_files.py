@@ -4,6 +4,7 @@ import copy
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +17,7 @@ from fedlora.models.base import Base
 from fedlora.models.dora import MAGNITUDE, lengths, split, with_magnitudes
 from fedlora.models.lora import by_pattern, layer_shape, layer_weight
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
@@ -31,6 +32,26 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
         adapter: of any ranks and scales, mixed over modules; with magnitudes it becomes one of DoRA.
         base: the model it belongs to.
         folder: made if missing.
+    """
+    config, tensors = as_peft(adapter, base)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    file = folder / "adapter_model.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors' own is for one user
+    base.tokenizer.save_pretrained(str(folder))
+    if base.kind == "classification":
+        labelled = copy.deepcopy(base.model.config)
+        if hasattr(labelled, "quantization_config"):  # how this run loaded the base, not what the base is
+            del labelled.quantization_config
+        labelled.save_pretrained(str(folder / "base"))
+
+
+def as_peft(adapter: Adapter, base: Base) -> tuple[Any, dict[str, Tensor]]:
+    """An adapter as PEFT has it: its `LoraConfig`, and the tensors of its file.
+
+    Raises:
+        ModelError: the adapter has no pair.
     """
     from peft import LoraConfig, TaskType
 
@@ -60,23 +81,13 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     )
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.pairs.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
     for name, value in magnitudes.items():
-        tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = value.contiguous()
+        tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = value.contiguous()
     for name, value in (base.head_state() | heads).items():
-        tensors[_PREFIX + name] = value.contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
-    file = folder / "adapter_model.safetensors"
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors' own is for one user
-    base.tokenizer.save_pretrained(str(folder))
-    if base.kind == "classification":
-        labelled = copy.deepcopy(base.model.config)
-        if hasattr(labelled, "quantization_config"):  # how this run loaded the base, not what the base is
-            del labelled.quantization_config
-        labelled.save_pretrained(str(folder / "base"))
+        tensors[PREFIX + name] = value.contiguous()
+    return config, tensors
 
 
 def load_adapter(folder: Path, base: Base) -> Adapter:
@@ -121,7 +132,7 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"lora.adapter: cannot read '{folder}': {str(error).splitlines()[0]}") from error
     for key, value in weights.items():
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         value = value if value.dtype == torch.float64 else value.float()
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             pairs.setdefault(match[1], {})[match[2]] = value

@@ -3,6 +3,7 @@
 To add a claim, write the function and give it a line in `CLAIMS`.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +45,13 @@ class Case:
     @cached_property
     def modules(self) -> dict[str, tuple[int, int]]:
         named = self.entry.targets
-        return targets(self.base, named if isinstance(named, str) else list(named))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            found = targets(self.base, named if isinstance(named, str) else list(named))
+        said = " ".join(str(one.message) for one in told if "lora.targets" in str(one.message))
+        left = self.entry.left_out
+        assert said == (f"lora.targets=all-linear leaves out {left}" if left else "")
+        return found
 
     @cached_property
     def clients(self) -> list[list[Example]]:

@@ -29,7 +29,7 @@ class Entry:
         drop: names of `SIZES` that this configuration does not take.
         parts: further configurations inside the configuration, such as `text_config`.
         targets: `lora.targets`.
-        left_out: a part of the line that says which layers `all-linear` leaves out; empty where it says none.
+        left_out: the layers that `all-linear` says it leaves out; empty where it says nothing.
         single: whether the claims are checked in float32, for models that transformers cannot run in float64.
         refused: claim -> a part of what fedlora says instead.
         fast: whether it is tested by default.
@@ -165,6 +165,132 @@ ZOO: dict[str, Entry] = {
     "lfm2": decoder(
         "Lfm2",
         sizes={**GROUPED, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+    "bigbird": encoder(
+        "BigBird",
+        sizes={"attention_type": "original_full"},
+        left_out="bert.pooler (has no part in the loss)",
+    ),
+    "esm": encoder("Esm", sizes={"mask_token_id": 4, "position_embedding_type": "rotary"}, left_out="?"),
+    "deepseek-v3": decoder("DeepseekV3", sizes=LATENT, single=True, left_out="?", fast=True),
+    "qwen2-moe": decoder(
+        "Qwen2Moe",
+        sizes={**HEADS, **EXPERTS, "shared_expert_intermediate_size": 24},
+        single=True,
+        left_out="?",
+    ),
+    "qwen3-next": decoder(
+        "Qwen3Next",
+        sizes={
+            **HEADS,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 24,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        single=True,
+        left_out="?",
+    ),
+    "mamba": decoder("Mamba", sizes={"state_size": 8}, left_out="?"),
+    "mamba2": decoder(
+        "Mamba2",
+        sizes={"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        single=True,
+        left_out="?",
+        fast=True,
+    ),
+    "falcon-mamba": decoder("FalconMamba", sizes={"state_size": 8}, left_out="?"),
+    "falcon-h1": decoder("FalconH1", sizes={**HEADS, **MAMBA, "mamba_d_ssm": 64}, single=True, left_out="?"),
+    "jamba": decoder(
+        "Jamba",
+        sizes={
+            **GROUPED,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "use_mamba_kernels": False,
+        },
+        single=True,
+        left_out="?",
+    ),
+    "llama4": decoder(
+        "Llama4",
+        "ForConditionalGeneration",
+        parts={
+            "text_config": {
+                **HEADS,
+                "num_local_experts": 2,
+                "num_experts_per_tok": 1,
+                "intermediate_size_mlp": 48,
+                "attention_chunk_size": 8,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "image_size": 16,
+                "patch_size": 4,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+                "vision_output_dim": 16,
+            },
+        },
+        single=True,
+        left_out="?",
+    ),
+    "gemma3-mm": decoder(
+        "Gemma3",
+        "ForConditionalGeneration",
+        sizes={
+            "mm_tokens_per_image": 4,
+            "image_token_index": 90,
+            "boi_token_index": 91,
+            "eoi_token_index": 92,
+        },
+        parts={
+            "text_config": {**HEADS, **SLIDING, "query_pre_attn_scalar": 8},
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "image_size": 16,
+                "patch_size": 8,
+            },
+        },
+        left_out="?",
+    ),
+    "gemma4-mm": decoder(
+        "Gemma4",
+        "ForConditionalGeneration",
+        parts={
+            "text_config": {
+                **HEADS,
+                **SLIDING,
+                "global_head_dim": 8,
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": 96,
+                "num_kv_shared_layers": 0,
+            },
+            "vision_config": {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "patch_size": 4,
+                "head_dim": 8,
+            },
+        },
+        left_out="?",
     ),
     "bert-decoder": decoder(
         "Bert", "LMHeadModel", sizes={"is_decoder": True}, refused={"fused": APART["fused"]}
