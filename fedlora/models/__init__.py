@@ -1,6 +1,6 @@
 """Base models from transformers, K adapters on one of them, and adapters in PEFT's files."""
 
-from fedlora.models.adaptable import targets, unusable
+from fedlora.models.adaptable import targets
 from fedlora.models.bank import Bank
 from fedlora.models.base import Base
 from fedlora.models.dora import with_magnitudes
@@ -25,6 +25,5 @@ __all__ = [
     "save_adapter",
     "taken_out",
     "targets",
-    "unusable",
     "with_magnitudes",
 ]

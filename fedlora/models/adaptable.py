@@ -137,7 +137,7 @@ def _inside(heads: Iterable[str]) -> tuple[str, ...]:
 
 def _silent(base: Base, modules: Iterable[str]) -> dict[str, str]:
     """The modules whose output no gradient of a row's loss reaches, and why."""
-    ids = base.tokenizer(SENTENCE)["input_ids"]
+    ids = [] if base.tokenizer is None else base.tokenizer(SENTENCE)["input_ids"]
     ids = [*ids[: TOKENS - 1], *ids[-1:]]  # some models look for the end token
     if len(ids) < 2:  # a tokenizer that knows no word of it
         ids = list(range(TOKENS // 2))

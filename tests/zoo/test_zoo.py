@@ -16,6 +16,7 @@ from fedlora.experiments.run import main
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers"),
+    pytest.mark.filterwarnings("ignore:lora.targets=all-linear leaves out"),  # the table says what
 ]
 EVERY = [pytest.param(n, marks=() if entry.fast else pytest.mark.slow) for n, entry in ZOO.items()]
 RESUMED = [pytest.param(n, marks=() if n == "bert" else pytest.mark.slow) for n in ZOO]

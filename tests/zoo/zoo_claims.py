@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from zoo_entry import Entry
 from zoo_models import LABELS, checkpoint, rows
 from zoo_plain import adapted, gradients, logits, plain
-from zoo_table import Entry
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.data import Example, collate

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from zoo_table import SIZES, Entry
+from zoo_entry import SIZES, Entry
 
 from fedlora.data import Example
 

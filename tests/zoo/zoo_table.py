@@ -4,119 +4,21 @@ To add an architecture, add a line to `ZOO`. `refused` maps a claim of `zoo_clai
 line that fedlora says instead; "load" stands for the model as a whole.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One architecture.
-
-    Args:
-        config: the name of its configuration class in transformers, without "Config".
-        model: the name of the class whose checkpoint is saved.
-        kind: what fedlora trains it for.
-        sizes: arguments of the configuration, over those of `SIZES`.
-        drop: names of `SIZES` that this configuration does not take.
-        parts: further configurations inside the configuration, such as `text_config`.
-        targets: `lora.targets`.
-        left_out: the layers that `all-linear` says it leaves out; empty where it says nothing.
-        single: whether the claims are checked in float32, for models that transformers cannot run in float64.
-        refused: claim -> a part of what fedlora says instead.
-        fast: whether it is tested by default.
-        tokenizer: whether the checkpoint has one.
-        special: how the tokenizer wraps a text; "$A" is the text.
-    """
-
-    config: str
-    model: str
-    kind: Literal["classification", "instruction"]
-    sizes: Mapping[str, Any] = field(default_factory=dict)
-    drop: Sequence[str] = ()
-    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    targets: str | Sequence[str] = "all-linear"
-    left_out: str = ""
-    single: bool = False
-    refused: Mapping[str, str] = field(default_factory=dict)
-    fast: bool = False
-    tokenizer: bool = True
-    special: str = "$A"
-
-
-def encoder(config: str, model: str = "ForMaskedLM", **more: Any) -> Entry:
-    """An encoder whose checkpoint has no classification head, which fedlora makes up."""
-    sizes = {"pad_token_id": 0, **more.pop("sizes", {})}
-    more.setdefault("special", "<cls> $A <end>")
-    return Entry(config, config + model, "classification", sizes, **more)
-
-
-def decoder(config: str, model: str = "ForCausalLM", family: str = "", **more: Any) -> Entry:
-    """A causal language model that is trained on instructions."""
-    ids = {"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 2}
-    sizes = {**ids, **more.pop("sizes", {})}
-    return Entry(config, (family or config) + model, "instruction", sizes, **more)
-
-
-GROUPED = {"num_key_value_heads": 2}
-HEADS = {**GROUPED, "head_dim": 8}
-SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
-MAMBA = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-    "mamba_chunk_size": 8,
-}
-LATENT = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-}
-DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 32}
-T5 = {
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 0,
-}
-BART = {
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "eos_token_id": 2,
-    "decoder_start_token_id": 2,
-    "forced_eos_token_id": 2,
-}
-APART = {"fused": "cannot be told apart by client", "private": "cannot be told apart by record"}
+from zoo_entry import SIZES, Entry, decoder, encoder
+from zoo_sizes import (
+    APART,
+    BART,
+    DEBERTA,
+    EXPERTS,
+    GPT,
+    GROUPED,
+    HEADS,
+    LATENT,
+    LOCAL_EXPERTS,
+    MAMBA,
+    SLIDING,
+    T5,
+)
 
 ZOO: dict[str, Entry] = {
     "bert": encoder("Bert", fast=True),
@@ -155,12 +57,26 @@ ZOO: dict[str, Entry] = {
     "bloom": decoder("Bloom", sizes={"n_layer": 2, "n_head": 4}),
     "falcon": decoder("Falcon", sizes={"new_decoder_architecture": True, "num_kv_heads": 2}),
     "olmo2": decoder("Olmo2", sizes=GROUPED),
-    "gpt-oss": decoder("GptOss", sizes={**HEADS, **SLIDING, **LOCAL_EXPERTS}, single=True),
+    "gpt-oss": decoder(
+        "GptOss",
+        sizes={**HEADS, **SLIDING, **LOCAL_EXPERTS},
+        single=True,
+        left_out="model.layers.*.mlp.experts, model.layers.*.mlp.router (no linear layers)",
+    ),
     "granite": decoder("Granite", sizes=GROUPED),
     "mixtral": decoder(
-        "Mixtral", sizes={**GROUPED, **LOCAL_EXPERTS, "sliding_window": None}, single=True, fast=True
+        "Mixtral",
+        sizes={**GROUPED, **LOCAL_EXPERTS, "sliding_window": None},
+        single=True,
+        left_out="model.layers.*.mlp.experts, model.layers.*.mlp.gate (no linear layers)",
+        fast=True,
     ),
-    "qwen3-moe": decoder("Qwen3Moe", sizes={**HEADS, **EXPERTS}, single=True),
+    "qwen3-moe": decoder(
+        "Qwen3Moe",
+        sizes={**HEADS, **EXPERTS},
+        single=True,
+        left_out="model.layers.*.mlp.experts, model.layers.*.mlp.gate (no linear layers)",
+    ),
     "bamba": decoder("Bamba", sizes={**GROUPED, **MAMBA, "attn_layer_indices": [1]}, single=True),
     "lfm2": decoder(
         "Lfm2",
@@ -169,15 +85,31 @@ ZOO: dict[str, Entry] = {
     "bigbird": encoder(
         "BigBird",
         sizes={"attention_type": "original_full"},
-        left_out="bert.pooler (has no part in the loss)",
+        left_out="bert.pooler (no part in the loss)",
     ),
-    "esm": encoder("Esm", sizes={"mask_token_id": 4, "position_embedding_type": "rotary"}, left_out="?"),
-    "deepseek-v3": decoder("DeepseekV3", sizes=LATENT, single=True, left_out="?", fast=True),
+    "esm": encoder(
+        "Esm",
+        sizes={"mask_token_id": 4, "position_embedding_type": "rotary"},
+        left_out="esm.contact_head (never called)",
+    ),
+    "deepseek-v3": decoder(
+        "DeepseekV3",
+        sizes=LATENT,
+        single=True,
+        refused={"fused": APART["fused"]},
+        left_out=(
+            "model.layers.*.mlp, model.layers.*.mlp.shared_experts (PEFT drops their factors "
+            "when it loads the adapter); model.layers.*.mlp.experts, model.layers.*.mlp.gate "
+            "(no linear layers)"
+        ),
+        fast=True,
+    ),
     "qwen2-moe": decoder(
         "Qwen2Moe",
         sizes={**HEADS, **EXPERTS, "shared_expert_intermediate_size": 24},
         single=True,
-        left_out="?",
+        refused=APART,
+        left_out="model.layers.*.mlp.experts, model.layers.*.mlp.gate (no linear layers)",
     ),
     "qwen3-next": decoder(
         "Qwen3Next",
@@ -192,18 +124,50 @@ ZOO: dict[str, Entry] = {
             "linear_num_value_heads": 4,
         },
         single=True,
-        left_out="?",
+        refused=APART,
+        left_out=(
+            "model.layers.*.mlp.experts, model.layers.*.mlp.gate (no linear layers); "
+            "model.layers.*.mlp.shared_expert (PEFT drops their factors when it loads the "
+            "adapter)"
+        ),
     ),
-    "mamba": decoder("Mamba", sizes={"state_size": 8}, left_out="?"),
+    "mamba": decoder(
+        "Mamba",
+        sizes={"state_size": 8},
+        left_out=(
+            "backbone.layers.*.mixer.dt_proj (never called); backbone.layers.*.mixer.out_proj "
+            "(PEFT refuses it: Module 'out_proj' is incompatible with Mamba-based models "
+            "(model_type='mamba'))"
+        ),
+    ),
     "mamba2": decoder(
         "Mamba2",
         sizes={"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
         single=True,
-        left_out="?",
+        left_out=(
+            "backbone.layers.*.mixer.out_proj (PEFT refuses it: Module 'out_proj' is "
+            "incompatible with Mamba-based models (model_type='mamba2'))"
+        ),
         fast=True,
     ),
-    "falcon-mamba": decoder("FalconMamba", sizes={"state_size": 8}, left_out="?"),
-    "falcon-h1": decoder("FalconH1", sizes={**HEADS, **MAMBA, "mamba_d_ssm": 64}, single=True, left_out="?"),
+    "falcon-mamba": decoder(
+        "FalconMamba",
+        sizes={"state_size": 8},
+        left_out=(
+            "backbone.layers.*.mixer.dt_proj (never called); backbone.layers.*.mixer.out_proj "
+            "(PEFT refuses it: Module 'out_proj' is incompatible with Mamba-based models "
+            "(model_type='falcon_mamba'))"
+        ),
+    ),
+    "falcon-h1": decoder(
+        "FalconH1",
+        sizes={**HEADS, **MAMBA, "mamba_d_ssm": 64},
+        single=True,
+        left_out=(
+            "model.layers.*.mamba.out_proj (PEFT refuses it: Module 'out_proj' is "
+            "incompatible with Mamba-based models (model_type='falcon_h1'))"
+        ),
+    ),
     "jamba": decoder(
         "Jamba",
         sizes={
@@ -219,7 +183,11 @@ ZOO: dict[str, Entry] = {
             "use_mamba_kernels": False,
         },
         single=True,
-        left_out="?",
+        left_out=(
+            "model.layers.*.mamba.dt_proj (never called); "
+            "model.layers.*.feed_forward.experts, model.layers.*.feed_forward.router (no "
+            "linear layers)"
+        ),
     ),
     "llama4": decoder(
         "Llama4",
@@ -245,7 +213,11 @@ ZOO: dict[str, Entry] = {
             },
         },
         single=True,
-        left_out="?",
+        refused=APART,
+        left_out=(
+            "model.layers.*.feed_forward.experts (no linear layers); "
+            "model.layers.*.feed_forward.router (a tuple as output)"
+        ),
     ),
     "gemma3-mm": decoder(
         "Gemma3",
@@ -267,7 +239,7 @@ ZOO: dict[str, Entry] = {
                 "patch_size": 8,
             },
         },
-        left_out="?",
+        left_out="model.vision_tower (never called)",
     ),
     "gemma4-mm": decoder(
         "Gemma4",
@@ -290,7 +262,8 @@ ZOO: dict[str, Entry] = {
                 "head_dim": 8,
             },
         },
-        left_out="?",
+        single=True,
+        left_out="model.embed_vision, model.vision_tower (never called)",
     ),
     "bert-decoder": decoder(
         "Bert", "LMHeadModel", sizes={"is_decoder": True}, refused={"fused": APART["fused"]}
