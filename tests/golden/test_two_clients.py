@@ -9,8 +9,9 @@ The script that made them:
     A2, B2 = np.array([[0.0, 4, 0]]), np.array([[2.0], [6]])
     D = w[0] * s[0] * B1 @ A1 + w[1] * s[1] * B2 @ A2
     U, E, V = np.linalg.svd(D, full_matrices=False)
-    root = np.sqrt(s[1] / S)                          # absorbed by both factors of client 2
-    fedit = S * (w[0] * B1 + w[1] * root * B2) @ (w[0] * A1 + w[1] * root * A2)
+    # A client's scale over the global one goes on its B, so that (A, B / c, c * s) counts like (A, B, s).
+    fedit = S * (w[0] * B1 + w[1] * s[1] / S * B2) @ (w[0] * A1 + w[1] * A2)
+    root = np.sqrt(s[1] / S)
     ffa = S * (w[0] * B1 + w[1] * s[1] / S * B2) @ A1               # A1 is the A_0 of both
     flex_rank_1 = E[0] * np.outer(U[:, 0], V[0])
     wrong = {
@@ -21,6 +22,7 @@ The script that made them:
         "no scale": w[0] * B1 @ A1 + w[1] * B2 @ A2,
         "factors not balanced": S * (w[0] * B1 + w[1] * B2) @ (w[0] * A1 + w[1] * A2),
         "first client alone": S * w[0] ** 2 * B1 @ A1,
+        "the scale's root on both factors": S * (w[0] * B1 + w[1] * root * B2) @ (w[0] * A1 + w[1] * root * A2),
         "equal weights": 0.5 * s[0] * B1 @ A1 + 0.5 * s[1] * B2 @ A2,
     }
     np.set_printoptions(precision=17)
@@ -40,7 +42,7 @@ from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
 IDEAL = [[1.0, 3.0, 2.0], [0.0, 9.0, 0.0]]
 SIGMA = [9.514523363591673, 2.1151466057151165]
-FEDIT = [[0.625, 3.75, 1.25], [1.125, 6.75, 2.25]]
+FEDIT = [[0.4375, 5.25, 0.875], [0.5625, 6.75, 1.125]]
 FFA = [[1.75, 0.0, 3.5], [2.25, 0.0, 4.5]]
 FLEX_RANK_1 = [
     [0.11070190762535685, 3.155969497414526, 0.22140381525071365],
@@ -61,6 +63,7 @@ WRONG = {
     "no scale": [[0.5, 6.0, 1.0], [0.0, 18.0, 0.0]],
     "factors not balanced": [[1.0, 12.0, 2.0], [2.25, 27.0, 4.5]],
     "first client alone": [[0.25, 0.0, 0.5], [0.0, 0.0, 0.0]],
+    "the scale's root on both factors": [[0.625, 3.75, 1.25], [1.125, 6.75, 2.25]],
     "equal weights": [[2.0, 2.0, 4.0], [0.0, 6.0, 0.0]],
 }
 
@@ -107,8 +110,8 @@ def test_fedit():
     state = run(FedIT(), TWO, ONE)
     assert is_(state.delta("m"), FEDIT)
     assert is_(state.delta("q"), np.array(FEDIT)[:, :2])
-    assert is_(state.adapter.pairs["m"].A, [[0.25, 1.5, 0.5]])
-    assert is_(state.adapter.pairs["m"].B, [[1.25], [2.25]])
+    assert is_(state.adapter.pairs["m"].A, [[0.25, 3.0, 0.5]])
+    assert is_(state.adapter.pairs["m"].B, [[0.875], [1.125]])
 
 
 def test_ffalora():
