@@ -142,7 +142,8 @@ def _plans(job: Job, privacy: Privacy, records: int | None) -> list[tuple[int, P
     """(records, plan) of every client; (clients, plan) of the server."""
     if isinstance(privacy, ClientLevel):
         clients = len(job.parts)
-        return [(clients, privacy.plan(clients, job.rules.clients_per_round or clients))]
+        sampled = job.rules.clients_per_round or clients
+        return [(clients, privacy.plan(clients, sampled, job.rules.secure_sum))]
     assert isinstance(privacy, DPSGD)
     sizes = [records or len(part.rows) for part in job.parts]
     client = job.site.client.privately(privacy)
@@ -160,10 +161,11 @@ def _outlook(name: str, job: Job, privacy: Privacy, plans: Sequence[tuple[int, P
     with tempfile.TemporaryDirectory() as folder:
         for round in range(1, min(job.rules.rounds, ROUNDS) + 1):
             if isinstance(privacy, ClientLevel):
-                central = Central(privacy, worst, Path(folder) / "ledger.json", job.peer(0, max(job.ranks)))
+                central = Central(privacy, worst, Path(folder) / "ledger.json")
                 central.sample([], round)
-                total = central.total(job.strategy, state, [], [])
-                updates = [central.release(job.strategy, state, total)]
+                wide = job.strategy.task(state, job.peer(0, max(job.ranks)))
+                total = central.total(job.strategy, wide, [], [])
+                updates = [central.release(job.strategy, wide, total)]
             else:
                 updates = list(_noise(job, state, [own for _, own in plans][:n], round))
             state = job.strategy.aggregate(state, updates, rng)

@@ -66,7 +66,8 @@ class Job:
         """How privately each client trains, or the one plan of the server; empty without privacy."""
         if isinstance(self.privacy, ClientLevel):
             clients = self.rules.clients
-            return [self.privacy.plan(clients, self.rules.clients_per_round or clients)]
+            sampled = self.rules.clients_per_round or clients
+            return [self.privacy.plan(clients, sampled, self.rules.secure_sum)]
         sizes = [len(part.rows) for part in self.parts]
         return [plan for size in sizes if (plan := self.site.client.plan(size)) is not None]
 
@@ -176,7 +177,7 @@ def build(config: DictConfig) -> Job:
     if robust is not None:
         robust.check(strategy, rules, privacy)
     if rules.secure_sum:
-        private.check_sum(strategy, rules, clients)
+        private.check_sum(privacy, strategy, rules, clients)
     ranks = deal_ranks(config.ranks, clients, config.seed)
     if rules.min_updates > (most := rules.enough(clients)):
         raise ConfigError(

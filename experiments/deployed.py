@@ -128,6 +128,7 @@ def _check(config: DictConfig, grid: Grid, teller: Teller) -> None:
         lambda text: teller.tell("refused", text),
         _plan(config, job).record(),
         registered(),
+        job.strategy.mixed_ranks,
     )
     patient = Patience(grid, job.rules.enough)
     there = roster.gather(patient, job.rules.clients, min(config.engine.wait, SOON))

@@ -22,7 +22,7 @@ from fedlora.models import save_adapter
 from fedlora.privacy import Ledger
 from fedlora.protocol import State
 
-from . import private
+from . import privacy_report
 from .build import Job
 from .defaults import defaults
 
@@ -54,7 +54,7 @@ def opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
         what += f", {counted(job.dataset.labels)}"
     lines = [f"{what}, {who}, rank {ranks}, {goes}", f"-> {path}"]
     if job.privacy is not None and job.plans:
-        lines.insert(1, private.opening(job.privacy, job.plans))
+        lines.insert(1, privacy_report.opening(job.privacy, job.plans))
     if job.rules.secure_sum:
         lines.insert(1, "secure_sum: clients send under masks, the server sees their weighted sum alone")
     return "\n".join(lines)
@@ -110,7 +110,7 @@ def finish(
     away = dict(Counter(name for line in rounds for name in line.get("away", [])))
     privacy: dict[str, Any] = {}
     if job.privacy is not None:
-        privacy = private.summary(job.privacy, ledgers, job.rules.secure_sum)
+        privacy = privacy_report.summary(job.privacy, ledgers, job.rules.secure_sum)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     summary = {
         "strategy": strategy_name(config),
@@ -161,7 +161,7 @@ def closing(path: Path) -> str:
     if told := absences(run):
         lines.append(f"away     {told}")
     if "ledger" in run.summary:
-        lines.append(private.closing(run.summary))
+        lines.append(privacy_report.closing(run.summary))
     files = {"adapter": "adapter", "metrics": "metrics.jsonl", "answers": ANSWERS, "report": "report.html"}
     for what, name in files.items():
         if (path / name).exists():

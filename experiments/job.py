@@ -20,7 +20,7 @@ from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 from fedlora.privacy import DPSGD, ClientLevel, Ledger
 from fedlora.protocol import State, Task
 
-from . import private
+from . import privacy_report, private
 from .build import Job, build, fuse_of
 from .ends import ANSWERS, finish, opening, strategy_name, write_holdings
 from .inputs import check_inputs
@@ -121,7 +121,14 @@ class Run:
         federation = Federation(
             job.strategy,
             self.state,
-            Roster(job.peer, max(job.ranks), progress.warn, plan, registered() if plan else None),
+            Roster(
+                job.peer,
+                max(job.ranks),
+                progress.warn,
+                plan,
+                registered() if plan else None,
+                job.strategy.mixed_ranks,
+            ),
             job.rules,
             job.evaluate,
             job.named,
@@ -135,7 +142,12 @@ class Run:
         )
         federation.run(grid)
         own = federation.last_look(grid)
-        if not central and not any(line["clients"] for line in folder.rounds()):
+        rounds = folder.rounds()
+        if central and not any(line["epsilon"] for line in rounds):
+            raise FedLoraError(
+                f"no round released anything; the reasons are in {folder.path}/clients.jsonl and on the screen"
+            )
+        if not central and not any(line["clients"] for line in rounds):
             raise FedLoraError(
                 f"no client sent a good update in any round; the reasons are in {folder.path}/clients.jsonl"
             )
@@ -158,7 +170,7 @@ class Run:
         """What privacy has cost so far, for the line of a round; nothing to say without any."""
         if self.job.privacy is None:
             return {}
-        return private.spent(self.job.privacy, self._ledgers(apart, lines).values())
+        return privacy_report.spent(self.job.privacy, self._ledgers(apart, lines).values())
 
 
 def run_job(config: DictConfig, console: Console) -> Path:
@@ -254,4 +266,4 @@ def _central(job: Job, folder: RunFolder) -> Central | None:
     """The server's mechanism, where whole clients are protected."""
     if not isinstance(job.privacy, ClientLevel):
         return None
-    return Central(job.privacy, job.plans[0], folder.ledger, job.peer(0, max(job.ranks)))
+    return Central(job.privacy, job.plans[0], folder.ledger)

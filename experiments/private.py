@@ -1,9 +1,10 @@
-"""What privacy asks of a run before it starts, and what a run says of what was spent."""
+"""What privacy asks of a run before it starts, and what the ledgers of a run hold."""
 
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from omegaconf import DictConfig
@@ -13,12 +14,15 @@ from fedlora.engine import SERVER, Rules, RunFolder
 from fedlora.engine.secure import LEAST
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base
-from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger, Plan, Privacy, self_test, worst
+from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger, Privacy, self_test
 from fedlora.privacy.ledger import Accountant
 from fedlora.protocol import Task
 from fedlora.strategy import Strategy
+from fedlora.strategy import named as strategies
 
 from .targets import named
+
+LARGEST_SUM = 2.0**31  # what the fixed-point numbers of fedlora.engine.masks hold
 
 
 def check(privacy: Privacy, strategy: Strategy, rules: Rules, dora: bool) -> None:
@@ -51,8 +55,9 @@ def _check_central(privacy: ClientLevel, strategy: Strategy, rules: Rules) -> No
     if not (strategy.linear or strategy.products):
         raise ConfigError(
             f"privacy: strategy {name} needs more of its clients' updates than their mean, such as norms or "
-            "which directions each has, and one client could change that without bound; use ffalora, fedit, "
-            "fedsvd, rolora, slora or flexlora, or privacy=dp_sgd, for which one global model is enough"
+            "which directions each has, and one client could change that without bound; use "
+            f"{strategies(lambda s: (s.linear or s.products) and not s.personal)}, or privacy=dp_sgd, for which "
+            "one global model is enough"
         )
     if rules.evaluate_updates:
         raise ConfigError(
@@ -71,10 +76,11 @@ def _check_central(privacy: ClientLevel, strategy: Strategy, rules: Rules) -> No
         )
 
 
-def check_sum(strategy: Strategy, rules: Rules, clients: int) -> None:
+def check_sum(privacy: Privacy | None, strategy: Strategy, rules: Rules, clients: int) -> None:
     """Refuse secure sums where a sum is not enough, or would show what it should hide.
 
     Args:
+        privacy: the run's; None for none.
         strategy: the algorithm.
         rules: those of the run.
         clients: how many there are.
@@ -85,8 +91,8 @@ def check_sum(strategy: Strategy, rules: Rules, clients: int) -> None:
     if strategy.personal or not strategy.linear:
         raise ConfigError(
             f"secure_sum: strategy {type(strategy).__name__} needs more of its clients' updates than the "
-            "mean of their factors, which is all that such a sum shows; use ffalora, fedit, fedsvd, rolora, "
-            "slora or privatelora"
+            "mean of their factors, which is all that such a sum shows; use "
+            f"{strategies(lambda s: s.linear and not s.personal)}"
         )
     if rules.evaluate_updates:
         raise ConfigError("evaluate.updates: under secure_sum nobody sees a single update; leave it out")
@@ -94,6 +100,11 @@ def check_sum(strategy: Strategy, rules: Rules, clients: int) -> None:
         raise ConfigError(
             f"secure_sum: expected at least {LEAST} clients a round, got {sampled}: of two clients each "
             "knows the other's update from the sum; raise clients and clients_per_round"
+        )
+    if isinstance(privacy, ClientLevel) and privacy.clip * clients >= LARGEST_SUM:
+        raise ConfigError(
+            f"privacy.clip: under secure_sum expected less than {LARGEST_SUM / clients:g}, so that a sum of "
+            f"{clients} clients fits into the masked numbers, got {privacy.clip:g}"
         )
 
 
@@ -128,7 +139,9 @@ def check_ledgers(privacy: Privacy | None, folder: RunFolder) -> None:
     """
     let_out: dict[int, float] = {}
     if isinstance(privacy, ClientLevel):
-        let_out[SERVER] = min(len(folder.rounds()), privacy.rounds)
+        # A round that released nothing, such as one whose sum was not known, has cost nothing.
+        told = [0.0, *(line["epsilon"] for line in folder.rounds())]
+        let_out[SERVER] = sum(after > before for before, after in pairwise(told))
     elif privacy is not None:
         for line in folder.clients():
             if line["status"] == "ok":  # where counts are no one's business, no less than a step
@@ -184,100 +197,6 @@ def planned(privacy: Privacy) -> int:
         return privacy.participations
     assert isinstance(privacy, ClientLevel)
     return privacy.rounds
-
-
-def opening(privacy: Privacy, plans: Sequence[Plan]) -> str:
-    """What is promised, in a line; a second one where it is not."""
-    sigmas = [plan.sigma for plan in plans]
-    low, high = min(sigmas), max(sigmas)
-    noise = f"{high:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
-    if isinstance(privacy, ClientLevel):
-        whom = "over the whole run, for one client more or less"
-        rest = f"each client in a round with probability {plans[0].q:.3g}, for {planned(privacy)} rounds"
-    else:
-        whom = "a client over the whole run, for one record more or less"
-        rest = f"Poisson batches, for {planned(privacy)} rounds a client"
-    text = f"privacy: epsilon {privacy.epsilon:g} {whom}; clip {privacy.clip:g}, sigma {noise}, {rest}"
-    return text if privacy.valid else f"{text}\nprivacy: NOT VALID, the noise comes from insecure_test_seed"
-
-
-def spent(privacy: Privacy, ledgers: Iterable[Ledger]) -> dict[str, Any]:
-    """What was spent, for the line of a round: the largest epsilon of all clients, never the mean."""
-    found = list(ledgers)
-    top = worst(found)
-    epsilon, delta = 0.0 if top is None else top.epsilon, privacy.delta
-    if found:
-        delta = max(ledger.delta for ledger in found)
-    told: dict[str, Any] = {"epsilon": epsilon, "delta": delta}
-    if privacy.hides_counts:
-        told = {"epsilon": privacy.epsilon, "delta": 1e-5 if privacy.delta is None else privacy.delta}
-    elif found:
-        told["sigma"] = min((e.sigma for ledger in found for e in ledger.entries), default=None)
-    valid = privacy.valid and all(ledger.valid for ledger in found)
-    return told | {"clip": privacy.clip, "epsilon_valid": valid}
-
-
-def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -> dict[str, Any]:
-    """What was spent and what it means, for the summary of a run.
-
-    Args:
-        privacy: the settings.
-        ledgers: by client; for client-level privacy the server's alone.
-        secure_sum: whether the server saw sums only.
-    """
-    told = spent(privacy, ledgers.values())
-    form = Ledger(1.0, accountant=privacy.accountant, unit=privacy.unit).record()
-    names = ("epsilon", "delta", "valid", "entries")
-    each = {str(k): {n: ledger.record()[n] for n in names} for k, ledger in ledgers.items()}
-    server = each.pop(str(SERVER), None)
-    return {
-        "epsilon": told["epsilon"],
-        "delta": told["delta"],
-        "epsilon_valid": told["epsilon_valid"],
-        "ledger": {
-            "budget": privacy.epsilon,
-            "clip": privacy.clip,
-            "valid": told["epsilon_valid"],
-            **{name: form[name] for name in ("unit", "adjacency", "mechanism", "accountant")},
-            "not_covered": not_covered(privacy, secure_sum),
-            **({"server": server} if server else {}),
-            "clients": {} if privacy.hides_counts else each,
-        },
-    }
-
-
-def not_covered(privacy: Privacy, secure_sum: bool = False) -> list[str]:
-    """What a run lets out beside what its epsilon is of."""
-    found = ["settings that were chosen by looking at the private rows", "that a client failed"]
-    if isinstance(privacy, DPSGD) and privacy.public_counts:
-        found.append("how many records a client has (privacy.public_counts)")
-    elif isinstance(privacy, DPSGD):
-        found.append(
-            "how many records a client has, as far as the strength of its noise, the time it takes and what "
-            "it refuses tell it (privacy.public_counts=false keeps it out of messages alone)"
-        )
-    if isinstance(privacy, DPSGD) and privacy.public_metrics:
-        found.append("training losses and shares of clipped records (privacy.public_metrics)")
-    if isinstance(privacy, ClientLevel):
-        found.append("who took part, with losses and numbers of rows, in clients.jsonl and report.html")
-        found.append("how many took part, in metrics.jsonl")
-        if not secure_sum:
-            found.append(
-                "what the server itself sees: every update in the clear (secure_sum=true hides them)"
-            )
-    return found
-
-
-def closing(summary: Mapping[str, Any]) -> str:
-    """What a finished run has spent, for the terminal."""
-    ledger = summary["ledger"]
-    whose = "of the server's releases" if ledger["unit"] == "client" else "the largest of all clients"
-    text = (
-        f"epsilon {summary['epsilon']:.3f} of {ledger['budget']:g} at delta {summary['delta']:g}, {whose}; "
-        f"to {ledger['adjacency']}; Poisson samples"
-    )
-    text = text if ledger["valid"] else f"{text}; NOT VALID, the noise came from insecure_test_seed"
-    return f"{text}\nnot covered: {'; '.join(ledger['not_covered'])}"
 
 
 def more_rounds(config: DictConfig, rounds: int) -> None:

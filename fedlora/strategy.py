@@ -3,7 +3,7 @@
 import math
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -260,3 +260,13 @@ def _fits(expected: Adapter, got: Adapter, who: str) -> None:
                 f"{who} sent shape {tuple(tensor.shape)} for '{name}', "
                 f"expected {tuple(expected.extra[name].shape)}"
             )
+
+
+def named(suits: Callable[[type[Strategy]], bool]) -> str:
+    """The packaged strategies that suit, by the names that the command line takes: "fedit, ffalora or slora".
+
+    Messages take their lists from here, so that no list is kept by hand beside the facts of the classes.
+    """
+    ours = [cls for cls in Strategy.__subclasses__() if cls.__module__.startswith("fedlora.strategies.")]
+    *most, last = sorted(cls.__name__.lower() for cls in ours if suits(cls)) or ["none"]
+    return f"{', '.join(most)} or {last}" if most else last

@@ -26,7 +26,7 @@ from fedlora.errors import ConfigError
 from fedlora.linear import factor_change, form, moved_factors, moved_products
 from fedlora.privacy import Privacy
 from fedlora.protocol import Peer, State, Task, Update
-from fedlora.strategy import Strategy
+from fedlora.strategy import Strategy, named
 
 Changes = dict[str, Tensor]
 
@@ -45,8 +45,8 @@ class ByCoordinate(Robust):
         if not (strategy.linear or strategy.products):
             raise ConfigError(
                 f"robust: strategy {type(strategy).__name__} needs more than one update that stands for all, "
-                f"which is what {type(self).__name__} makes of them; use ffalora, fedit, fedsvd, federa, "
-                "rolora, slora, privatelora, flexlora or flora, or robust=norm or krum"
+                f"which is what {type(self).__name__} makes of them; use "
+                f"{named(lambda s: (s.linear or s.products) and not s.personal)}, or robust=norm or krum"
             )
 
     def screen(

@@ -154,10 +154,10 @@ class Federation(FlowerStrategy):
 
     def _agree(self, grid: Grid, nodes: Sequence[int], round: int) -> list[int]:
         """Let the clients of a round agree on masks; those that did, and none if they are too few."""
-        widest = max(self._peers.values(), key=lambda peer: peer.rank)
         terms = self._central.terms if self._central else {"uniform": self._rules.weights == "uniform"}
+        wide = self.strategy.task(self.state, self._roster.widest)
         try:
-            self._sum = SecureSum(grid, nodes, round, self.strategy.task(self.state, widest), **terms)
+            self._sum = SecureSum(grid, nodes, round, wide, **terms)
         except (ConfigError, IncompatibleUpdates) as error:
             self._progress.warn(f"round {round}: {error}")
             return []
@@ -201,52 +201,62 @@ class Federation(FlowerStrategy):
         self, round: int, updates: list[Update], tasks: list[Task], lines: list[dict[str, Any]]
     ) -> dict[str, Any]:
         """Let the strategy make the next state; what there is to say of it, and of clients in their lines."""
-        before, rng = self.state, generator(self._rules.seed, "aggregate", 0, round)
+        rng = generator(self._rules.seed, "aggregate", 0, round)
         least = max(self._least, self._robust.least if self._robust else 0)
         if self._over or (len(updates) < least and not self._central):
             few = f"{len(updates)} good updates, {least} needed"
             self._progress.warn(f"round {round}: {self._over or few}; the state stays as it was")
             return {}
-        if self._central or self._rules.secure_sum:
-            return self._combine_sum(round, updates, tasks, rng)
+        try:
+            if self._central or self._rules.secure_sum:
+                self.state = self.strategy.aggregate(self.state, [self._mean(updates, tasks)], rng)
+                return {**self.state.metrics, **sizes(self.state)}
+            return self._combine_each(round, updates, tasks, lines, rng)
+        except IncompatibleUpdates as error:  # no client's message ends a run
+            self._progress.warn(f"round {round}: {error}; the state stays as it was")
+            return {}
+
+    def _combine_each(
+        self,
+        round: int,
+        updates: list[Update],
+        tasks: list[Task],
+        lines: list[dict[str, Any]],
+        rng: np.random.Generator,
+    ) -> dict[str, Any]:
+        """The same where the server sees every update."""
+        before = self.state
         if self._rules.weights == "uniform":
             updates = [replace(update, weight=1.0) for update in updates]
         odd, kept = [*of_updates(updates, tasks)], Screened(updates, tasks)
         if self._robust:
-            widest = max(self._peers.values(), key=lambda peer: peer.rank)
-            kept = self._robust.screen(self.strategy, before, updates, tasks, widest)
+            kept = self._robust.screen(self.strategy, before, updates, tasks, self._roster.widest)
         for line in lines:
             line |= kept.notes.get(line["client"], {})
+        self.state = self.strategy.aggregate(before, kept.updates, rng)
         if self._recording:
             self._recording.write(round, before, kept.updates)
-        self.state = self.strategy.aggregate(before, kept.updates, rng)
         numbers, wrong = of_state(self.strategy, before, self.state, kept.updates, kept.tasks)
         for text in [*odd, *wrong]:
             self._progress.warn(f"round {round}: {text}")
         return {**self.state.metrics, **kept.metrics, **numbers}
 
-    def _combine_sum(
-        self, round: int, updates: list[Update], tasks: list[Task], rng: np.random.Generator
-    ) -> dict[str, Any]:
-        """The same where the strategy is shown one mean; how far that is from the updates is not known."""
-        central, total, mean = self._central, None, None
-        try:
-            if self._sum and central:
-                total = self._sum.total()
-            elif self._sum:
-                mean = self._sum.mean()
-        except IncompatibleUpdates as error:
-            self._progress.warn(f"round {round}: {error}")
-        if central:  # releases in any case: whether there was anything to release is a secret, too
-            if total is None:
-                clear = ([], []) if self._rules.secure_sum else (updates, tasks)
-                total = central.total(self.strategy, self.state, *clear)
-            mean = central.release(self.strategy, self.state, total)
-        if mean is None:
-            self._progress.warn(f"round {round}: nothing to combine; the state stays as it was")
-            return {}
-        self.state = self.strategy.aggregate(self.state, [mean], rng)
-        return {**self.state.metrics, **sizes(self.state)}
+    def _mean(self, updates: list[Update], tasks: list[Task]) -> Update:
+        """The one update that the strategy is shown; how far it is from the clients' is not known.
+
+        Raises:
+            IncompatibleUpdates: the sum under masks is not known. Nothing is released or paid for then.
+        """
+        if self._rules.secure_sum and self._sum is None:
+            raise IncompatibleUpdates("there is no sum, since the clients did not agree on masks")
+        if self._central is None:
+            assert self._sum is not None
+            return self._sum.mean()
+        wide = self.strategy.task(self.state, self._roster.widest)
+        if self._sum:
+            return self._central.release(self.strategy, wide, self._sum.total())
+        total = self._central.total(self.strategy, wide, updates, tasks)
+        return self._central.release(self.strategy, wide, total)
 
     def _count(self, round: int, exchange: SecureRound, lines: list[dict[str, Any]]) -> None:
         """Put the bytes of agreeing on masks into the clients' lines, and a line for those that did not."""
@@ -283,10 +293,19 @@ class Federation(FlowerStrategy):
             self._progress.warn(
                 f"round {round}: {who} away, {some} of {some + len(self._away)} clients are there"
             )
-        nodes = [node for node in there if node not in busy]
-        if self._central:
-            return self._central.sample(nodes, round)
-        if (wanted := rules.sampled(len(nodes))) == len(nodes):
+        free = [node for node in there if node not in busy]
+        if self._central is None:
+            return self._chosen(free, rules.sampled(len(free)), round)
+        if not rules.secure_sum:
+            return self._central.sample(free, round)
+        # A busy client counts as one that fails: if another took its place, its own slowness would move the
+        # sum by more than one client.
+        members = self._chosen(there, rules.enough(len(there)), round)
+        return self._central.sample([node for node in members if node not in busy], round)
+
+    def _chosen(self, nodes: list[int], count: int, round: int) -> list[int]:
+        """So many of the nodes, by the run's seed."""
+        if count == len(nodes):
             return nodes
-        chosen = generator(rules.seed, "sample", 0, round).choice(len(nodes), wanted, replace=False)
+        chosen = generator(self._rules.seed, "sample", 0, round).choice(len(nodes), count, replace=False)
         return [nodes[i] for i in sorted(chosen)]

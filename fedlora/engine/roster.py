@@ -28,6 +28,7 @@ class Roster:
         warn: takes a line for the user about every node that cannot take part.
         plan: what a node has to know of the run before it can say whether it takes part.
         names: of the sites, by their nodes, as the operator has registered them.
+        mixed: whether clients may hold smaller ranks; the strategy's `mixed_ranks`.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Roster:
         warn: Callable[[str], None],
         plan: Mapping[str, str | int | list[str]] | None = None,
         names: Mapping[int, str] | None = None,
+        mixed: bool = True,
     ) -> None:
-        self._peer, self._most, self._warn = peer, most, warn
+        self._peer, self._most, self._warn, self._mixed = peer, most, warn, mixed
         self._plan = dict(plan or {})
         self._patience = PATIENCE if plan else None  # in one process nobody is ever late
         self._names = dict(names or {})
@@ -47,6 +49,14 @@ class Roster:
         self.peers: dict[int, Peer] = {}
         self.profiles: dict[int, dict[str, Any]] = {}  # what each said of itself
         self.heard: dict[int, float] = {}  # and when, by this machine's clock
+
+    @property
+    def widest(self) -> Peer:
+        """A client of the largest rank that the run can serve, whether or not one is there.
+
+        Every sum of a round has the form of this client's task: its length must not depend on who is there.
+        """
+        return self._peer(0, self._most)
 
     def gather(self, grid: Grid, least: int = 1, wait: float = 0.0) -> list[int]:
         """The nodes that are there, in the order of their clients' ids.
@@ -151,6 +161,11 @@ class Roster:
             raise IncompatibleUpdates(
                 f"client {client} is of rank {rank!r:.40}, this run can serve 1 to {self._most}; start it "
                 "with ranks=... that hold the largest"
+            )
+        if not self._mixed and rank != self._most:
+            raise IncompatibleUpdates(
+                f"client {client} is of rank {rank}, and this run's strategy combines clients of one rank, "
+                f"here {self._most}; give it that rank, or start the run with a strategy of mixed ranks"
             )
         if client in taken:
             raise IncompatibleUpdates(f"another node is client {client} already; give each its own number")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter
 from fedlora.client import Outcome
-from fedlora.engine.masks import Words, decode, encode
+from fedlora.engine.masks import POINT, Words, decode, encode
 from fedlora.engine.secure import RECORD, SecureRound, mask
 from fedlora.engine.wire import array_of, metrics_of, told
 from fedlora.errors import IncompatibleUpdates
@@ -71,7 +71,9 @@ class Terms:
             return torch.cat([values * weight, torch.tensor([weight], dtype=torch.float64)])
         weight = 1.0 if self.cap is None else min(examples / self.cap, 1.0)
         change = clipped(values - flat(embed(sent, self.form, self.scales)), self.clip)
-        return torch.cat([change * weight, torch.zeros(1, dtype=torch.float64)])  # how many is a secret, too
+        # Toward zero on the masks' grid: rounding to the nearest could make the norm larger than the clip.
+        bounded = (change * weight * POINT).trunc() / POINT
+        return torch.cat([bounded, torch.zeros(1, dtype=torch.float64)])  # how many is a secret, too
 
 
 def write_masked(

@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 from fedlora.errors import CheckpointError, ConfigError
 
-Unit = Literal["record", "client"]
+Unit = Literal["record", "client", "contribution"]
 ADJACENCY: dict[Unit, str] = {
     "record": "add or remove one record of a client, whose number of records is known",
     "client": "add or remove one client with all its records; how many there are is known",
+    "contribution": "replace all updates of one client by zeros; who takes part, and who fails, is known",
 }
 MECHANISM = "Gaussian noise on Poisson samples"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedlora.errors import ConfigError
-from fedlora.privacy.ledger import ORDERS, Accountant, Entry, Ledger, epsilon
+from fedlora.privacy.ledger import ORDERS, Accountant, Entry, Ledger, Unit, epsilon
 from fedlora.privacy.random import Source
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Plan:
         delta: at which epsilon is read.
         sigma: standard deviation of the noise over the clip, for the whole run.
         q: probability with which a record is in a batch, or a client in a round.
+        unit: what the ledger protects; None for the unit of the settings.
     """
 
     privacy: "Privacy"
@@ -39,11 +40,12 @@ class Plan:
     delta: float
     sigma: float
     q: float
+    unit: Unit | None = None
 
     def after(self, spent: Ledger | None) -> Ledger:
         """The ledger after one more round."""
         privacy = self.privacy
-        before = spent or Ledger(self.delta, unit=privacy.unit)
+        before = spent or Ledger(self.delta, unit=self.unit or privacy.unit)
         before = replace(before, delta=self.delta, accountant=privacy.accountant)
         return before.plus(Entry(self.sigma, self.q, self.steps), privacy.valid)
 

@@ -1,6 +1,6 @@
 """The settings of private training, of records and of clients."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedlora.errors import ConfigError
@@ -183,18 +183,22 @@ class ClientLevel(Privacy):
         self._whole("rounds")
         self._whole("example_cap", none=True)
 
-    def plan(self, clients: int, sampled: int) -> Plan:
+    def plan(self, clients: int, sampled: int, masked: bool = False) -> Plan:
         """What follows for the server.
 
         Args:
             clients: N, how many there are.
-            sampled: how many a round takes on the average.
+            sampled: how many a round takes: on the average of a Poisson sample, or exactly under masks.
+            masked: whether the clients send under masks. The members of a masked round are known, so nothing
+                is gained by sampling (q = 1), and what is protected are a client's updates, not its presence.
 
         Raises:
             ConfigError: a delta that allows giving a client away, or an epsilon that no noise reaches.
         """
         sampled = min(sampled, clients)
         delta = self._delta(clients, "there are")
+        if masked:
+            return replace(self._plan(1.0, self.rounds, sampled, 1, delta), unit="contribution")
         return self._plan(sampled / clients, self.rounds, sampled, 1, delta)
 
     def weight(self, examples: float) -> float:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.client import Assignment, Client, Outcome
-from fedlora.engine import Federation, InProcessGrid, Progress, Roster, Rules, RunFolder, Site
+from fedlora.engine import Central, Federation, InProcessGrid, Progress, Roster, Rules, RunFolder, Site
 from fedlora.engine.wire import read_update, write_update
 from fedlora.errors import IncompatibleUpdates
 from fedlora.protocol import Peer, Task
@@ -163,6 +163,8 @@ class Lab:
         rows: Any = None,
         site: Mapping[str, Any] | None = None,
         roster: Mapping[str, Any] | None = None,
+        central: Central | None = None,
+        most: int | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
@@ -187,13 +189,14 @@ class Lab:
 
         federation = Federation(
             strategy,
-            strategy.init(self.adapter(max(ranks))),
-            Roster(peer, max(ranks), progress.warn, **(roster or {})),
+            strategy.init(self.adapter(most or max(ranks))),
+            Roster(peer, most or max(ranks), progress.warn, mixed=strategy.mixed_ranks, **(roster or {})),
             Rules(rounds=rounds, seed=rules.pop("seed", 0), **rules),
             evaluate or score,
             named,
             folder,
             progress,
+            central=central,
         )
         with progress:
             federation.run(grid)

@@ -47,7 +47,7 @@ def central(tmp_path):
     def build(sigma=SILENT, clip=1.0, clients=4, sampled=4, **settings):
         privacy = ClientLevel(epsilon=5.0, clip=clip, rounds=3, accountant="rdp", **settings)
         plan = Plan(privacy, sampled, 1, 1e-5, sigma, sampled / clients)
-        return Central(privacy, plan, tmp_path / "ledger.json", WIDEST)
+        return Central(privacy, plan, tmp_path / "ledger.json")
 
     return build
 
@@ -55,7 +55,8 @@ def central(tmp_path):
 def released(central, strategy, state, updates):
     central.sample(list(updates), 1)
     tasks = [strategy.task(state, u.peer) for u in updates]
-    return central.release(strategy, state, central.total(strategy, state, updates, tasks)).adapter
+    wide = strategy.task(state, WIDEST)
+    return central.release(strategy, wide, central.total(strategy, wide, updates, tasks)).adapter
 
 
 def moved(strategy, state, adapter):

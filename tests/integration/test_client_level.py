@@ -124,7 +124,7 @@ def test_a_run_takes_no_more_rounds_than_its_noise_is_for(central: Any) -> None:
 
 @pytest.mark.parametrize("strategy", ["ffalora", "fedit"])
 def test_secure_sums_give_the_same_release_and_hide_the_updates(run: Any, strategy: str) -> None:
-    """The same clients and noise by the test seed; clients clip themselves, and the server sees sums."""
+    """The same noise by the test seed and, as all are asked, the same clients; they clip themselves."""
     words = (*CENTRAL, f"strategy={strategy}", "privacy.insecure_test_seed=3", "privacy.clip=0.5")
     plain, secure = run(*words), run(*words, "secure_sum=true")
     for name in ("loss", "delta_norm"):
@@ -132,23 +132,50 @@ def test_secure_sums_give_the_same_release_and_hide_the_updates(run: Any, strate
             assert b[name] == pytest.approx(a[name], rel=1e-5)
     assert secure.summary["epsilon"] == plain.summary["epsilon"]
     assert not any("the server itself" in said for said in secure.summary["ledger"]["not_covered"])
+    assert any("under masks" in said for said in secure.summary["ledger"]["not_covered"])
     capped = run(*words, "secure_sum=true", "privacy.example_cap=20")
     assert capped.metrics[0]["delta_norm"] != secure.metrics[0]["delta_norm"]
 
 
 @pytest.mark.parametrize(("step", "came"), [("total", 6), ("__init__", 0)])
-def test_a_sum_that_cannot_be_known_counts_as_none_and_is_still_noised(
+def test_a_round_whose_sum_cannot_be_known_releases_nothing_and_costs_nothing(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str, came: int
 ) -> None:
+    """Noise in its place would be a second kind of release, and one client would decide which of both it is."""
     from fedlora.engine.secure_sum import SecureSum
     from fedlora.errors import IncompatibleUpdates
 
-    def torn(self: SecureSum, *rest: Any, **more: Any) -> Any:
+    done, whole = [], getattr(SecureSum, step)
+
+    def torn_once(self: SecureSum, *rest: Any, **more: Any) -> Any:
+        done.append(step)
+        if len(done) == 1:
+            raise IncompatibleUpdates("shares are wrong")
+        return whole(self, *rest, **more)
+
+    monkeypatch.setattr(SecureSum, step, torn_once)
+    found = run(*CENTRAL, "secure_sum=true", "strategy=ffalora")
+    first, last = found.metrics
+    assert "shares are wrong; the state stays" in capsys.readouterr().out.replace(
+        "shares are wrong\nwarning: round 1: there is no sum, since the clients did not agree on masks",
+        "shares are wrong",
+    )
+    assert (first["clients"], last["clients"]) == (came, 6)
+    assert (first["epsilon"], "delta_norm" in first) == (0.0, False)
+    assert first["loss"] == found.summary["initial"]["loss"] != last["loss"]
+    [entry] = found.summary["ledger"]["server"]["entries"]
+    assert (entry["q"], entry["steps"]) == (1.0, 1)
+    assert found.summary["ledger"]["unit"] == "contribution"
+    assert "replace all updates of one client" in found.summary["ledger"]["adjacency"]
+
+
+def test_a_run_that_released_nothing_says_so(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedlora.engine.secure_sum import SecureSum
+    from fedlora.errors import FedLoraError, IncompatibleUpdates
+
+    def torn(self: SecureSum) -> Any:
         raise IncompatibleUpdates("shares are wrong")
 
-    monkeypatch.setattr(SecureSum, step, torn)
-    done = run(*CENTRAL, "secure_sum=true", "strategy=ffalora")
-    assert [line["clients"] for line in done.metrics] == [came, came]
-    assert done.metrics[0]["delta_norm"] > 0
-    assert "shares are wrong" in capsys.readouterr().out
-    assert done.summary["ledger"]["server"]["entries"][0]["steps"] == 2
+    monkeypatch.setattr(SecureSum, "total", torn)
+    with pytest.raises(FedLoraError, match="no round released anything"):
+        run(*CENTRAL, "secure_sum=true", "strategy=ffalora")
