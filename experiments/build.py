@@ -72,6 +72,14 @@ class Job:
         return [plan for size in sizes if (plan := self.site.client.plan(size)) is not None]
 
     @property
+    def counts_public(self) -> bool:
+        """Whether anybody may know how many rows a client has."""
+        hidden = isinstance(self.privacy, ClientLevel) or (
+            self.privacy is not None and self.privacy.hides_counts
+        )
+        return not hidden and not self.rules.secure_sum
+
+    @property
     def metric(self) -> str:
         """The headline metric."""
         return "accuracy" if self.dataset.kind == "classification" else "perplexity"
@@ -161,12 +169,19 @@ def build(config: DictConfig) -> Job:
         )
     if privacy is not None:
         private.check(privacy, strategy, rules, bool(config.lora.get("dora")))
+    if isinstance(privacy, ClientLevel) and (config.get("track") or {}).get("clients"):
+        raise ConfigError(
+            "track.clients: what a client's training measures is not covered by the epsilon of client-level "
+            "privacy and must not go to a tracker; leave it out"
+        )
     if isinstance(privacy, DPSGD):
         client = client.privately(privacy)
     fuse_of(config.engine.get("fuse", "auto"))
     if config.lora.head not in ("train", "last", "freeze"):
         raise ConfigError(f"lora.head: expected train, last or freeze, got '{config.lora.head}'")
     dataset = dataset_of(config)
+    if privacy is not None:
+        private.check_rows(dataset)
     asked = _asked(config, dataset, strategy)
     parts = deal(config, dataset) if dataset.train else []
     clients = len(parts) if parts else config.clients

@@ -48,7 +48,9 @@ def opening(job: Job, config: DictConfig, path: Path, done: int) -> str:
         if done
         else f"{config.rounds} round{'s' * (config.rounds > 1)}"
     )
-    who = f"{job.rules.clients} clients of {min(sizes)} to {max(sizes)} rows" if sizes else "sites' own rows"
+    who = f"{job.rules.clients} clients" if sizes else "sites' own rows"
+    if sizes and job.counts_public:
+        who += f" of {min(sizes)} to {max(sizes)} rows"
     what = f"{type(job.strategy).__name__}: {_model(config)} on {config.data.name}"
     if job.dataset.labels:
         what += f", {counted(job.dataset.labels)}"
@@ -121,7 +123,7 @@ def finish(
         **ends,
         **scores(answers),
         "initial": initial,
-        "majority": job.majority(),
+        **({} if job.privacy else {"majority": job.majority()}),  # it follows from counts of private labels
         "rounds": config.rounds,
         "clients": job.rules.clients,
         "ranks": sorted(set(job.ranks)),

@@ -145,7 +145,8 @@ class Run:
         rounds = folder.rounds()
         if central and not any(line["epsilon"] for line in rounds):
             raise FedLoraError(
-                f"no round released anything; the reasons are in {folder.path}/clients.jsonl and on the screen"
+                f"no round released anything, no sum of updates was known; the reasons are in {folder.path}/"
+                "clients.jsonl and in the warnings above"
             )
         if not central and not any(line["clients"] for line in rounds):
             raise FedLoraError(

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedlora.engine import SERVER
 from fedlora.privacy import DPSGD, ClientLevel, Ledger, Plan, Privacy, worst
+from fedlora.privacy.ledger import Unit
 
 from .private import planned
 
@@ -13,17 +14,19 @@ def opening(privacy: Privacy, plans: Sequence[Plan]) -> str:
     """What is promised, in a line; a second one where it is not."""
     sigmas = [plan.sigma for plan in plans]
     low, high = min(sigmas), max(sigmas)
-    noise = f"{high:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f"{low:.3f} to {high:.3f}"
+    noise = f", sigma {high:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f", sigma {low:.3f} to {high:.3f}"
+    if privacy.hides_counts:  # it follows from how many records a client has
+        noise = ""
     if isinstance(privacy, ClientLevel) and plans[0].unit == "contribution":
         whom = "over the whole run, for the updates of one client, whose presence is known"
-        rest = f"nothing gained by sampling under masks, for {planned(privacy)} rounds"
+        rest = f"clients of a round are known under masks, for {privacy.rounds} rounds"
     elif isinstance(privacy, ClientLevel):
         whom = "over the whole run, for one client more or less"
-        rest = f"each client in a round with probability {plans[0].q:.3g}, for {planned(privacy)} rounds"
+        rest = f"each client in a round with probability {plans[0].q:.3g}, for {privacy.rounds} rounds"
     else:
         whom = "a client over the whole run, for one record more or less"
         rest = f"Poisson batches, for {planned(privacy)} rounds a client"
-    text = f"privacy: epsilon {privacy.epsilon:g} {whom}; clip {privacy.clip:g}, sigma {noise}, {rest}"
+    text = f"privacy: epsilon {privacy.epsilon:g} {whom}; clip {privacy.clip:g}{noise}, {rest}"
     return text if privacy.valid else f"{text}\nprivacy: NOT VALID, the noise comes from insecure_test_seed"
 
 
@@ -52,7 +55,8 @@ def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -
         secure_sum: whether the server saw sums only.
     """
     told = spent(privacy, ledgers.values())
-    form = Ledger(1.0, accountant=privacy.accountant, unit=privacy.unit).record()
+    unit: Unit = "contribution" if isinstance(privacy, ClientLevel) and secure_sum else privacy.unit
+    form = Ledger(1.0, accountant=privacy.accountant, unit=unit).record()
     names = ("epsilon", "delta", "valid", "entries")
     each = {str(k): {n: ledger.record()[n] for n in names} for k, ledger in ledgers.items()}
     server = each.pop(str(SERVER), None)
@@ -74,28 +78,46 @@ def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -
 
 def not_covered(privacy: Privacy, secure_sum: bool = False) -> list[str]:
     """What a run lets out beside what its epsilon is of."""
-    found = ["settings that were chosen by looking at the private rows", "that a client failed"]
+    found = [
+        "settings that were chosen by looking at the private rows",
+        "that a client failed",
+        "how long the run and its rounds take and how much memory, which grow with the rows",
+        "the test rows, on which the model is measured without noise",
+    ]
     if isinstance(privacy, DPSGD) and privacy.public_counts:
         found.append("how many records a client has (privacy.public_counts)")
+    elif isinstance(privacy, DPSGD):
+        found.append(
+            "how many records a client has, as far as the strength of its noise, the time it takes and what "
+            "it refuses tell it (privacy.public_counts=false keeps it out of messages alone)"
+        )
+        found.append("the clients' own ledgers, which in a simulation lie in checkpoint/ and tell their rows")
     if isinstance(privacy, DPSGD) and privacy.public_metrics:
         found.append("training losses and shares of clipped records (privacy.public_metrics)")
     if isinstance(privacy, ClientLevel):
-        found.append("who took part, with losses and numbers of rows, in clients.jsonl and report.html")
-        found.append("how many took part, in metrics.jsonl")
-        if not secure_sum:
-            found.append(
-                "what the server itself sees: every update in the clear (secure_sum=true hides them)"
-            )
+        found.append(
+            "who took part, with losses, numbers of rows and why a client failed, in clients.jsonl, "
+            "report.html and warnings"
+        )
+        found.append(
+            "how many took part, and the bytes they sent, in metrics.jsonl, summary.json and trackers"
+        )
+        found.append(
+            "that a sum under masks was not known, which tells how many were there and delivered"
+            if secure_sum
+            else "what the server itself sees: every update in the clear (secure_sum=true hides them)"
+        )
     return found
 
 
 def closing(summary: Mapping[str, Any]) -> str:
     """What a finished run has spent, for the terminal."""
     ledger = summary["ledger"]
-    whose = "of the server's releases" if ledger["unit"] == "client" else "the largest of all clients"
+    whose = "the largest of all clients" if ledger["unit"] == "record" else "of the server's releases"
+    drawn = "" if ledger["unit"] == "contribution" else "; Poisson samples"
     text = (
         f"epsilon {summary['epsilon']:.3f} of {ledger['budget']:g} at delta {summary['delta']:g}, {whose}; "
-        f"to {ledger['adjacency']}; Poisson samples"
+        f"to {ledger['adjacency']}{drawn}"
     )
     text = text if ledger["valid"] else f"{text}; NOT VALID, the noise came from insecure_test_seed"
     return f"{text}\nnot covered: {'; '.join(ledger['not_covered'])}"

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from fedlora.client import Client
+from fedlora.data import Dataset
 from fedlora.engine import SERVER, Rules, RunFolder
 from fedlora.engine.secure import LEAST
 from fedlora.errors import CheckpointError, ConfigError
@@ -73,6 +74,32 @@ def _check_central(privacy: ClientLevel, strategy: Strategy, rules: Rules) -> No
         raise ConfigError(
             f"privacy.rounds: expected at least the run's {rules.rounds}, for which noise has to be enough, "
             f"got {privacy.rounds}; leave it out"
+        )
+
+
+def check_rows(dataset: Dataset) -> None:
+    """Refuse a data set of which private rows would decide something in the open.
+
+    Published rows have nothing to hide. Of other rows one record more could add a label, and so a row to the
+    classifier, unless all labels are named (`data.labels`) or stand in the test rows. Test rows are measured
+    exactly in every round, so they must not be cut from the private rows: whoever names a test file says that
+    its rows may be seen.
+
+    Raises:
+        ConfigError: says what decides, and what to name.
+    """
+    if dataset.published or not dataset.train:
+        return
+    if dataset.cut:
+        raise ConfigError(
+            "privacy: the rows to evaluate on are cut from the private training rows, and every round tells "
+            "the accuracy on them without noise; say evaluate.rows=test, and name rows that may be seen: "
+            "data.test=FILE, or data.test_split of data=hub"
+        )
+    if not dataset.declared and {*dataset.labels} > {row.target for row in dataset.test}:
+        raise ConfigError(
+            "privacy: the training rows have labels that no test row has, and a private record must not "
+            "decide which labels there are; name all of them with data.labels=[...]"
         )
 
 

@@ -40,7 +40,7 @@ def dataset_of(config: DictConfig) -> Dataset:
             "evaluate.rows=validation: the training rows are at the sites; say evaluate.rows=test"
         )
     kept, held = hold_out(dataset.train, dataset.kind, VALIDATION, config.seed)
-    return replace(dataset, train=tuple(kept), test=tuple(held))
+    return replace(dataset, train=tuple(kept), test=tuple(held), cut=True)
 
 
 def deal(config: DictConfig, dataset: Dataset) -> list[Part]:

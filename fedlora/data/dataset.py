@@ -43,8 +43,11 @@ class Dataset:
         kind: whether a target is a label or free text.
         train: the rows that are dealt to clients.
         test: the held-out rows.
-        labels: those of the training rows in the order of the model's outputs, which is that of
-            `fedlora.order.in_order` (integers by value); empty for instructions.
+        labels: those that were declared or else those of the training rows, in the order of the model's
+            outputs, which is that of `fedlora.order.in_order` (integers by value); empty for instructions.
+        published: whether the training rows are public anyway, as those of packaged sets are.
+        declared: whether the labels were named apart from the rows.
+        cut: whether the test rows were cut from the training rows.
     """
 
     name: str
@@ -52,34 +55,65 @@ class Dataset:
     train: tuple[Row, ...]
     test: tuple[Row, ...]
     labels: tuple[str, ...]
+    published: bool = False
+    declared: bool = False
+    cut: bool = False
 
     @classmethod
-    def build(cls, name: str, kind: Kind, train: Sequence[Row], test: Sequence[Row]) -> Self:
-        """Check the rows and collect the labels.
+    def build(
+        cls,
+        name: str,
+        kind: Kind,
+        train: Sequence[Row],
+        test: Sequence[Row],
+        labels: Sequence[str] | None = None,
+        published: bool = False,
+        cut: bool = False,
+    ) -> Self:
+        """Check the rows and collect the labels, unless all are named.
 
         Raises:
-            DataError: a part is empty, there are fewer than two labels, or a test label is unknown.
+            DataError: a part is empty, there are fewer than two labels, or a label is unknown.
         """
         for part, rows in (("training", train), ("test", test)):
             if not rows:
                 raise DataError(f"data set {name!r}: expected {part} rows, got none; check the {part} file")
-        labels = tuple(in_order({row.target for row in train})) if kind == "classification" else ()
-        if kind == "classification":
-            if len(labels) < 2:
-                raise DataError(
-                    f"data set {name!r}: expected at least 2 labels in the training rows, got only "
-                    f"{labels[0]!r}; check that the label column is the right one"
-                )
-            check_classes(labels, f"data set {name!r}")
-            unknown = Counter(row.target for row in test if row.target not in labels)
-            if unknown:
-                label, count = unknown.most_common(1)[0]
-                others = f" (and {len(unknown) - 1} more labels)" if len(unknown) > 1 else ""
-                raise DataError(
-                    f"data set {name!r}: the label {label!r} of {count} test rows{others} is in no training "
-                    f"row; correct it, remove those test rows, or add training rows with it"
-                )
-        return cls(name, kind, tuple(train), tuple(test), labels)
+        if kind != "classification":
+            return cls(name, kind, tuple(train), tuple(test), (), published, cut=cut)
+        if labels is not None:
+            known = tuple(in_order({str(label) for label in labels}))
+            check_labels([*train, *test], known, f"data set {name!r}")
+            return cls(name, kind, tuple(train), tuple(test), known, published, True, cut)
+        known = tuple(in_order({row.target for row in train}))
+        if len(known) < 2:
+            raise DataError(
+                f"data set {name!r}: expected at least 2 labels in the training rows, got only "
+                f"{known[0]!r}; check that the label column is the right one"
+            )
+        check_classes(known, f"data set {name!r}")
+        unknown = Counter(row.target for row in test if row.target not in known)
+        if unknown:
+            label, count = unknown.most_common(1)[0]
+            others = f" (and {len(unknown) - 1} more labels)" if len(unknown) > 1 else ""
+            raise DataError(
+                f"data set {name!r}: the label {label!r} of {count} test rows{others} is in no training "
+                f"row; correct it, remove those test rows, or add training rows with it"
+            )
+        return cls(name, kind, tuple(train), tuple(test), known, published, cut=cut)
+
+
+def check_labels(rows: Sequence[Row], labels: Sequence[str], where: str) -> None:
+    """Raise DataError unless there are two labels or more, and every row has one of them."""
+    check_classes(labels, where)
+    if len(labels) < 2:
+        raise DataError(f"{where}: expected at least 2 labels, got {list(labels)}; name all with data.labels")
+    unknown = Counter(row.target for row in rows if row.target not in labels)
+    if unknown:
+        name, count = unknown.most_common(1)[0]
+        raise DataError(
+            f"{where}: the label {name!r} of {count} rows is none of the run's {list(labels)}; correct it, "
+            "or name all labels with data.labels"
+        )
 
 
 def check_classes(labels: Collection[str], where: str) -> None:

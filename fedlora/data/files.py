@@ -4,12 +4,11 @@ A folder stands for the files in it, each of them one natural client named by it
 is cut from the training rows when there are no test files.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedlora.data.dataset import Dataset, Row, check_classes, hold_out
+from fedlora.data.dataset import Dataset, Row, check_labels, hold_out
 from fedlora.data.fields import Fields, as_text, choose
 from fedlora.data.records import ENDINGS, records
 from fedlora.errors import ConfigError, DataError
@@ -27,6 +26,7 @@ def load(
     test_rows: int = 500,
     seed: int = 0,
     quotes: bool | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Dataset:
     """Read a classification (text, label) or an instruction (prompt, response) data set.
 
@@ -43,6 +43,7 @@ def load(
         test_rows: how many rows to hold out of the training rows, at most a fifth of them.
         seed: which rows.
         quotes: whether quotation marks enclose the cells of a table; None: those of CSV, and not of TSV.
+        labels: all labels that there may be; None takes those of the training rows.
     """
     fields = choose(text, label, prompt, response, client)
     path = Path(train)
@@ -51,7 +52,8 @@ def load(
         kept, held = hold_out(rows, fields.kind, test_rows, seed)
     else:
         kept, held = rows, _gather(Path(test), replace(fields, optional=True), quotes)
-    return Dataset.build(path.stem, fields.kind, kept, held)
+    known = None if labels is None else [as_text(name) for name in labels]
+    return Dataset.build(path.stem, fields.kind, kept, held, known, cut=test is None)
 
 
 def held_out(
@@ -82,7 +84,7 @@ def held_out(
         in_order({row.target for row in rows} if labels is None else {as_text(name) for name in labels})
     )
     check_labels(rows, known, str(test))
-    return Dataset(Path(test).stem, fields.kind, (), tuple(rows), known)
+    return Dataset(Path(test).stem, fields.kind, (), tuple(rows), known, declared=labels is not None)
 
 
 def rows_of(
@@ -110,20 +112,6 @@ def rows_of(
     if fields.kind == "classification":
         check_labels(rows, labels, str(path))
     return rows
-
-
-def check_labels(rows: Sequence[Row], labels: Sequence[str], where: str) -> None:
-    """Raise DataError unless there are two labels or more, and every row has one of them."""
-    check_classes(labels, where)
-    if len(labels) < 2:
-        raise DataError(f"{where}: expected at least 2 labels, got {list(labels)}; name all with data.labels")
-    unknown = Counter(row.target for row in rows if row.target not in labels)
-    if unknown:
-        name, count = unknown.most_common(1)[0]
-        raise DataError(
-            f"{where}: the label {name!r} of {count} rows is none of the run's {list(labels)}; correct it, "
-            "or name all labels with data.labels"
-        )
 
 
 def _gather(path: Path, fields: Fields, quotes: bool | None) -> list[Row]:

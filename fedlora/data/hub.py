@@ -1,10 +1,11 @@
 """Data sets from the Hugging Face hub, or from a local folder that the `datasets` library can load."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fedlora.data.dataset import Dataset, Row, hold_out
-from fedlora.data.fields import Fields, choose
+from fedlora.data.fields import Fields, as_text, choose
 from fedlora.errors import DataError
 
 
@@ -20,6 +21,7 @@ def load(
     client: str | None = None,
     test_rows: int = 500,
     seed: int = 0,
+    labels: Sequence[str] | None = None,
 ) -> Dataset:
     """Load a classification (text, label) or an instruction (prompt, response) data set.
 
@@ -35,6 +37,7 @@ def load(
         client: the column that names a row's natural client, if there is one.
         test_rows: how many rows to hold out when there is no test split, at most a fifth.
         seed: which rows.
+        labels: all labels that there may be; None takes those of the training rows.
     """
     fields = choose(text, label, prompt, response, client)
     try:
@@ -56,7 +59,8 @@ def load(
         kept, held = hold_out(rows, fields.kind, test_rows, seed)
     else:
         kept, held = rows, _rows(tables, test_split, replace(fields, optional=True), path)
-    return Dataset.build(path, fields.kind, kept, held)
+    known = None if labels is None else [as_text(name) for name in labels]
+    return Dataset.build(path, fields.kind, kept, held, known, cut=test_split is None)
 
 
 def _rows(tables: dict[str, Any], split: str, fields: Fields, path: str) -> list[Row]:

@@ -19,4 +19,5 @@ def tiny(rows: int = 240, test_rows: int = 60, seed: int = 0) -> Dataset:
         frame = str(rng.choice(_FRAMES))
         words = rng.choice(_WORDS[label], frame.count("{}"))
         made.append(Row(frame.format(*words), label))
-    return Dataset.build("tiny", "classification", made[:-test_rows], made[-test_rows:])
+    train, test = made[:-test_rows], made[-test_rows:]
+    return Dataset.build("tiny", "classification", train, test, published=True)

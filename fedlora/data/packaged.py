@@ -40,7 +40,7 @@ def trec(test_rows: int = 500, seed: int = 0) -> Dataset:
         label, question = line.split(" ", 1)
         rows.append(Row(question.strip(), label.split(":")[0]))
     train, test = hold_out(_unique(rows), "classification", test_rows, seed)
-    return Dataset.build("trec", "classification", train, test)
+    return Dataset.build("trec", "classification", train, test, published=True)
 
 
 def trec_instruct(test_rows: int = 500, seed: int = 0) -> Dataset:
@@ -55,7 +55,7 @@ def trec_instruct(test_rows: int = 500, seed: int = 0) -> Dataset:
         [Row(ask + row.source, ANSWERS[row.target], row.target) for row in rows]
         for rows in (base.train, base.test)
     )
-    return Dataset.build("trec_instruct", "instruction", train, test)
+    return Dataset.build("trec_instruct", "instruction", train, test, published=True)
 
 
 def vader(test_rows: int = 500, seed: int = 0, min_rating: float = 0.5) -> Dataset:
@@ -73,7 +73,7 @@ def vader(test_rows: int = 500, seed: int = 0, min_rating: float = 0.5) -> Datas
             if float(rating) != 0 and abs(float(rating)) >= min_rating:
                 rows.append(Row(text.strip(), "positive" if float(rating) > 0 else "negative", domain))
     train, test = hold_out(_unique(rows), "classification", test_rows, seed)
-    return Dataset.build("vader", "classification", train, test)
+    return Dataset.build("vader", "classification", train, test, published=True)
 
 
 def _lines(name: str) -> list[str]:

@@ -78,10 +78,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     composed = lru_cache(compose)
 
-    def go(*overrides: str, out: Path | None = None, base: tuple[str, ...] = BASE) -> Result:
+    def go(
+        *overrides: str,
+        out: Path | None = None,
+        base: tuple[str, ...] = BASE,
+        console: Console | None = None,
+    ) -> Result:
         config = composed((*base, *overrides)).copy()
         config.out = str(out or tmp_path_factory.mktemp("run") / "out")
-        return Result(run_job(config, Console()))
+        return Result(run_job(config, console or Console()))
 
     return go
 

@@ -141,7 +141,7 @@ def test_secure_sums_give_the_same_release_and_hide_the_updates(run: Any, strate
 def test_a_round_whose_sum_cannot_be_known_releases_nothing_and_costs_nothing(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str, came: int
 ) -> None:
-    """Noise in its place would be a second kind of release, and one client would decide which of both it is."""
+    """Noise in its place would be a second kind of release, and one client could decide which it is."""
     from fedlora.engine.secure_sum import SecureSum
     from fedlora.errors import IncompatibleUpdates
 
