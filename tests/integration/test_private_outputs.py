@@ -40,6 +40,9 @@ FILES = {
     "summary.json": "by field",
     "tracking/metrics.csv": "by field",
     "adapter/adapter_config.json": SETTING,
+    "adapter/base/config.json": SETTING,  # the base's own, with the labels that the user named
+    "adapter/tokenizer.json": SETTING,
+    "adapter/tokenizer_config.json": SETTING,
     "adapter/adapter_model.safetensors": NOISED,
     "checkpoint/lock": SETTING,
     "checkpoint/round-N.safetensors": NOISED,
