@@ -27,7 +27,6 @@ from fedlora.engine.recording import Recording
 from fedlora.engine.robust import Robust, Screened
 from fedlora.engine.roster import Roster
 from fedlora.engine.rules import Rules
-from fedlora.engine.secure import SecureRound
 from fedlora.engine.secure_sum import SecureSum
 from fedlora.engine.totals import totals
 from fedlora.engine.wire import metrics_of, read_update, write_task
@@ -172,7 +171,7 @@ class Federation(FlowerStrategy):
         updates, tasks, lines = self._inbox.receive(round, replies, read)
         metrics = self._combine(round, updates, tasks, lines)
         if self._sum:
-            self._count(round, self._sum.exchange, lines)
+            self._sum.count(round, self._peers, lines, self._progress.warn)
         if self._rules.evaluate_updates and updates:
             alone = self._evaluate(
                 [replace(t, adapter=u.adapter) for u, t in zip(updates, tasks, strict=True)]
@@ -257,20 +256,6 @@ class Federation(FlowerStrategy):
             return self._central.release(self.strategy, wide, self._sum.total())
         total = self._central.total(self.strategy, wide, updates, tasks)
         return self._central.release(self.strategy, wide, total)
-
-    def _count(self, round: int, exchange: SecureRound, lines: list[dict[str, Any]]) -> None:
-        """Put the bytes of agreeing on masks into the clients' lines, and a line for those that did not."""
-        known = {line["client"]: line for line in lines}
-        for node, down in exchange.bytes_down.items():
-            peer, up = self._peers[node], exchange.bytes_up[node]
-            if peer.id in known:
-                known[peer.id]["bytes_down"] += down
-                known[peer.id]["bytes_up"] += up
-                continue
-            why = exchange.dropped.get(node, "no reply")
-            lines.append(line_of(round, peer, down, up) | {"status": "dropped", "reason": why})
-            self._progress.warn(f"round {round}: {peer.called} dropped: {why}")
-        lines.sort(key=lambda line: int(line["client"]))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

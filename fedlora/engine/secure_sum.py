@@ -7,8 +7,9 @@ clips it itself: nobody else could.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fedlora.adapter import Adapter
 from fedlora.client import Outcome
+from fedlora.engine.inbox import line_of
 from fedlora.engine.masks import POINT, Words, decode, encode
 from fedlora.engine.secure import RECORD, SecureRound, mask
 from fedlora.engine.wire import array_of, metrics_of, told
@@ -144,6 +146,33 @@ class SecureSum:
         vector = array_of("masked", arrays["masked"], "uint64", (length,))
         self._vectors[reply.metadata.src_node_id] = vector
         return Update(Adapter({}), 1.0, peer, metrics)
+
+    def count(
+        self,
+        round: int,
+        peers: Mapping[int, Peer],
+        lines: list[dict[str, Any]],
+        warn: Callable[[str], None],
+    ) -> None:
+        """Put the bytes of agreeing on masks into the clients' lines, and a line for those that did not.
+
+        Args:
+            round: the round, from 1.
+            peers: the clients, by node.
+            lines: those of clients.jsonl; changed in place, and sorted by client.
+            warn: takes a line for the user about every client that was dropped.
+        """
+        known = {line["client"]: line for line in lines}
+        for node, down in self.exchange.bytes_down.items():
+            peer, up = peers[node], self.exchange.bytes_up[node]
+            if peer.id in known:
+                known[peer.id]["bytes_down"] += down
+                known[peer.id]["bytes_up"] += up
+                continue
+            why = self.exchange.dropped.get(node, "no reply")
+            lines.append(line_of(round, peer, down, up) | {"status": "dropped", "reason": why})
+            warn(f"round {round}: {peer.called} dropped: {why}")
+        lines.sort(key=lambda line: int(line["client"]))
 
     def total(self) -> Tensor:
         """The sum of what came, float64, without the last number, the weight; for client-level privacy.

@@ -39,7 +39,7 @@ def totals(
     return {
         "round": round,
         **metrics,
-        # By shares: a sum of absurd losses, which a client may report, would be infinite, and that is no JSON.
+        # By shares: a sum of absurd losses that clients report would be infinite, and that is no JSON.
         "train_loss": sum(line["loss"] * (line["examples"] / examples) for line in told) if told else None,
         "bytes_down": sum(line["bytes_down"] for line in lines),
         "bytes_up": sum(line["bytes_up"] for line in lines),
