@@ -57,8 +57,8 @@ def _check_central(privacy: ClientLevel, strategy: Strategy, rules: Rules) -> No
         raise ConfigError(
             f"privacy: strategy {name} needs more of its clients' updates than their mean, such as norms or "
             "which directions each has, and one client could change that without bound; use "
-            f"{strategies(lambda s: (s.linear or s.products) and not s.personal)}, or privacy=dp_sgd, for which "
-            "one global model is enough"
+            f"{strategies(lambda s: (s.linear or s.products) and not s.personal)}, or privacy=dp_sgd, for "
+            "which one global model is enough"
         )
     if rules.evaluate_updates:
         raise ConfigError(
