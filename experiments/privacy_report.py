@@ -82,6 +82,7 @@ def not_covered(privacy: Privacy, secure_sum: bool = False) -> list[str]:
         "settings that were chosen by looking at the private rows",
         "that a client failed",
         "how long the run and its rounds take and how much memory, which grow with the rows",
+        "digests of the rows, in checkpoint/inputs.json",
         "the test rows, on which the model is measured without noise",
     ]
     if isinstance(privacy, DPSGD) and privacy.public_counts:

@@ -45,6 +45,8 @@ FILES = {
     "adapter/tokenizer_config.json": SETTING,
     "adapter/adapter_model.safetensors": NOISED,
     "checkpoint/lock": SETTING,
+    "checkpoint/clients/client-N/ledger.json.lock": SETTING,
+    "checkpoint/inputs.json": "digests of the rows",
     "checkpoint/round-N.safetensors": NOISED,
 }
 OF_RECORDS = FILES | {"checkpoint/clients/client-N/ledger.json": COUNTS}
