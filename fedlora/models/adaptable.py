@@ -60,7 +60,7 @@ def targets(base: Base, wanted: Sequence[str] | str) -> dict[str, tuple[int, int
     if bad := unusable(base, found):
         raise ModelError(
             f"lora.targets: expected layers of '{base.path}' that LoRA can adapt, got "
-            f"{left_out(bad, found)}; name others, or use all-linear, which leaves these out"
+            f"{left_out(bad, linear)}; name others, or use all-linear, which leaves these out"
         )
     return dict(sorted(found.items()))
 

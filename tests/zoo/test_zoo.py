@@ -10,8 +10,9 @@ from zoo_claims import CLAIMS, Case
 from zoo_models import checkpoint, lines
 from zoo_table import ZOO
 
-from fedlora.errors import FedLoraError
+from fedlora.errors import FedLoraError, ModelError
 from fedlora.experiments.run import main
+from fedlora.models import targets
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),
@@ -77,3 +78,20 @@ def test_a_resumed_run_ends_in_the_bytes_of_the_run_that_went_through(
     main(["run", f"resume={tmp_path}/cut", "rounds=2"])
     file = "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "named", "said"),
+    [
+        ("bigbird", "pooler", "bert.pooler (no part in the loss)"),
+        ("mamba2", "out_proj", "backbone.layers.*.mixer.out_proj (PEFT refuses it: Module 'out_proj'"),
+        ("deepseek-v3", ["shared_experts.*"], "(PEFT drops their factors when it loads the adapter)"),
+        ("jamba", "dt_proj", "(never called)"),
+    ],
+)
+def test_a_named_target_that_cannot_be_adapted_is_refused_with_its_name(
+    cases: dict[str, Case], name: str, named: str | list[str], said: str
+) -> None:
+    with pytest.raises(ModelError, match=re.escape(said)) as caught:
+        targets(cases[name].base, named)
+    assert len(str(caught.value).splitlines()) == 1
