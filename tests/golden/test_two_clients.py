@@ -22,7 +22,7 @@ The script that made them:
         "no scale": w[0] * B1 @ A1 + w[1] * B2 @ A2,
         "factors not balanced": S * (w[0] * B1 + w[1] * B2) @ (w[0] * A1 + w[1] * A2),
         "first client alone": S * w[0] ** 2 * B1 @ A1,
-        "the scale's root on both factors": S * (w[0] * B1 + w[1] * root * B2) @ (w[0] * A1 + w[1] * root * A2),
+        "root on both": S * (w[0] * B1 + w[1] * root * B2) @ (w[0] * A1 + w[1] * root * A2),
         "equal weights": 0.5 * s[0] * B1 @ A1 + 0.5 * s[1] * B2 @ A2,
     }
     np.set_printoptions(precision=17)
@@ -63,7 +63,7 @@ WRONG = {
     "no scale": [[0.5, 6.0, 1.0], [0.0, 18.0, 0.0]],
     "factors not balanced": [[1.0, 12.0, 2.0], [2.25, 27.0, 4.5]],
     "first client alone": [[0.25, 0.0, 0.5], [0.0, 0.0, 0.0]],
-    "the scale's root on both factors": [[0.625, 3.75, 1.25], [1.125, 6.75, 2.25]],
+    "root on both": [[0.625, 3.75, 1.25], [1.125, 6.75, 2.25]],
     "equal weights": [[2.0, 2.0, 4.0], [0.0, 6.0, 0.0]],
 }
 
