@@ -46,6 +46,8 @@ FILES = {
     "adapter/adapter_model.safetensors": NOISED,
     "checkpoint/lock": SETTING,
     "checkpoint/clients/client-N/ledger.json.lock": SETTING,
+    "checkpoint/clients/lock-N": SETTING,
+    "task.json": SETTING,  # what is learnt, with the labels that the user named
     "checkpoint/inputs.json": "digests of the rows",
     "checkpoint/round-N.safetensors": NOISED,
 }
