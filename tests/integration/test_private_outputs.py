@@ -52,7 +52,7 @@ FILES = {
     "checkpoint/round-N.safetensors": NOISED,
 }
 OF_RECORDS = FILES | {"checkpoint/clients/client-N/ledger.json": COUNTS}
-OF_CLIENTS = FILES | {"checkpoint/ledger.json": SETTING}
+OF_CLIENTS = FILES | {"checkpoint/ledger.json": SETTING, "checkpoint/ledger.json.lock": SETTING}
 METRICS = {
     **dict.fromkeys(("round", "delta", "sigma", "clip", "epsilon", "epsilon_valid"), SETTING),
     **dict.fromkeys(("delta_norm", "effective_rank", "aggregation_error"), NOISED),
