@@ -20,10 +20,12 @@ class Promise:
     Args:
         epsilon: of the run.
         delta: at which its epsilon is read.
+        client: the number under which the site takes part in the run; None where an older file does not say.
     """
 
     epsilon: float
     delta: float
+    client: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,14 @@ class Limits:
         epsilon: the most that all runs together may spend.
         delta: the largest of a run; None takes min(1e-5, a tenth of 1 / rows), as a run does that says none.
             Whatever it is, the deltas of all runs together stay below 1 / rows.
+        client: the site's number. A ledger is kept under it, so that one run must not be met under two
+            numbers: it would then spend its epsilon twice.
     """
 
     home: Path
     epsilon: float
     delta: float | None = None
+    client: int = 0
 
     def accept(self, privacy: Privacy | None) -> None:
         """Refuse a privacy for which this site's epsilon would mean nothing.
@@ -63,7 +68,8 @@ class Limits:
             rows: of the site.
 
         Raises:
-            ConfigError: no privacy, too large a delta, or too little epsilon or delta is left.
+            ConfigError: no privacy, too large a delta, the run is known under another client's number, or too
+                little epsilon or delta is left.
         """
         self.accept(None if plan is None else plan.privacy)
         assert plan is not None
@@ -73,7 +79,15 @@ class Limits:
             own = f"at most {self.delta:g}" if self.delta is not None else "at most min(1e-5, 0.1 / rows)"
             asked = "more" if plan.privacy.delta is None else f"{plan.privacy.delta:g}"
             raise ConfigError(f"this site takes part at a delta of {own} (delta), the run asks {asked}")
-        others = [promise for name, promise in self.promised().items() if name != experiment]
+        promised = self.promised()
+        own_client = promised[experiment].client if experiment in promised else None
+        if own_client not in (None, self.client):
+            raise ConfigError(
+                f"this site is client {self.client} (client), and what is promised to this run in its state "
+                f"folder is of client {own_client}; give every site a state folder of its own, and let it "
+                "keep its number"
+            )
+        others = [promise for name, promise in promised.items() if name != experiment]
         spent = sum(promise.epsilon for promise in others)
         if spent + plan.privacy.epsilon > self.epsilon * ROUNDING:
             raise ConfigError(
@@ -97,7 +111,9 @@ class Limits:
             assert plan is not None
             known = self.promised()
             old = known.get(experiment, Promise(0.0, 0.0))
-            new = Promise(max(old.epsilon, plan.privacy.epsilon), max(old.delta, plan.delta))
+            new = Promise(
+                max(old.epsilon, plan.privacy.epsilon), max(old.delta, plan.delta), client=self.client
+            )
             if new != old:
                 found = {name: vars(promise) for name, promise in (known | {experiment: new}).items()}
                 text = json.dumps(found, indent=2) + "\n"
@@ -123,9 +139,12 @@ def _promise(value: object) -> Promise:
     """One entry of the file; where only an epsilon was kept, the delta was that of a run that says none."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = {"epsilon": value, "delta": 1e-5}
-    if not isinstance(value, dict) or set(value) != {"epsilon", "delta"}:
+    if not isinstance(value, dict) or {*value} - {"client"} != {"epsilon", "delta"}:
         raise ValueError(f"expected an epsilon and a delta, got {value!r:.60}")
-    promise = Promise(float(value["epsilon"]), float(value["delta"]))
+    client = value.get("client")
+    if not (client is None or type(client) is int):
+        raise ValueError(f"expected the number of a client, got {client!r:.60}")
+    promise = Promise(float(value["epsilon"]), float(value["delta"]), client)
     if not (promise.epsilon >= 0 and promise.delta >= 0):
         raise ValueError(f"expected numbers of at least 0, got {value!r:.60}")
     return promise

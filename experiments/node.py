@@ -115,6 +115,9 @@ class Node:
             ConfigError: a word that does not exist, or that cannot be; a typo must not switch a limit off.
         """
         given = {key.replace("-", "_"): value for key, value in config.items()}
+        if len(given) < len(config):
+            twice = next(key for key in config if "-" in key and key.replace("-", "_") in config)
+            raise ConfigError(f"--node-config: {twice}: is said twice, with - and with _; say it once")
         known = {field.name: field for field in fields(cls)}
         for key in given.keys() - known.keys():
             near = difflib.get_close_matches(key, known, 1)
@@ -173,7 +176,7 @@ class Node:
     @property
     def limits(self) -> Limits | None:
         """Those of its privacy; None where it has none."""
-        return None if self.epsilon is None else Limits(self.home, self.epsilon, self.delta)
+        return None if self.epsilon is None else Limits(self.home, self.epsilon, self.delta, self.client)
 
     def rows(self, config: DictConfig, labels: Sequence[str]) -> list[Row]:
         """Its rows for a run.

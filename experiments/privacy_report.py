@@ -80,7 +80,8 @@ def not_covered(privacy: Privacy, secure_sum: bool = False) -> list[str]:
     """What a run lets out beside what its epsilon is of."""
     found = [
         "settings that were chosen by looking at the private rows",
-        "that a client failed",
+        "that a client failed or refused, from which follows whether all of its rows have the columns and "
+        "labels that the run names",
         "how long the run and its rounds take and how much memory, which grow with the rows",
         "digests of the rows, in checkpoint/inputs.json",
         "the test rows, on which the model is measured without noise",

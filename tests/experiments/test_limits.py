@@ -37,13 +37,25 @@ def test_promises_add_up_over_runs_in_epsilon_and_in_delta(tmp_path: Path) -> No
     limits.promise("one", plan(1.0, 2e-3), 200)
     limits.promise("one", plan(1.0, 1e-3), 200)  # the same run: the larger of both
     limits.promise("two", plan(1.0, 2e-3), 200)
-    assert limits.promised() == {"one": Promise(1.0, 2e-3), "two": Promise(1.0, 2e-3)}
+    assert limits.promised() == {"one": Promise(1.0, 2e-3, 0), "two": Promise(1.0, 2e-3, 0)}
     with pytest.raises(ConfigError, match="so much delta to other runs"):
         limits.promise("three", plan(1.0, 1.1e-3), 200)
     with pytest.raises(ConfigError, match=r"2 are promised to others, this one asks 3\.1"):
         limits.promise("three", plan(3.1), 200)
     limits.promise("three", plan(3.0), 200)
-    assert Limits(tmp_path, 5.0).promised()["three"] == Promise(3.0, 1e-5)
+    assert Limits(tmp_path, 5.0).promised()["three"] == Promise(3.0, 1e-5, 0)
+
+
+def test_a_run_is_not_promised_its_epsilon_twice_under_two_numbers_of_the_site(tmp_path: Path) -> None:
+    """A ledger is kept under the client's number: under another one it would begin at nothing."""
+    first, renumbered = (Limits(tmp_path, 5.0, client=number) for number in (0, 1))
+    first.promise("one", plan(1.0), 200)
+    for ask in (renumbered.check, renumbered.promise):
+        with pytest.raises(ConfigError, match="is of client 0; give every site a state folder"):
+            ask("one", plan(1.0), 200)
+    renumbered.promise("two", plan(1.0), 200)
+    first.promise("one", plan(1.0), 200)
+    assert first.promised() == {"one": Promise(1.0, 1e-5, 0), "two": Promise(1.0, 1e-5, 1)}
 
 
 @pytest.mark.parametrize("n", [50, 20_000])

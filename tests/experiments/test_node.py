@@ -182,6 +182,7 @@ def test_an_experiments_name_leads_nowhere(name: str) -> None:
         {"client": True},
         {"rank": 0},
         {"max-rounds": 0},
+        {"max-rounds": 1, "max_rounds": 9},
         {"epsilon": 0},
         {"epsilon": True},
         {"epsilon": 8.0, "delta": 0},

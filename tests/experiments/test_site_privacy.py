@@ -40,7 +40,7 @@ def test_a_private_round_is_paid_for_before_its_reply(ask: Any, composed: Any, w
     assert metrics["epsilon"] == paid.epsilon <= 2
     assert not {"loss", "clipped"} & metrics.keys()
     promised = json.loads((Path(words["state"]) / "promised.json").read_text())
-    assert promised == {"trial": {"epsilon": 2.0, "delta": 1e-5}}
+    assert promised == {"trial": {"epsilon": 2.0, "delta": 1e-5, "client": 0}}
 
 
 def changed(change: Callable[[DictConfig], None]) -> Callable[[DictConfig], DictConfig]:
@@ -175,6 +175,19 @@ def test_an_allowed_client_that_only_says_it_is_private_is_not_believed(
     assert not broke().has_error()
     assert "no entry of its own in the ledger" in broke.why(broke.train())
     assert ledger(own) is None
+
+
+def test_a_site_of_another_number_does_not_begin_a_ledger_of_its_own(
+    ask: Any, composed: Any, words: Any
+) -> None:
+    config = composed(*DP, "rounds=1")
+    asked = ask(config, words)
+    assert not asked().has_error()
+    assert not asked.train().has_error()
+    again = ask(config, words | {"client": 1})  # the same rows and the same state
+    for reply in (again(), again.train()):
+        assert "is of client 0" in again.why(reply)
+    assert not (Path(words["state"]) / "trial" / "clients" / "client-1").exists()
 
 
 def test_messages_that_come_at_once_are_each_paid_for(ask: Any, composed: Any, words: Any) -> None:
