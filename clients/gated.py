@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.client import Assignment, Client, Outcome
-from fedlora.data import Example, collate
+from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.evaluation import measure
 from fedlora.models import Bank, Base, Tap
@@ -135,7 +135,7 @@ class Mixture:
 
     def scores(self, rows: list[Example]) -> tuple[Tensor, Tensor]:
         """One loss a row and one share of right answers a row, both (rows,)."""
-        batch = collate(rows, self._base.pad_id)
+        batch = self._base.collate(rows)
         with torch.no_grad():
             self._bank.route([len(rows), 0])
             common = self._base.logits(batch)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.client import Assignment, Client, Outcome
-from fedlora.data import Example, collate
+from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.evaluation import measure
 from fedlora.models import Bank, Base, LoRA, Tap, fresh_adapter, targets
@@ -194,7 +194,7 @@ class Personal:
 
     def _pass(self, rows: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
         """The local model's logits, its pooled features h and the targets of a micro-batch."""
-        batch = collate(rows, self._base.pad_id)
+        batch = self._base.collate(rows)
         logits = self._base.logits(batch)
         h = self._tap.pooled(batch.attention_mask.to(self._base.device))
         return logits, h.to(self._P), batch.target.to(self._base.device)

@@ -1,6 +1,7 @@
 """What a run learns, kept in its folder, so that it can be read without its rows and its strategy's code."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedlora.data import Dataset, Kind
 from fedlora.engine import RunFolder
 from fedlora.errors import CheckpointError
-from fedlora.models import Base
+from fedlora.models import Base, load
 
 from .bases import load_base
 from .build import Job
@@ -73,11 +74,11 @@ class Learnt:
         """Write it into a run's folder."""
         folder.write_json(FILE, asdict(self))
 
-    def load_base(self, config: DictConfig) -> Base:
+    def load_base(self, config: DictConfig, loader: Callable[..., Base] = load) -> Base:
         """The base model, from where the run had it if that is still there, else as its settings say."""
         if Path(self.base).is_dir():
             config = OmegaConf.merge(config, {"model": {"path": self.base}})  # type: ignore[assignment]
-        return load_base(config, Dataset("", self.kind, (), (), self.labels))
+        return load_base(config, Dataset("", self.kind, (), (), self.labels), loader)
 
     def tested(self, config: DictConfig) -> Dataset:
         """The rows that the run was evaluated on; training rows are read only if these were cut from them."""

@@ -10,7 +10,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -83,7 +83,8 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | No
     """Answer every prompt with one adapter, in the order of the examples.
 
     A prompt is the part of an example that has no loss, so it is what training reads before a response. An
-    answer may be as long as the longest response of all examples, but no longer than LONGEST tokens.
+    answer may be as long as the longest response of all examples, but no longer than LONGEST tokens, nor than
+    the model has positions: it is empty where a prompt takes them all.
 
     Args:
         base: the frozen model, a decoder.
@@ -95,8 +96,9 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | No
         return []  # without a look at the adapter, which may be no part of this model
     prompts = [(at, Example(e.input_ids[: _told(e)], [])) for at, e in enumerate(examples)]
     longest = min(LONGEST, max(len(e.input_ids) - _told(e) for e in examples))
-    room = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    room = base.room
     ends = answer_ends(base)
+    traits = base.traits if base.traits.prompts else replace(base.traits, limit=0)
     said: dict[int, str] = {}
     with Bank(base, [task]), Workers(base) as workers:
 
@@ -108,17 +110,21 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | No
             for line, (_, prompt) in enumerate(batch):  # on the left, so that answers begin side by side
                 ids[line, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
                 mask[line, width - len(prompt.input_ids) :] = 1
-            full = base.model.generate(
-                input_ids=ids.to(base.device),
-                attention_mask=mask.to(base.device),
-                max_new_tokens=longest if room is None else min(longest, room - width),
-                eos_token_id=ends,
-                pad_token_id=base.pad_id,
-                **GREEDY,
-            )
+            most = longest if room is None else min(longest, room - width)
+            if most < 1:  # no position is left to answer at
+                return [""] * len(batch)
+            with base.passing():
+                full = base.model.generate(
+                    input_ids=ids.to(base.device),
+                    attention_mask=mask.to(base.device),
+                    max_new_tokens=most,
+                    eos_token_id=ends,
+                    pad_token_id=base.pad_id,
+                    **GREEDY,
+                )
             return [_text(base, line, ends) for line in full[:, width:].tolist()]
 
-        batches = micro_batches(prompts, tokens or PROMPTS)
+        batches = micro_batches(prompts, tokens or PROMPTS, traits)
         for batch, texts in zip(batches, workers.map(generate, batches), strict=True):
             said |= {at: text for (at, _), text in zip(batch, texts, strict=True)}
     return [said[at] for at in range(len(examples))]

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Sequence
 
 from fedlora.data import Example
+from fedlora.models import Traits
 
 Micro = list[tuple[int, Example]]
 
@@ -44,7 +45,7 @@ def count(tokens: int) -> int:
     return max(2, 1 << ((tokens // 64).bit_length() - 1) // 2, -(-tokens // LARGEST))
 
 
-def micro_batches(rows: Micro, tokens: int | None, padded: bool = True) -> list[Micro]:
+def micro_batches(rows: Micro, tokens: int | None, traits: Traits, padded: bool = True) -> list[Micro]:
     """Cut (slot, row) pairs into lists of like length, slot by slot.
 
     Their sizes are as even as possible, so that no core waits for another.
@@ -53,6 +54,7 @@ def micro_batches(rows: Micro, tokens: int | None, padded: bool = True) -> list[
         rows: in any order.
         tokens: what a list holds at most, if it holds more than one row; there are as few lists as that
             allows. None makes as many lists as `count` says, or fewer.
+        traits: of the model, which say what rows may be together.
         padded: whether each row counts as long as its list's longest.
     """
     ordered = sorted(rows, key=lambda item: -len(item[1].input_ids))
@@ -60,12 +62,12 @@ def micro_batches(rows: Micro, tokens: int | None, padded: bool = True) -> list[
     if tokens is None:
         fewest, high = count(sum(lengths)), sum(lengths[:1]) * len(lengths)
     else:
-        fewest, high = len(_cuts(lengths, tokens, padded)), tokens
+        fewest, high = len(_cuts(lengths, tokens, traits, padded)), tokens
     low = 0
     while high - low > 1:  # the smallest budget that needs no more lists
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cuts(lengths, middle, padded)) <= fewest else (middle, high)
-    spans = itertools.pairwise([*_cuts(lengths, high, padded), len(ordered)])
+        low, high = (low, middle) if len(_cuts(lengths, middle, traits, padded)) <= fewest else (middle, high)
+    spans = itertools.pairwise([*_cuts(lengths, high, traits, padded), len(ordered)])
     return [sorted(ordered[start:stop], key=lambda item: item[0]) for start, stop in spans]
 
 
@@ -94,13 +96,13 @@ def groups(batches: Sequence[Sequence[Sequence[Example]]], tokens: int) -> list[
     return [sorted(group) for group in found]
 
 
-def _cuts(lengths: Sequence[int], tokens: int, padded: bool) -> list[int]:
+def _cuts(lengths: Sequence[int], tokens: int, traits: Traits, padded: bool) -> list[int]:
     """Where lists begin that take as many rows of falling length as there is room for."""
     cuts: list[int] = []
     held = 0
     for i, length in enumerate(lengths):
         held = (i - cuts[-1] + 1) * lengths[cuts[-1]] if padded and cuts else held + length
-        if not cuts or held > tokens:
+        if not cuts or held > tokens or not traits.together(lengths[cuts[-1]], length):
             cuts.append(i)
             held = length
     return cuts

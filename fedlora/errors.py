@@ -4,6 +4,7 @@ FedLoraError
 ├── ConfigError           a setting, or a pairing of settings, that cannot work
 ├── DataError             a file, a column, a row, a label or a partition
 ├── ModelError            a base model, its LoRA targets or its adapter files
+│   └── ApartError        clients that this model cannot train in one pass
 ├── IncompatibleUpdates   client updates that a strategy cannot combine
 ├── CheckpointError       a run folder that cannot be continued or read
 └── PrivacyError          private training that failed; says nothing of the rows
@@ -27,6 +28,10 @@ class DataError(FedLoraError):
 
 class ModelError(FedLoraError):
     """A base model, its LoRA targets or its adapter files cannot be used."""
+
+
+class ApartError(ModelError):
+    """Clients that this model cannot train in one pass, since a layer is not fed by row; each can alone."""
 
 
 class IncompatibleUpdates(FedLoraError):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fedlora.batches import Micro, budget, micro_batches
-from fedlora.data import Example, collate
+from fedlora.data import Example
+from fedlora.errors import ApartError
 from fedlora.models import Bank, Base
 from fedlora.protocol import Task
 from fedlora.workers import Workers
@@ -27,10 +28,20 @@ def evaluate(
             rows.
     """
     tokens = budget(tokens, base.device.type)
+    try:
+        return _together(base, tasks, rows, tokens)
+    except ApartError:
+        each = zip(tasks, rows, strict=True)
+        return [_together(base, [task], [own], tokens)[0] for task, own in each]
+
+
+def _together(
+    base: Base, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], tokens: int | None
+) -> list[tuple[float, float]]:
     totals = [[0.0, 0.0] for _ in tasks]
     pool = [(slot, row) for slot, own in enumerate(rows) for row in own]
     with Bank(base, tasks) as bank, Workers(base) as workers:
-        micros = micro_batches(pool, tokens, not bank.unpadded)
+        micros = micro_batches(pool, tokens, base.traits, not bank.unpadded)
 
         @torch.no_grad()
         def measure(micro: Micro) -> tuple[list[float], list[float]]:
@@ -68,7 +79,7 @@ def measure(
         return [float(found.double().sum()) for found in scores([row for _, row in micro])]
 
     with Workers(base) as workers:
-        found = list(workers.map(sums, micro_batches([(0, row) for row in rows], tokens)))
+        found = list(workers.map(sums, micro_batches([(0, row) for row in rows], tokens, base.traits)))
     if not rows:
         return math.nan, math.nan
     return math.fsum(f[0] for f in found) / len(rows), math.fsum(f[1] for f in found) / len(rows)
@@ -85,4 +96,4 @@ def losses_of(base: Base, bank: Bank, micro: Micro, slots: int) -> tuple[Tensor,
         bank.route(counts, lengths)
         return base.losses_unpadded([row for _, row in micro])
     bank.route(counts)
-    return base.losses(collate([row for _, row in micro], base.pad_id))
+    return base.losses(base.collate([row for _, row in micro]))

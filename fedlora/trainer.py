@@ -112,7 +112,7 @@ def fit(
                 for slot, batch in live.items():
                     learners[slot].share = 1 / max(1, len(batch))
                 rows = [(slot, row) for slot, batch in live.items() for row in batch]
-                micros = micro_batches(rows, room, not bank.unpadded)
+                micros = micro_batches(rows, room, base.traits, not bank.unpadded)
                 for grads, told in workers.map(backward, micros):
                     (_collect if mechanisms else _accumulate)(grads)
                     for slot, loss in told:
@@ -189,7 +189,7 @@ def descend(
 
     with Workers(base) as workers:
         for step, batch in enumerate(batches):
-            micros = micro_batches([(0, row) for row in batch], tokens)
+            micros = micro_batches([(0, row) for row in batch], tokens, base.traits)
             for grads, loss in workers.map(backward, [(micro, len(batch)) for micro in micros]):
                 _accumulate(grads)
                 total += loss

@@ -8,6 +8,7 @@ each is computed by one thread and they are added up in order, the result does n
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -21,13 +22,17 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """As many threads as torch would use on the CPU; none for a model on a GPU. For use in a `with` block."""
+    """As many threads as torch would use on the CPU; none for a model on a GPU. For use in a `with` block.
+
+    A model that writes into its own modules is fed by the caller's thread alone, with one of torch's.
+    """
 
     def __init__(self, base: Base) -> None:
         self._threads = torch.get_num_threads()
         self._pool: ThreadPoolExecutor | None = None
+        self._alone = base.traits.stateful
         self._mine = threading.local()
-        if base.device.type == "cpu" and self._threads > 1:
+        if base.device.type == "cpu" and self._threads > 1 and not self._alone:
             self._pool = ThreadPoolExecutor(self._threads, "fedlora", self._begin)
 
     def __enter__(self) -> Self:
@@ -47,7 +52,8 @@ class Workers:
         while there is work, and none waits for one that waits for it.
         """
         if self._pool is None:
-            return [work(item) for item in items]
+            with one_thread() if self._alone else nullcontext():
+                return [work(item) for item in items]
         if getattr(self._mine, "thread", False):
             return self._share(self._pool, work, items)
         with one_thread():

@@ -11,7 +11,7 @@ from fedlora.adapter import Adapter, Pair
 from fedlora.batches import count, groups, micro_batches
 from fedlora.data import Example, collate
 from fedlora.evaluation import evaluate
-from fedlora.models import Bank, Base, load, targets
+from fedlora.models import Bank, Base, Traits, load, targets
 from fedlora.models.packaged import tiny
 from fedlora.protocol import Task
 from fedlora.trainer import Job, fit
@@ -52,7 +52,7 @@ def test_micro_batches_hold_every_row_once_slot_by_slot_within_the_budget(
     lengths: list[tuple[int, int]], tokens: int, padded: bool
 ) -> None:
     pool = [(slot, Example([number] * length, 0)) for number, (slot, length) in enumerate(lengths)]
-    found = list(micro_batches(pool, tokens, padded))
+    found = list(micro_batches(pool, tokens, Traits(), padded))
     assert sorted(item for micro in found for item in micro) == sorted(pool)
     longest = math.inf
     for micro in found:
@@ -208,7 +208,7 @@ def test_the_number_of_micro_batches_is_even_and_their_size_has_bounds(tokens: i
 
 
 def test_micro_batches_are_of_even_size() -> None:
-    found = micro_batches([(0, Example([1] * 10, 0)) for _ in range(10)], 60)
+    found = micro_batches([(0, Example([1] * 10, 0)) for _ in range(10)], 60, Traits())
     assert [len(micro) for micro in found] == [5, 5]
 
 

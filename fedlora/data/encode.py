@@ -5,7 +5,7 @@ Messages number a row and never quote its text: they may leave the site that hol
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from fedlora.data.dataset import Kind, Row
 from fedlora.errors import ConfigError, DataError, ModelError
 
 IGNORED = -100  # torch's cross entropy leaves these positions out
+Side = Literal["right", "left"]
 
 
 class Tokenizer(Protocol):
@@ -48,7 +49,7 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch:
-    """Examples padded on the right to the longest: ids and mask n×T, `target` n or n×T."""
+    """Examples padded to the longest: ids and mask n×T, `target` n or n×T."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -135,16 +136,16 @@ def turn_ends(tokenizer: Tokenizer) -> list[int]:
     return [*dict.fromkeys([*behind[:1], tokenizer.eos_token_id])]
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad on the right to the longest example.
+def collate(examples: Sequence[Example], pad_id: int, side: Side = "right") -> Batch:
+    """Pad to the longest example, on the side that the model needs (`Base.collate` knows it).
 
     Padding is known by the mask, not by its id: `pad_id` may equal the end-of-sequence token's.
     """
     inputs = [example.input_ids for example in examples]
     targets = [example.target for example in examples]
-    target = _pad(targets, IGNORED) if isinstance(targets[0], list) else torch.tensor(targets)
-    mask = _pad([[1] * len(ids) for ids in inputs], 0)
-    return Batch(_pad(inputs, pad_id), mask, target)
+    target = _pad(targets, IGNORED, side) if isinstance(targets[0], list) else torch.tensor(targets)
+    mask = _pad([[1] * len(ids) for ids in inputs], 0, side)
+    return Batch(_pad(inputs, pad_id, side), mask, target)
 
 
 def _check_length(max_length: int, least: int, why: str) -> None:
@@ -182,8 +183,9 @@ def _conversation(row: Row, tokenizer: Tokenizer, ends: Sequence[int]) -> tuple[
     return prompt, response[: last + 1]  # without what the template writes after the turn
 
 
-def _pad(rows: Sequence[Any], value: int) -> Tensor:
+def _pad(rows: Sequence[Any], value: int, side: Side) -> Tensor:
     padded = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.long)
     for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        place = slice(0, len(row)) if side == "right" else slice(padded.shape[1] - len(row), None)
+        padded[i, place] = torch.tensor(row, dtype=torch.long)
     return padded

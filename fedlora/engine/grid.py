@@ -7,6 +7,7 @@ Replies are made when they are asked for, so that one group's are in memory at a
 
 import logging
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -16,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.engine.site import Site
 from fedlora.engine.wire import FAILED
-from fedlora.errors import FedLoraError
+from fedlora.errors import ApartError, FedLoraError
 
 TOKENS = 16384  # of a step: about thirty groups of clients, one a core; more make it no faster
 MEMORY = 512 * 2**20  # bytes of a group's adapters with their gradients and optimizer states
@@ -138,6 +139,7 @@ class InProcessGrid(Grid):
         except Exception as error:
             # One client's failure must not take its group's work with it, so each is tried alone.
             if len(group) > 1:
+                self._explain(error)
                 return [reply for message in group for reply in self._answers([message])]
             if not isinstance(error, FedLoraError):
                 logging.getLogger("fedlora").exception("a client raised what nobody expected")
@@ -146,6 +148,12 @@ class InProcessGrid(Grid):
         for reply in replies:
             reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
         return replies
+
+    def _explain(self, error: Exception) -> None:
+        """Say once that clients train one by one, where it is the model that cannot train them together."""
+        if isinstance(error, ApartError) and self._fuse != 1:
+            warnings.warn(f"clients train one by one: {error}", stacklevel=2)
+            self._fuse = 1
 
     def _delivered(self, message: Message) -> Message:
         """The message as the other side would read it: fresh records over the same immutable bytes."""

@@ -9,12 +9,14 @@ from fedlora.models.lora import LoRA, fresh_adapter, layer_weight
 from fedlora.models.peft_files import by_peft, load_adapter, merge, save_adapter
 from fedlora.models.starts import taken_out
 from fedlora.models.tap import Tap
+from fedlora.models.traits import Traits
 
 __all__ = [
     "Bank",
     "Base",
     "LoRA",
     "Tap",
+    "Traits",
     "by_peft",
     "checkpoint_dtype",
     "fresh_adapter",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.data import Example, collate
+from fedlora.data import Example
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
 from fedlora.models.lora import layer_shape
@@ -158,7 +158,7 @@ def _silent(base: Base, modules: Iterable[str]) -> dict[str, str]:
 
     handles = [base.model.get_submodule(name).register_forward_hook(hook(name)) for name in modules]
     try:
-        loss = base.losses(collate([row], base.pad_id))[0].sum()
+        loss = base.losses(base.collate([row]))[0].sum()
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise ModelError(
             f"model.path: expected a model that takes a row of {len(ids)} tokens, '{base.path}' fails on it: "

@@ -7,6 +7,10 @@ A model in bfloat16 attends in float32, since torch's fused attention goes backw
 bfloat16 than in float32.
 """
 
+import functools
+import inspect
+import re
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +23,8 @@ from torch import Tensor
 
 OURS = "fedlora"
 WIDTH = 16  # torch's fused attention takes half as long for a row of 32 tokens as for one of 30
+# A comparison with "sdpa", alone or as one of several names.
+COMPARED = re.compile(r"""(==|!=|\bin)\s*[(\[{]?[^\n:]*["']sdpa["']|["']sdpa["']\s*(==|!=|in\b)""")
 _here = threading.local()
 
 
@@ -136,6 +142,20 @@ def packed() -> Pack | None:
     return getattr(_here, "pack", None)
 
 
+def takes_our_attention(model: Any) -> bool:
+    """Whether a model of transformers may attend as this module says, by its device and its code.
+
+    It must attend by torch's function on the CPU ("sdpa"), and its code must not ask for that name: a model
+    that does (DeepSeek-V3.2, whose sparse mask is for "eager" and "sdpa") would become another one.
+
+    Args:
+        model: on its device.
+    """
+    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+        return False
+    return not any(_asks_for_sdpa(name) for name in {type(module).__module__ for module in model.modules()})
+
+
 def attend_our_way(model: Any) -> bool:
     """Let a model of transformers attend as this module says; False where it cannot, or need not.
 
@@ -145,12 +165,28 @@ def attend_our_way(model: Any) -> bool:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa":
+    if not takes_our_attention(model):
         return False
     AttentionInterface.register(OURS, _attend)
     AttentionMaskInterface.register(OURS, _mask)
     model.set_attn_implementation(OURS)
     return bool(model.config._attn_implementation == OURS)
+
+
+def attend_plainly(model: Any) -> None:
+    """Undo `attend_our_way`."""
+    model.set_attn_implementation("sdpa")
+
+
+@functools.cache
+def _asks_for_sdpa(module: str) -> bool:
+    """Whether the code of a module compares something with "sdpa"; True where there is no code to read."""
+    if module.startswith("torch."):
+        return False
+    try:
+        return COMPARED.search(inspect.getsource(sys.modules[module])) is not None
+    except (OSError, TypeError):
+        return True
 
 
 def _attend(
@@ -163,6 +199,8 @@ def _attend(
     if dtype == torch.bfloat16:
         parts = tuple(x.float() for x in parts)  # type: ignore[assignment]
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
+        bias = {name: x.float() for name, x in named.items() if isinstance(x, Tensor) and x.dtype == dtype}
+        named |= bias
     if pack is None:
         found: Tensor = sdpa_attention_forward(module, *parts, mask, **named)[0]
         return found.to(dtype), None

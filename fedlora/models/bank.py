@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.errors import ModelError
+from fedlora.errors import ApartError, ModelError
 from fedlora.models import slots
 from fedlora.models.base import Base
 from fedlora.models.dora import MAGNITUDE, lengths, stretch
@@ -76,6 +76,7 @@ class Bank:
             raise ModelError("sparse values and DoRA's magnitudes have no gradient for each row")
         alone = range(len(tasks)) if per_row else ()
         self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in alone])
+        self._by_row = base.traits.by_row
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
 
@@ -234,14 +235,14 @@ class Bank:
         if len(self._pairs) == 1 and not self._rows.on:
             return [(0, x.shape[0])]
         rows: list[tuple[int, int]] = self._batch.rows
-        if x.shape[0] != rows[-1][1]:
-            what = "client; train this model with engine.fuse=1"
-            if self._rows.on:
-                what = "record; leave it out of lora.targets, or use privacy=none"
-            raise ModelError(
-                f"'{name}' is fed {x.shape[0]} rows where the batch has {rows[-1][1]}, so that they "
-                f"cannot be told apart by {what}"
+        if x.shape[0] != rows[-1][1] or (self._by_row is not None and name not in self._by_row):
+            told = (
+                f"'{name}' is fed {tuple(x.shape)}, not one row for each of the {rows[-1][1]} rows of the "
+                "batch, so that they cannot be told apart by "
             )
+            if self._rows.on:
+                raise ModelError(f"{told}record; leave it out of lora.targets, or use privacy=none")
+            raise ApartError(f"{told}client; train this model with engine.fuse=1")
         return rows
 
 

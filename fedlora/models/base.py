@@ -1,7 +1,8 @@
 """A frozen pretrained model with its tokenizer and what it is trained for; loaded once a process."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.adapter import digest
-from fedlora.data import Batch, Example, Kind
+from fedlora.data import Batch, Example, Kind, collate
 from fedlora.data.encode import IGNORED
 from fedlora.errors import ConfigError
 from fedlora.models.attention import Pack
 from fedlora.models.packing import logits
+from fedlora.models.state import put_back
+from fedlora.models.traits import Traits
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Base:
         path: where the model came from.
         after: the module from which on the first token of a row is enough, if its head reads no other.
         offset: the position of a row's first token, if the model can be fed rows end to end.
+        traits: how it must be fed.
     """
 
     model: Any
@@ -38,6 +42,7 @@ class Base:
     path: str
     after: nn.Module | None = None
     offset: int | None = None
+    traits: Traits = field(default_factory=Traits)
 
     @property
     def device(self) -> torch.device:
@@ -56,8 +61,10 @@ class Base:
         """How many tokens a row may have; None where the model has no table of positions to run out of."""
         ends = ("position_embeddings", "embed_positions", "wpe")
         named = (module for name, module in self.model.named_modules() if name.endswith(ends))
-        table = next((module for module in named if isinstance(module, nn.Embedding)), None)
         most: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if any(name.endswith("embed_positions") for name, _ in self.model.named_buffers()):
+            return most  # GPT-J and its like compute their table
+        table = next((module for module in named if isinstance(module, nn.Embedding)), None)
         if table is None or most is None:
             return None
         # RoBERTa and its like begin behind the padding.
@@ -78,13 +85,22 @@ class Base:
         ours = {name: value for name, value in parts if not name.startswith(tuple(f"{t}." for t in trained))}
         return digest(self.kind, sorted(ours.items()))
 
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """A batch of these rows, padded as the model needs it."""
+        return collate(examples, self.pad_id, self.traits.side)
+
+    def passing(self) -> AbstractContextManager[Any]:
+        """Around a pass, or what belongs together such as an answer: the model then is as it was loaded."""
+        return put_back(self.model) if self.traits.stateful else nullcontext()
+
     def logits(self, batch: Batch) -> Tensor:
         """The model's output, (rows, labels) or (rows, tokens, vocabulary), in float32 at least."""
         return _precise(self._raw(batch))
 
     def _raw(self, batch: Batch) -> Tensor:
         ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-        output: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+        with self.passing():
+            output: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
         return output
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -109,12 +125,11 @@ class Base:
 
         Not while a client's bank is open that wants padded batches, nor of a model without an `offset`.
         """
-        assert self.offset is not None
         ids = torch.tensor([token for example in examples for token in example.input_ids])
         pack = Pack([len(example.input_ids) for example in examples])
         if self.kind == "classification":
             target = torch.tensor([example.target for example in examples])
-            return _of_labels(logits(self.model, ids, pack, self.offset, None), target)
+            return _of_labels(self._packed(ids, pack, None), target)
         told = [
             (row, start + at - 1, token)  # a token is foretold one place before it
             for row, (start, example) in enumerate(zip(pack.starts.tolist(), examples, strict=True))
@@ -122,7 +137,12 @@ class Base:
             if at and token != IGNORED
         ]
         rows, places, wanted = torch.tensor(told, dtype=torch.long).view(-1, 3).T
-        return _by_row(logits(self.model, ids, pack, self.offset, places), wanted, rows, len(examples))
+        return _by_row(self._packed(ids, pack, places), wanted, rows, len(examples))
+
+    def _packed(self, ids: Tensor, pack: Pack, kept: Tensor | None) -> Tensor:
+        assert self.offset is not None
+        with self.passing():
+            return logits(self.model, ids, pack, self.offset, kept)
 
     @property
     def last(self) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 
 import os
 import re
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 
 from fedlora.data import Kind
 from fedlora.errors import ModelError
-from fedlora.models.attention import attend_our_way
+from fedlora.models.attention import attend_our_way, attend_plainly, takes_our_attention
 from fedlora.models.base import Base
 from fedlora.models.first_token import only_first_token
 from fedlora.models.packing import offset_of
 from fedlora.models.quantized import quantized
+from fedlora.models.state import put_back
+from fedlora.models.trial import Trial
 from fedlora.seeds import generator
 
 
@@ -28,6 +32,7 @@ def load(
     seed: int = 0,
     quantize: str | None = None,
     allow_pickle: bool = False,
+    plain: bool = False,
 ) -> Base:
     """Load a transformers model from a folder or, by name, from the hub or its cache.
 
@@ -42,6 +47,7 @@ def load(
         seed: of made-up parameters.
         quantize: "4bit" or "8bit", on a GPU with bitsandbytes; heads and adapters stay as they are.
         allow_pickle: also load weights that are not safetensors; a pickle can hold more than weights.
+        plain: leave the model as transformers makes it, its attention too, to compare ours with.
 
     Raises:
         ModelError: no such model, or one that cannot do this.
@@ -98,10 +104,37 @@ def load(
     model.requires_grad_(False).eval()
     if not bits:  # else it is there already, and bitsandbytes does not let it move
         model.to(device)
-    ours = attend_our_way(model)
-    after = only_first_token(model) if kind == "classification" else None
-    packs = ours and (after is not None or kind == "instruction")
-    return Base(model, tokenizer, kind, heads, str(path), after, offset_of(model, after) if packs else None)
+    base = Base(model, tokenizer, kind, heads, str(path))
+    return base if plain else _tried(base)
+
+
+def _tried(base: Base) -> Base:
+    """The base with what is found out about its model, and with our attention where that changes nothing."""
+    model, decoder = base.model, base.kind == "instruction"
+    trial = Trial(model, base.tokenizer, decoder, base.pad_id, base.room, base.path)
+    traits = trial.traits()
+    for line in traits.notices(base.path):
+        warnings.warn(line, stacklevel=3)
+    ours = takes_our_attention(model) and _attends_alike(trial)
+    with put_back(model):
+        after = None if decoder else only_first_token(model)
+    offset = None
+    if ours and traits.limit != 0 and traits.side == "right" and (decoder or after is not None):
+        with put_back(model):
+            offset = offset_of(model, after)
+    return replace(base, after=after, offset=offset, traits=traits)
+
+
+def _attends_alike(trial: Trial) -> bool:
+    """Let the model attend our way, if its logits and gradients stay what they are; else undo it."""
+    try:
+        before = trial.answers()
+        if attend_our_way(trial.model) and trial.same(trial.answers(), before):
+            return True
+    except (RuntimeError, ValueError, IndexError, TypeError):  # it lacks an argument, or has no gradient
+        pass
+    attend_plainly(trial.model)
+    return False
 
 
 def checkpoint_dtype(path: str) -> torch.dtype | None:

@@ -20,12 +20,17 @@ class Tap:
     """
 
     def __init__(self, base: Base, module: str = "") -> None:
-        self._model, self._module = base.model, module
+        self._model, self._module, self._by_row = base.model, module, base.traits.by_row
         self._seen = threading.local()  # passes may be on their way in several threads
         self._handle: torch.utils.hooks.RemovableHandle | None = None
 
     def __enter__(self) -> Self:
         if self._module:
+            if self._by_row is not None and self._module not in self._by_row:
+                raise ModelError(
+                    f"'{self._module}' is not fed one row for each row of the batch, so that its input "
+                    "cannot be told apart by row; choose other lora.targets"
+                )
             place = self._model.get_submodule(self._module)
             self._handle = place.register_forward_pre_hook(self._enter, with_kwargs=True)
         else:

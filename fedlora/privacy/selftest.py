@@ -6,28 +6,29 @@ data.
 """
 
 import weakref
-from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.data import Example, collate
+from fedlora.data import Example
+from fedlora.data.encode import IGNORED
 from fedlora.errors import ModelError
 from fedlora.models import Bank, Base
+from fedlora.models.trial import lengths, made_up
 from fedlora.protocol import Task
 from fedlora.seeds import generator
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2}  # relative; what the model's rounding alone makes
 FINE = 1e-3
-LENGTHS = (9, 5)  # tokens of the rows: one is padded
 # Model -> the forms of tasks that have passed.
 _passed: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def self_test(base: Base, task: Task) -> None:
-    """Compare the gradients of two rows in one batch with those of each alone; once a form of task and model.
+    """Compare the gradients of rows in batches, cut as in training, with those of each alone.
+
+    Once a form of task and model.
 
     Raises:
         ModelError: they differ, so that this model cannot be trained privately with these targets.
@@ -37,11 +38,14 @@ def self_test(base: Base, task: Task) -> None:
     if form in passed:
         return
     made = _made_up(base, task)
-    rows = list(_rows(base))
+    rows = _rows(base)
     alone = [_gradients(base, made, [row], False)[0] for row in rows]
-    together = _gradients(base, made, rows, True)
+    together: dict[int, list[Tensor]] = {}
+    for batch in _batches(base, rows):
+        found = _gradients(base, made, [rows[at] for at in batch], True)
+        together |= dict(zip(batch, found, strict=True))
     tolerance = TOLERANCE.get(next(base.model.parameters()).dtype, FINE)
-    for one, other in zip(alone, together, strict=True):
+    for one, other in zip(alone, (together[at] for at in range(len(rows))), strict=True):
         whole = torch.stack([g.double().norm() for g in one]).norm()
         for want, got in zip(one, other, strict=True):
             size = max(float(want.double().norm()), float(whole) * 1e-2, 1e-12)
@@ -81,13 +85,24 @@ def _made_up(base: Base, task: Task) -> Task:
     return Task(Adapter(pairs, extra), task.train, active=task.active, fold=task.fold)
 
 
-def _rows(base: Base) -> Iterator[Example]:
-    rng = generator(0, "self-test", 1)
-    special = {base.pad_id, *base.tokenizer.all_special_ids}
-    ordinary = np.array([i for i in range(len(base.tokenizer)) if i not in special] or [0])
-    for number, length in enumerate(LENGTHS):
-        ids = rng.choice(ordinary, length).tolist()
-        yield Example(ids, number if base.kind == "classification" else [-100] * 2 + ids[2:])
+def _rows(base: Base) -> list[Example]:
+    """Rows of the lengths on which the model was tried when it was loaded, longest first, and that twice."""
+    longest, *shorter = lengths(base.model, base.room)
+    rows = made_up(base.model, base.tokenizer, base.pad_id, [longest, longest, *shorter])
+    if base.kind == "classification":
+        return [Example(ids, number % 2) for number, ids in enumerate(rows)]
+    told = min(2, len(rows[-1]) - 1)
+    return [Example(ids, [IGNORED] * told + ids[told:]) for ids in rows]
+
+
+def _batches(base: Base, rows: list[Example]) -> list[list[int]]:
+    """The numbers of rows that may share a batch, of rows of falling length."""
+    found: list[list[int]] = []
+    for at, row in enumerate(rows):
+        if not found or not base.traits.together(len(rows[found[-1][0]].input_ids), len(row.input_ids)):
+            found.append([])
+        found[-1].append(at)
+    return found
 
 
 def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> list[list[Tensor]]:
@@ -95,7 +110,7 @@ def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> li
     with Bank(base, [task], train=True, per_row=per_row) as bank:
         bank.route([len(rows)])
         parameters = [p for found in bank.factors(0).values() for p in found]
-        losses, _ = base.losses(collate(rows, base.pad_id))
+        losses, _ = base.losses(base.collate(rows))
         leaves = bank.leaves(parameters)
         found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
         grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedlora.adapter import Adapter, Pair
 from fedlora.data import collate
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base, fresh_adapter, merge, targets
+from fedlora.models import Bank, Base, Traits, fresh_adapter, merge, targets
 from fedlora.models.lora import LoRA
 from fedlora.protocol import Task
 from fedlora.trainer import Job, fit
@@ -71,7 +71,12 @@ PADDED: dict[str, Any] = {"after": None, "offset": None}  # a model of these tes
 def test_inputs_that_are_not_contiguous(zoo: Any) -> None:
     real = zoo.base("bert")
     base = dataclasses.replace(
-        real, model=Crossed().double().requires_grad_(False), heads=("score",), after=None, offset=None
+        real,
+        model=Crossed().double().requires_grad_(False),
+        heads=("score",),
+        after=None,
+        offset=None,
+        traits=Traits(),
     )
     rows = [row for row in zoo.rows(real, 30, 0) if len(row.input_ids) > 3]
     jobs = []
@@ -117,7 +122,12 @@ class Relative(nn.Module):
 def test_rows_that_cannot_be_told_apart_are_refused_by_name_and_work_alone(zoo: Any, flat: bool) -> None:
     real = zoo.base("bert")
     base = dataclasses.replace(
-        real, model=Relative(flat).requires_grad_(False), heads=("score",), after=None, offset=None
+        real,
+        model=Relative(flat).requires_grad_(False),
+        heads=("score",),
+        after=None,
+        offset=None,
+        traits=Traits(),
     )
     pair = Pair(torch.randn(2, 8), torch.randn(8, 2))
     job = Job(Task(Adapter({"query": pair})), [zoo.rows(real, 4, 0)])
