@@ -15,9 +15,9 @@ how far canaries that are in have moved theirs. These show a factor of two, at t
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +185,21 @@ def report(audit: Audit) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class _Config:
+    """What training asks of a model's configuration."""
+
+    pad_token_id: int
+
+    def get_text_config(self) -> Self:
+        """Itself: this model reads nothing but text."""
+        return self
+
+    def to_dict(self) -> dict[str, int]:
+        """Every number of it by name."""
+        return asdict(self)
+
+
 class _Probe(nn.Module):
     """Two logits, linear in how often a row holds each canary; the token after the last canary is blank."""
 
@@ -192,7 +207,11 @@ class _Probe(nn.Module):
         super().__init__()
         self.probe = nn.Linear(canaries, 2, bias=False, device="meta")  # draws no numbers
         self.probe.weight = nn.Parameter(torch.zeros(2, canaries), requires_grad=False)
-        self.config = SimpleNamespace(pad_token_id=canaries)
+        self.config = _Config(canaries)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """A table without values that tells how many tokens there are."""
+        return nn.Embedding(self.config.pad_token_id + 1, 1, device="meta")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
         counts = torch.zeros(len(input_ids), self.probe.in_features + 1)
@@ -205,6 +224,7 @@ class _Tokens:
 
     def __init__(self, canaries: int) -> None:
         self.all_special_ids = [canaries]
+        self.eos_token_id: int | None = None
 
     def __len__(self) -> int:
         return self.all_special_ids[0] + 1

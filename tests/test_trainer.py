@@ -186,7 +186,7 @@ def test_micro_batches_without_a_budget_hold_every_row_in_as_many_lists_as_the_c
     lengths: list[tuple[int, int]], padded: bool
 ) -> None:
     pool = [(slot, Example([number] * length, 0)) for number, (slot, length) in enumerate(lengths)]
-    found = micro_batches(pool, None, padded)
+    found = micro_batches(pool, None, Traits(), padded)
     assert sorted(item for micro in found for item in micro) == sorted(pool)
     wanted = count(sum(length for _, length in lengths))
     assert len(found) <= wanted
@@ -195,7 +195,7 @@ def test_micro_batches_without_a_budget_hold_every_row_in_as_many_lists_as_the_c
         most = max(len(micro) * max(len(row.input_ids) for _, row in micro) for micro in found)
         tighter = (most if padded else size) - 1
         if tighter >= 1:
-            assert len(micro_batches(pool, tighter, padded)) > wanted or len(found) == len(pool)
+            assert len(micro_batches(pool, tighter, Traits(), padded)) > wanted or len(found) == len(pool)
 
 
 @given(tokens=st.integers(1, 10**6))

@@ -44,6 +44,10 @@ def targets(base: Base, wanted: Sequence[str] | str) -> dict[str, tuple[int, int
         bad = unusable(base, linear)
         others = [name for name in no_linear(base) if not any(f"{m}.".startswith(f"{name}.") for m in bad)]
         if told := left_out(bad | dict.fromkeys(others, NO_LINEAR), linear):
+            if linear and not linear.keys() - bad.keys():
+                raise ModelError(
+                    f"lora.targets: expected a layer of '{base.path}' that LoRA can adapt, got none: {told}"
+                )
             warnings.warn(f"lora.targets=all-linear leaves out {told}", stacklevel=2)
         return {name: shape for name, shape in linear.items() if name not in bad}
     names = [wanted] if isinstance(wanted, str) else list(wanted)
@@ -212,7 +216,7 @@ def _try_peft(base: Base, modules: Mapping[str, tuple[int, int]]) -> tuple[str |
         try:
             model = get_peft_model(twin.model, config)
             told = set_peft_model_state_dict(model, tensors)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             return re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0]).split(". ")[0], set()
     keys = [key.removeprefix(PREFIX) for key in (*told.missing_keys, *told.unexpected_keys)]
     lost = {name for name in modules if any(key.startswith(f"{name}.lora_") for key in keys)}
@@ -225,4 +229,14 @@ def _hollow(model: Any) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # whoever uses the adapter need not quantise
     with torch.device("meta"):
-        return type(model)(config)
+        twin = type(model)(config)
+    if {name for name, _ in twin.named_modules()} == {name for name, _ in model.named_modules()}:
+        return twin
+    # The model was changed after its class made it. A copy keeps that, with tensors that have shapes alone.
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _shape_of(tensor) for tensor in tensors})
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    bare = tensor.detach().to("meta")
+    return nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare

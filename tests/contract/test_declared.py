@@ -31,7 +31,8 @@ def test_a_task_trains_something_and_shares_no_more_than_it_trains(strategy, sta
         assert {*task.shared(), *task.own()} <= {*names}
         assert not {*task.shared()} & {*task.own()}
         assert task.shared()
-        assert task.active is None or task.active <= {*task.adapter.pairs}
+        held = task.adapter if task.expert is None else task.expert
+        assert task.active is None or task.active <= {*held.pairs}
         assert strategy.personal or not task.own()
         assert task.tail is None or 0 < task.tail.gamma < 1
 

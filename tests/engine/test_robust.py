@@ -205,7 +205,7 @@ def test_rules_by_coordinate_refuse_what_needs_more_than_one_update(name):
             rule.check(strategy, rules(), None)
         else:
             with pytest.raises(
-                ConfigError, match=rf"robust: strategy {name} .*flexlora or flora, or robust=norm"
+                ConfigError, match=rf"robust: strategy {name} .*fedit, .*flexlora, flora, .*robust=norm"
             ):
                 rule.check(strategy, rules(), None)
 

@@ -89,7 +89,7 @@ def test_a_round_with_too_few_replies_changes_nothing(run: Any, monkeypatch: Any
             ["robust=norm", "privacy=client_level", "clients=6", "privacy.accountant=rdp"],
             "robust: under privacy=client_level",
         ),
-        (["robust=trimmed", "strategy=hetlora"], "use ffalora, fedit"),
+        (["robust=trimmed", "strategy=hetlora"], "use federa, fedit"),
         (["robust=median", "strategy=fedsalora"], "keep a part of their models"),
         (["robust=trimmed", "robust.share=0.7"], "robust.share: expected a number above 0 and below 0.5"),
         (["robust=median", "robust.share=0.2"], "unknown key 'share'"),

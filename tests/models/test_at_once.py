@@ -28,7 +28,8 @@ CLIP = 0.3
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": partial(torch.optim.SGD, lr=0.2, momentum=0.5),
-    "adamw": partial(torch.optim.AdamW, lr=0.01),
+    # By the default eps, a first step is lr times a sign, which the rounding of a small gradient turns.
+    "adamw": partial(torch.optim.AdamW, lr=0.01, eps=1e-4),
 }
 
 

@@ -1,10 +1,10 @@
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from fedlora.adapter import Adapter, Pair
 from fedlora.data import collate
@@ -54,7 +54,7 @@ class Crossed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.config = SimpleNamespace(pad_token_id=0)
+        self.config = PretrainedConfig(pad_token_id=0)
         self.embed, self.query = nn.Embedding(60, 8), nn.Linear(8, 8)
         self.mix, self.score = nn.Linear(4, 4, bias=False), nn.Linear(8, 3)
 
@@ -104,7 +104,7 @@ class Relative(nn.Module):
     def __init__(self, flat: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.flat, self.config = flat, SimpleNamespace(pad_token_id=0)
+        self.flat, self.config = flat, PretrainedConfig(pad_token_id=0)
         self.embed, self.query = nn.Embedding(60, 8), nn.Linear(8, 8)
         self.positions = nn.Parameter(torch.randn(1, 1, 8))
         self.score = nn.Linear(8, 3)

@@ -50,7 +50,7 @@ def base_of(family: str, dtype: torch.dtype = torch.float64) -> Base:
     model = model_of(family, dtype)
     if family not in ENCODERS:
         return Base(model, None, "instruction", (), family, None, offset_of(model, None))
-    heads = tuple(n for n, _ in model.named_children() if n != model.base_model_prefix)
+    heads = tuple(n for n, m in model.named_children() if n != model.base_model_prefix and [*m.parameters()])
     after = only_first_token(model)
     return Base(model, None, "classification", heads, family, after, offset_of(model, after))
 

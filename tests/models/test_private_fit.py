@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter
+from fedlora.adapter import Adapter, Pair
 from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base
@@ -187,10 +187,9 @@ def test_private_and_other_jobs_do_not_mix_nor_two_clips(zoo: Any) -> None:
 
 def test_a_module_that_is_never_called_is_refused(zoo: Any) -> None:
     base = zoo.base("bert")
-    layer = base.model.bert.encoder.layer[0]
-    layer.unused = torch.nn.Linear(16, 16)
-    adapter = zoo.adapter(base, 2)
-    name = "bert.encoder.layer.0.unused"
-    assert name in adapter.pairs
+    known = zoo.adapter(base, 2)
+    base.model.bert.encoder.layer[0].unused = torch.nn.Linear(16, 16)
+    unused = {"bert.encoder.layer.0.unused": Pair(torch.randn(2, 16), torch.zeros(16, 2), 1.0)}
+    adapter = Adapter({**known.pairs, **unused}, known.extra)
     with pytest.raises(ModelError, match="gradients of 0"):
         one_step(base, Task(adapter), zoo.rows(base, 3, seed=1), mechanism())

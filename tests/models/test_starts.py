@@ -169,12 +169,20 @@ def test_the_head_is_kept_and_nothing_is_changed(zoo: Any) -> None:
     assert not any(pair.B.any() for pair in fresh.pairs.values())
 
 
+class Quantised(torch.nn.Linear):
+    """A layer whose weight is kept in bytes and widened for each pass."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
 def test_no_such_start_and_a_quantised_weight_are_refused(zoo: Any) -> None:
     base = zoo.base("bert")
     with pytest.raises(ConfigError, match=r"lora\.init: expected lora, pissa or olora, got 'eva'"):
         start(base, "eva")
     name = next(iter(targets(base, "all-linear")))
     layer = base.model.get_submodule(name)
+    layer.__class__ = Quantised
     layer.weight = torch.nn.Parameter(torch.zeros(16, 16, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match=r"quantised weight.*model\.quantize=null"):
         start(base, "pissa")
