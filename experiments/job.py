@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from fedlora.answers import scores
@@ -26,6 +26,7 @@ from .ends import ANSWERS, finish, opening, strategy_name, write_holdings
 from .inputs import check_inputs
 from .known_sites import registered
 from .learnt import Learnt
+from .notices import notices
 from .rows import at_sites
 from .targets import Trust, kept, read
 from .tracking import check, tracked
@@ -89,8 +90,9 @@ class Run:
             return cls(config, job, folder, state, done, began, startup, held.pop_all())
 
     def opening(self) -> str:
-        """What is about to happen, in two lines or three."""
-        return opening(self.job, self.config, self.folder.path, self.done)
+        """What is about to happen, in two lines or three, and a warning of each setting that seems odd."""
+        said = opening(self.job, self.config, self.folder.path, self.done)
+        return "\n".join([said, *(f"warning: {line}" for line in notices(self.job, self.config))])
 
     def go(self, grid: Grid, progress: Display, plan: Mapping[str, Any] | None = None) -> None:
         """Run the rounds that are left over the clients behind a grid, and write what there is to say.
@@ -188,9 +190,6 @@ def run_job(config: DictConfig, console: Console) -> Path:
     if config.get("pairs"):
         raise ConfigError("pairs: one run cannot have several settings of a kind; say fedlora run -m")
     check(config)
-    for key in ("train", "test", "path"):
-        if OmegaConf.is_missing(config.data, key):
-            raise ConfigError(f"data.{key}: needs a value, got none; say data.{key}=...")
     if config.engine.name == "deploy":
         from .deploy import deploy
 

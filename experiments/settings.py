@@ -113,9 +113,13 @@ def resolve(config: DictConfig) -> None:
     """Resolve every reference in a configuration, in place.
 
     Raises:
-        ConfigError: a path of a deployment's data is not there.
+        ConfigError: a choice of data needs a value that was not given, or a path of a deployment's data is
+            not there.
         OmegaConfBaseException: a reference leads nowhere.
     """
+    for key in config.data:
+        if OmegaConf.is_missing(config.data, key):
+            raise ConfigError(f"data.{key}: needs a value, got none; say data.{key}=...")
     if config.engine.get("name") == "deploy":
         _place(config)
     OmegaConf.resolve(config)

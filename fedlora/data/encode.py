@@ -110,6 +110,23 @@ def encode_instruction(rows: Sequence[Row], tokenizer: Tokenizer, max_length: in
     return examples
 
 
+def count_cut(
+    kind: Kind, rows: Sequence[Row], examples: Sequence[Example], tokenizer: Tokenizer, max_length: int
+) -> int:
+    """How many rows lost tokens when `encode` made these examples of them at the same `max_length`.
+
+    Only rows as long as that are read again: no shorter example has lost anything.
+    """
+    full = [row for row, e in zip(rows, examples, strict=True) if len(e.input_ids) >= max_length - 1]
+    if not full:
+        return 0
+    if kind == "classification":
+        whole = tokenizer([row.source for row in full], verbose=False)["input_ids"]
+        return sum(len(ids) > max_length for ids in whole)
+    ends = turn_ends(tokenizer)
+    return sum(sum(map(len, _conversation(row, tokenizer, ends))) > max_length for row in full)
+
+
 def turn_ends(tokenizer: Tokenizer) -> list[int]:
     """The ids of the tokens that end an answer: that of the chat template, if any, and end of sequence.
 
