@@ -104,6 +104,6 @@ def _cut(job: Job, config: DictConfig) -> Iterator[str]:
     if said:
         side = "end" if dataset.kind == "classification" else "start of the prompt"
         yield (
-            f"{' and '.join(said)} are longer than data.max_length={most} tokens and lose their {side}; raise "
-            "it where that matters"
+            f"{' and '.join(said)} are longer than data.max_length={most} tokens and lose their {side}; "
+            "raise it where that matters"
         )

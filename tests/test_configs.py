@@ -14,6 +14,7 @@ from fedlora.experiments.settings import compose
 CONF = Path(__file__).parents[1] / "experiments" / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
 NEEDED = {"model=hub": ["model.path=x"], "data=files": ["data.train=x"], "data=hub": ["data.path=x"]}
+NEEDED["data=sites"] = ["data.test=x"]
 NEEDED["experiment=instructions"] = NEEDED["data=files"]
 names = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONF).with_suffix("")))
 
