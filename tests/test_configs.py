@@ -65,6 +65,7 @@ def test_only_a_strategy_or_an_experiment_sets_keys_of_other_groups(path: Path) 
         assert yaml.safe_load(path.read_text(encoding="utf-8"))["strategy"]["_target_"]
 
 
+@pytest.mark.slow
 @names
 def test_the_command_of_a_config_composes(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -98,6 +99,7 @@ def test_keys_of_a_group_are_the_same_in_all_its_files(path: Path) -> None:
     assert all(found == keys[0] for found in keys)
 
 
+@pytest.mark.slow
 def test_every_strategy_has_a_config_with_all_its_hyper_parameters() -> None:
     stems = {path.stem for path in (CONF / "strategy").glob("*.yaml")}
     assert stems >= {name.lower() for name in fedlora.strategies.__all__}
@@ -112,6 +114,7 @@ def test_every_strategy_has_a_config_with_all_its_hyper_parameters() -> None:
         assert {field.name for field in dataclasses.fields(cls)} == set(made) - {"_target_"}, name
 
 
+@pytest.mark.slow
 def test_a_strategy_finds_the_client_that_it_needs() -> None:
     for name in fedlora.strategies.__all__:
         needed = getattr(fedlora.strategies, name).client or "LocalTraining"

@@ -28,6 +28,8 @@ from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Bank, Base, LoRA, fresh_adapter, targets
 from fedlora.protocol import Task
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 16
 OWN: dict[str, Any] = {"lr": 0.01, "batch_size": 4, "epochs": 2}
 

@@ -68,6 +68,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(lab: Any, folder: RunF
     assert len((folder.path / "clients.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_any_flipped_bit_is_seen(lab: Any, folder: RunFolder) -> None:
     """Over the whole header and a sample of the body: the old state, or the true one; nothing else."""
     path = newest(folder)

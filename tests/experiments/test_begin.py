@@ -15,6 +15,8 @@ from fedlora.models.dora import split
 
 from .conftest import SMALL
 
+pytestmark = pytest.mark.slow
+
 Refuse = Callable[..., str]
 
 

@@ -19,6 +19,8 @@ from fedlora.experiments.run import main
 from fedlora.experiments.settings import compose
 from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     "model=tiny",
     "data=tiny",

@@ -13,6 +13,8 @@ from fedlora.errors import ConfigError
 from fedlora.experiments.comparison import Comparison, Score, at_bytes, lines_of, sent
 from fedlora.report.read import Run
 
+pytestmark = pytest.mark.slow
+
 SEEDS = (0, 1, 2)
 
 

@@ -213,6 +213,7 @@ def test_what_must_be_said_is_asked_for(site: dict[str, Any]) -> None:
             Node.read({k: v for k, v in site.items() if k != key})
 
 
+@pytest.mark.slow
 def test_one_warm_worker_answers_over_its_socket_and_ends_with_its_parent(
     ask: Any, composed: Any, site: dict[str, Any]
 ) -> None:

@@ -10,6 +10,8 @@ from fedlora.engine import RunFolder
 from fedlora.engine.recording import Recording
 from fedlora.experiments.run import main
 
+pytestmark = pytest.mark.slow
+
 JOB = ("model=tiny", "data=tiny", "clients=3", "rounds=3", "+data.source.rows=48", "record_updates=true")
 JOB += ("client.steps=4", "clients_per_round=2")
 

@@ -10,6 +10,8 @@ from fedlora.errors import ConfigError
 from fedlora.experiments.run import main
 from fedlora.experiments.swept import Sweep
 
+pytestmark = pytest.mark.slow
+
 JOB = ("model=tiny", "data=tiny", "clients=3", "rounds=1", "+data.source.rows=48", "evaluate.every=0")
 
 

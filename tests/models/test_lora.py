@@ -159,6 +159,7 @@ def test_a_fresh_adapter_takes_ranks_of_single_modules_and_follows_the_seed_alon
         assert torch.equal(truncate(pair, 3).A, pair.A[:3])
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same_head_and_adapter(zoo: Any) -> None:
     base = zoo.base("bert", seed=5)
     script = (

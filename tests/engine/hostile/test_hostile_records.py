@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from fedlora import strategies
 from fedlora.engine.canaries import of_updates
 
+pytestmark = pytest.mark.slow
+
 ALL = [getattr(strategies, name)() for name in strategies.__all__]
 ALL.append(strategies.FedMS(global_rounds=0))  # whose messages are those of its second stage
 EACH = 35  # malformed replies a strategy
