@@ -113,8 +113,11 @@ def left_out(names: Mapping[str, str], linear: Iterable[str]) -> str:
     for name, why in sorted(names.items()):
         parts = name.split(".")
         ends = (".".join(parts[:k]) for k in range(1, len(parts) + 1))
-        whole = next(e for e in ends if {w for n, w in held.items() if f"{n}.".startswith(f"{e}.")} == {why})
-        whole = name if why == NO_LINEAR else whole
+        whole = name
+        if why != NO_LINEAR:
+            whole = next(
+                e for e in ends if {w for n, w in held.items() if f"{n}.".startswith(f"{e}.")} == {why}
+            )
         kind = re.sub(r"\.\d+(?=\.|$)", ".*", whole)
         if kind not in reasons.setdefault(why, []):
             reasons[why].append(kind)
@@ -122,7 +125,7 @@ def left_out(names: Mapping[str, str], linear: Iterable[str]) -> str:
 
 
 def no_linear(base: Base) -> list[str]:
-    """Modules that keep matrices of their own and are no layers of torch, such as experts and routers."""
+    """Modules with matrices of their own and no linear layers inside, such as experts and routers."""
     found = []
     for name, module in base.model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -130,6 +133,8 @@ def no_linear(base: Base) -> list[str]:
             continue
         if type(module).__module__.startswith("torch.nn.") or name.startswith(_inside(base.heads)):
             continue
+        if any(isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" for m in module.modules()):
+            continue  # such as XLNet's encoder, which keeps the embedding of the mask
         if any(p.ndim == 3 or (key == "weight" and p.ndim == 2) for key, p in own.items()):
             found.append(name)
     return found

@@ -116,8 +116,9 @@ def _tried(base: Base) -> Base:
     for line in traits.notices(base.path):
         warnings.warn(line, stacklevel=3)
     ours = takes_our_attention(model) and _attends_alike(trial)
-    with put_back(model):
-        after = None if decoder else only_first_token(model)
+    after = None
+    if not decoder and not traits.stateful:  # such a model may do otherwise with rows longer than those tried
+        after = only_first_token(model)
     offset = None
     if ours and traits.limit != 0 and traits.side == "right" and (decoder or after is not None):
         with put_back(model):

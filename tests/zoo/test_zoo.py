@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,23 @@ def test_a_resumed_run_ends_in_the_bytes_of_the_run_that_went_through(
         "ranks=[1,2]",
         "strategy=flexlora",
     ]
-    main(["run", "model=hub", *words, "rounds=2", f"out={tmp_path}/whole"])
-    main(["run", "model=hub", *words, "rounds=1", f"out={tmp_path}/cut"])
-    main(["run", f"resume={tmp_path}/cut", "rounds=2"])
+    for verb in (
+        ["run", "model=hub", *words, "rounds=2", f"out={tmp_path}/whole"],
+        ["run", "model=hub", *words, "rounds=1", f"out={tmp_path}/cut"],
+        ["run", f"resume={tmp_path}/cut", "rounds=2"],
+    ):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            main(verb)
+        # A model that cannot tell clients of one pass apart trains them one by one, and says so once.
+        said = [str(one.message) for one in told]
+        assert sum(line.startswith("clients train one by one: ") for line in said) == (
+            "fused" in entry.refused
+        )
+        others = [
+            line for line in said if not line.startswith(("clients train one by one: ", "lora.targets="))
+        ]
+        assert all(str(root / name) in line for line in others), others
     file = "adapter/adapter_model.safetensors"
     assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 

@@ -3,8 +3,10 @@
 To add a claim, write the function and give it a line in `CLAIMS`.
 """
 
+import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -12,16 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from zoo_entry import Entry
-from zoo_models import LABELS, checkpoint, rows
-from zoo_plain import adapted, gradients, logits, plain
+from zoo_models import LABELS, LONG, checkpoint, rows
+from zoo_plain import adapted, gradients, logits, loss, plain
 
 from fedlora.adapter import Adapter, Pair
-from fedlora.data import Example, collate
+from fedlora.batches import micro_batches
+from fedlora.data import Example
+from fedlora.evaluation import evaluate
 from fedlora.models import Bank, Base, load, merge, save_adapter, targets
 from fedlora.protocol import Task
 from fedlora.trainer import Job, fit
 
 RATE = 0.1
+ANY = 10**6  # tokens of a micro-batch: whatever the model lets be together is
 
 
 class Case:
@@ -36,7 +41,13 @@ class Case:
         """The model as fedlora loads it; anew each time."""
         path = checkpoint(self.entry, self.root / self.name)
         labels = LABELS if self.entry.kind == "classification" else ()
-        return load(path, self.entry.kind, labels, str(self.dtype).removeprefix("torch."))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            base = load(path, self.entry.kind, labels, str(self.dtype).removeprefix("torch."))
+        said = [str(one.message) for one in told if str(path) in str(one.message)]
+        assert len(said) == len(self.entry.fed), said
+        assert all(part in line for part, line in zip(self.entry.fed, said, strict=True)), said
+        return base
 
     @cached_property
     def base(self) -> Base:
@@ -56,6 +67,11 @@ class Case:
     @cached_property
     def clients(self) -> list[list[Example]]:
         return [rows(self.entry, number, seed) for seed, number in enumerate((4, 2, 3))]
+
+    @cached_property
+    def long(self) -> list[Example]:
+        """Rows on both sides of the numbers in the configuration beyond which a model may do otherwise."""
+        return rows(self.entry, len(LONG), 3, LONG)
 
     def adapter(self, seed: int) -> Adapter:
         """Random factors, B too, of mixed ranks and scales; heads moved off their start."""
@@ -84,24 +100,35 @@ class Case:
         """By plain PEFT, of each of client 0's rows alone."""
         return [gradients(self.peft, row) for row in self.clients[0]]
 
-    def fit(self, clients: Sequence[int]) -> list[dict[str, Tensor]]:
+    @cached_property
+    def long_gradients(self) -> list[dict[str, Tensor]]:
+        """By plain PEFT, of each of the long rows alone."""
+        return [gradients(self.peft, row) for row in self.long]
+
+    def fit(self, clients: Sequence[int], tokens: int | None = None) -> list[dict[str, Tensor]]:
         """One SGD step of these clients in one pass, by fedlora."""
-        jobs = [Job(Task(self.adapter(client)), [self.clients[client]]) for client in clients]
-        found = fit(self.base, jobs, _sgd)
+        return self.fit_rows({client: self.clients[client] for client in clients}, tokens)
+
+    def fit_rows(self, held: dict[int, list[Example]], tokens: int | None = None) -> list[dict[str, Tensor]]:
+        """One SGD step of clients with these rows in one pass, by fedlora."""
+        jobs = [Job(Task(self.adapter(client)), [own]) for client, own in held.items()]
+        found = fit(self.base, jobs, _sgd, tokens=tokens)
         return [dict(one.adapter.tensors()) for one in found]
 
-    def ours(self, base: Base, adapter: Adapter) -> list[Tensor]:
-        """fedlora's logits of client 0's rows in one padded batch, without the padding's."""
-        batch = collate(self.clients[0], base.pad_id)
-        with torch.no_grad(), Bank(base, [Task(adapter)]):
-            found = base.logits(batch)
-        return self.real(found)
+    def ours(self, base: Base, adapter: Adapter | None) -> list[Tensor]:
+        """fedlora's logits of client 0's rows, without the padding's; of the model alone without adapter."""
+        found: dict[int, Tensor] = {}
+        with torch.no_grad(), Bank(base, [Task(adapter)]) if adapter else nullcontext():
+            for numbers, own in self.together(base, self.clients[0]):
+                batch = base.collate(own)
+                for number, one, real in zip(numbers, base.logits(batch), batch.attention_mask, strict=True):
+                    found[number] = one[real.bool()] if self.entry.kind == "instruction" else one
+        return [found[number] for number in sorted(found)]
 
-    def real(self, found: Tensor) -> list[Tensor]:
-        """Each row's logits without those of padding."""
-        if self.entry.kind == "classification":
-            return list(found)
-        return [one[: len(row.input_ids)] for one, row in zip(found, self.clients[0], strict=True)]
+    def together(self, base: Base, held: list[Example]) -> Iterator[tuple[list[int], list[Example]]]:
+        """Rows, with their numbers, that fedlora lets share a padded batch."""
+        for micro in micro_batches(list(enumerate(held)), ANY, base.traits):
+            yield [number for number, _ in micro], [row for _, row in micro]
 
     def same(self, got: dict[str, Tensor], want: dict[str, Tensor], wide: float = 1.0) -> None:
         """Assert that tensors are the same up to rounding, relative to the largest entry of all."""
@@ -135,7 +162,7 @@ def peft(case: Case) -> None:
     """Plain PEFT loads the saved adapter whole and gives fedlora's logits."""
     ours = case.ours(case.base, case.adapter(0))
     with torch.no_grad():
-        theirs = [logits(case.peft, row) for row in case.clients[0]]
+        theirs = [logits(copy.deepcopy(case.peft), row) for row in case.clients[0]]
     case.same(dict(enumerate(ours)), dict(enumerate(theirs)))  # type: ignore[arg-type]
 
 
@@ -144,24 +171,55 @@ def merged(case: Case) -> None:
     base, adapter = case.load(), case.adapter(0)
     want = case.ours(base, adapter)
     merge(base, adapter)
-    with torch.no_grad():
-        got = case.real(base.logits(collate(case.clients[0], base.pad_id)))
+    got = case.ours(base, None)
     case.same(dict(enumerate(got)), dict(enumerate(want)))  # type: ignore[arg-type]
 
 
 def private(case: Case) -> None:
-    """Each row's own gradient, in one padded batch, is that of the row alone by plain PEFT."""
-    task, batch = Task(case.adapter(0)), case.clients[0]
+    """Each row's own gradient, in the batches that fedlora makes, is that of the row alone by plain PEFT."""
+    task = Task(case.adapter(0))
     names = [f"{module}.{factor}" for factor in "AB" for module in task.adapter.pairs]
     names += case.base.head_state()
-    with Bank(case.base, [task], train=True, per_row=True) as bank:
-        bank.route([len(batch)])
-        groups = bank.factors(0)
-        losses, _ = case.base.losses(collate(batch, case.base.pad_id))
-        parameters = [p for found in groups.values() for p in found]
-        found = torch.autograd.grad(losses.sum(), bank.leaves(parameters))
-    for row, want in enumerate(case.gradients):
-        case.same({name: g[row] for name, g in zip(names, found, strict=True)}, want)
+    for held, alone in ((case.clients[0], case.gradients), (case.long, case.long_gradients)):
+        for numbers, own in case.together(case.base, held):
+            with Bank(case.base, [task], train=True, per_row=True) as bank:
+                bank.route([len(own)])
+                parameters = [p for found in bank.factors(0).values() for p in found]
+                losses, _ = case.base.losses(case.base.collate(own))
+                found = torch.autograd.grad(losses.sum(), bank.leaves(parameters))
+            for k, number in enumerate(numbers):
+                case.same({name: g[k] for name, g in zip(names, found, strict=True)}, alone[number])
+
+
+def long(case: Case) -> None:
+    """Loss and step on rows of very unequal lengths are those of plain PEFT, row by row and unpadded."""
+    task, before = Task(case.adapter(0)), dict(case.adapter(0).tensors())
+    said, _ = evaluate(case.base, [task], [case.long])[0]
+    with torch.no_grad():
+        told = [float(loss(copy.deepcopy(case.peft), row)) for row in case.long]
+    assert abs(said - sum(told) / len(told)) < 10 * case.tolerance
+    after = case.fit_rows({0: case.long}, ANY)[0]
+    want = {n: sum(g[n] for g in case.long_gradients) / len(case.long) for n in before}
+    case.same({n: (before[n] - after[n]) / RATE for n in before}, want)
+
+
+def square(case: Case) -> None:
+    """Clients in one batch of as many rows as tokens take the steps that each takes alone, or are refused."""
+    held = {client: rows(case.entry, 4, client, (8,)) for client in (0, 1)}
+    for client, got in enumerate(case.fit_rows(held, ANY)):
+        case.same(got, case.fit_rows({client: held[client]}, ANY)[0])
+
+
+def threads(case: Case) -> None:
+    """Two threads take the step that one takes, to the bit."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            found.append(case.fit_rows({0: case.clients[0] + case.long}, tokens=16)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 CLAIMS: dict[str, Callable[[Case], None]] = {
@@ -170,4 +228,7 @@ CLAIMS: dict[str, Callable[[Case], None]] = {
     "peft": peft,
     "merged": merged,
     "private": private,
+    "long": long,
+    "square": square,
+    "threads": threads,
 }

@@ -26,7 +26,9 @@ class Entry:
         parts: further configurations inside the configuration, such as `text_config`.
         targets: `lora.targets`.
         left_out: the layers that `all-linear` says it leaves out; empty where it says nothing.
-        single: whether the claims are checked in float32, for models that transformers cannot run in float64.
+        fed: parts of the lines that say, when it is loaded, how it must be fed.
+        single: whether the claims are checked in float32, for models that transformers computes in float32 in
+            part whatever their weights are: experts, a scan, a softmax, or the logits.
         refused: claim -> a part of what fedlora says instead.
         fast: whether it is tested by default.
         tokenizer: whether the checkpoint has one.
@@ -41,6 +43,7 @@ class Entry:
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     targets: str | Sequence[str] = "all-linear"
     left_out: str = ""
+    fed: Sequence[str] = ()
     single: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
     fast: bool = False

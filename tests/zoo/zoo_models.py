@@ -1,5 +1,6 @@
 """Tiny random checkpoints of the architectures of `zoo_table`, with rows for them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from fedlora.data import Example
 VOCABULARY = 96
 LABELS = ("a", "b", "c")
 ORDINARY = 6  # the first token id that is no special token
+SHORT = (3, 9, 6, 13)  # words of a row; and of rows on both sides of a configuration's limits:
+LONG = (40, 5, 56, 11)
 SPECIAL = ("<pad>", "<unk>", "<end>", "<cls>", "<mask>", "<other>")
+LETTERS = ("Ġ", "w", *"0123456789")  # for Qwen2's tokenizer, which spells words whatever its file says
+WORDS = VOCABULARY - len(SPECIAL) - len(LETTERS)
 
 
 def checkpoint(entry: Entry, folder: Path) -> Path:
@@ -60,7 +65,7 @@ def _enliven(model: Any) -> None:
 
 
 def _tokenizer(entry: Entry) -> PreTrainedTokenizerFast:
-    words = [*SPECIAL, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))]
+    words = [*SPECIAL, *LETTERS, *(f"w{i}" for i in range(WORDS))]
     if entry.sizes.get("pad_token_id") == 1:  # RoBERTa and its like
         words[:2] = words[1::-1]
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -78,13 +83,13 @@ def _tokenizer(entry: Entry) -> PreTrainedTokenizerFast:
     )
 
 
-def rows(entry: Entry, number: int, seed: int) -> list[Example]:
-    """Rows of several lengths, with special tokens as the tokenizer would put them."""
+def rows(entry: Entry, number: int, seed: int, lengths: Sequence[int] = SHORT) -> list[Example]:
+    """Rows of these lengths by turns, with special tokens as the tokenizer would put them."""
     rng = np.random.default_rng([seed, 7])
     before, after = ({"<cls>": 3, "<end>": 2}.get(word) for word in _around(entry))
     found = []
     for k in range(number):
-        words = rng.integers(ORDINARY, VOCABULARY, (3, 9, 6, 13)[k % 4]).tolist()
+        words = rng.integers(ORDINARY, VOCABULARY, lengths[k % len(lengths)]).tolist()
         ids = [t for t in (before, *words, after) if t is not None]
         if entry.kind == "classification":
             found.append(Example(ids, int(rng.integers(len(LABELS)))))
@@ -104,7 +109,7 @@ def lines(entry: Entry, number: int, seed: int) -> list[dict[str, str]]:
     rng = np.random.default_rng([seed, 8])
     found = []
     for k in range(number):
-        text = " ".join(f"w{i}" for i in rng.integers(0, VOCABULARY - len(SPECIAL), 3 + k % 6))
+        text = " ".join(f"w{i}" for i in rng.integers(0, WORDS, 3 + k % 6))
         label = LABELS[int(rng.integers(len(LABELS)))]
         told = {"text": text, "label": label}
         found.append(told if entry.kind == "classification" else {"prompt": text, "response": f"w1 {text}"})

@@ -1,5 +1,9 @@
-"""What plain transformers, PEFT and torch make of a model: one row after the other, without padding."""
+"""What plain transformers, PEFT and torch make of a model: one row after the other, without padding.
 
+Every row goes through a fresh copy, since some models keep something of a row in their modules.
+"""
+
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +59,7 @@ def trained(model: PeftModel) -> dict[str, nn.Parameter]:
 
 def gradients(model: PeftModel, row: Example) -> dict[str, Tensor]:
     """The gradient of one row's loss by all that is trained."""
+    model = copy.deepcopy(model)
     parameters = trained(model)
     found = torch.autograd.grad(loss(model, row), list(parameters.values()))
     return dict(zip(parameters, found, strict=True))

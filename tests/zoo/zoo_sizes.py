@@ -50,4 +50,6 @@ BART = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": 2,
 }
-APART = {"fused": "cannot be told apart by client", "private": "cannot be told apart by record"}
+TOLD_APART = "cannot be told apart by client"
+APART_BY_CLIENT = {"fused": TOLD_APART, "square": TOLD_APART}
+APART = {**APART_BY_CLIENT, "private": "cannot be told apart by record"}

@@ -5,8 +5,10 @@ line that fedlora says instead; "load" stands for the model as a whole.
 """
 
 from zoo_entry import SIZES, Entry, decoder, encoder
+from zoo_odd import ODD
 from zoo_sizes import (
     APART,
+    APART_BY_CLIENT,
     BART,
     DEBERTA,
     EXPERTS,
@@ -54,7 +56,7 @@ ZOO: dict[str, Entry] = {
     "gpt2": decoder("GPT2", "LMHeadModel", sizes=GPT, drop=tuple(SIZES), fast=True),
     "gptneox": decoder("GPTNeoX"),
     "opt": decoder("OPT", sizes={"ffn_dim": 48, "word_embed_proj_dim": 32}, refused=APART),
-    "bloom": decoder("Bloom", sizes={"n_layer": 2, "n_head": 4}),
+    "bloom": decoder("Bloom", sizes={"n_layer": 2, "n_head": 4}, single=True),
     "falcon": decoder("Falcon", sizes={"new_decoder_architecture": True, "num_kv_heads": 2}),
     "olmo2": decoder("Olmo2", sizes=GROUPED),
     "gpt-oss": decoder(
@@ -96,7 +98,7 @@ ZOO: dict[str, Entry] = {
         "DeepseekV3",
         sizes=LATENT,
         single=True,
-        refused={"fused": APART["fused"]},
+        refused=APART_BY_CLIENT,
         left_out=(
             "model.layers.*.mlp, model.layers.*.mlp.shared_experts (PEFT drops their factors "
             "when it loads the adapter); model.layers.*.mlp.experts, model.layers.*.mlp.gate "
@@ -134,6 +136,7 @@ ZOO: dict[str, Entry] = {
     "mamba": decoder(
         "Mamba",
         sizes={"state_size": 8},
+        single=True,
         left_out=(
             "backbone.layers.*.mixer.dt_proj (never called); backbone.layers.*.mixer.out_proj "
             "(PEFT refuses it: Module 'out_proj' is incompatible with Mamba-based models "
@@ -153,6 +156,7 @@ ZOO: dict[str, Entry] = {
     "falcon-mamba": decoder(
         "FalconMamba",
         sizes={"state_size": 8},
+        single=True,
         left_out=(
             "backbone.layers.*.mixer.dt_proj (never called); backbone.layers.*.mixer.out_proj "
             "(PEFT refuses it: Module 'out_proj' is incompatible with Mamba-based models "
@@ -265,7 +269,6 @@ ZOO: dict[str, Entry] = {
         single=True,
         left_out="model.embed_vision, model.vision_tower (never called)",
     ),
-    "bert-decoder": decoder(
-        "Bert", "LMHeadModel", sizes={"is_decoder": True}, refused={"fused": APART["fused"]}
-    ),
+    "bert-decoder": decoder("Bert", "LMHeadModel", sizes={"is_decoder": True}, refused=APART_BY_CLIENT),
+    **ODD,
 }
