@@ -6,6 +6,7 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 import fedlora
-from fedlora.engine import Listener
 from fedlora.errors import ConfigError, FedLoraError
 
-from .deploy import heard, nodes_of, submit, superlink_of
 from .known_sites import registered
+from .superlink import heard, nodes_of, submit, superlink_of
 
 APART, TOO_FAR = 60.0, 300.0  # seconds between two clocks: to mention, and what Flower refuses
 ROOM = 500  # MB that a site should have left beside what it has loaded
@@ -46,10 +46,14 @@ def check(config: DictConfig, public: str | None, console: Console) -> None:
         found.append(finding)
         console.print(f"- {finding}", style="yellow", soft_wrap=True, markup=False, highlight=False)
 
-    for finding in [*open_paths(connection, public), *_offline(superlink)]:
-        find(finding)
-    console.print("asking the sites; the server and each of them load the model first", style="dim")
-    sites, told = _asked(config, superlink, find)
+    config.engine.experiment = "check"
+    with ThreadPoolExecutor(1) as beside:  # each of Flower's commands takes a second to begin
+        sent = beside.submit(submit, config, "check", superlink)
+        for finding in [*open_paths(connection, public), *_offline(superlink)]:
+            find(finding)
+        run = sent.result()
+    console.print("asking the sites about their settings and rows, then about the model", style="dim")
+    sites, told = _asked(run, superlink, find)
     console.print(_table(sites))
     if told[0] < told[1]:
         away = f", without {', '.join(told[2])}" if told[2] else ""
@@ -71,17 +75,20 @@ def _offline(superlink: str) -> list[str]:
     ]
 
 
-def _asked(
-    config: DictConfig, superlink: str, find: Callable[[str], None]
-) -> tuple[list[dict[str, Any]], list[Any]]:
+def _asked(run: int, superlink: str, find: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Any]]:
     """What every site says of itself; how many can take part, of how many, and who is away.
+
+    Args:
+        run: Flower's number of the check.
+        superlink: by its name in Flower's configuration.
+        find: takes a line about every site that cannot take part, as it comes.
 
     Raises:
         FedLoraError: the server could not ask, or no site can take part.
     """
-    config.engine.experiment = "check"
+    from fedlora.engine import Listener  # imports torch, while the server begins
+
     listener, quiet = Listener(Path()), _Quiet()
-    run = submit(config, "check", superlink)
     sites: list[dict[str, Any]] = []
     with closing(heard(superlink, run)) as lines:
         for line in lines:
@@ -106,8 +113,8 @@ def connection_of(superlink: str) -> dict[str, Any]:
         found = tomllib.loads(file.read_text("utf-8"))["superlink"][superlink]
     except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(
-            f"engine.superlink: expected '{superlink}' in {file}, where Flower looks for it; set FLWR_HOME "
-            f"to the folder that `fedlora deploy init` wrote ({type(error).__name__})"
+            f"engine.superlink: expected '{superlink}' in {file}, where Flower looks for it; say . "
+            f"DIR/server/env.sh, DIR being what `fedlora deploy init` wrote ({type(error).__name__})"
         ) from error
     return dict(found)
 

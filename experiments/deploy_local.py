@@ -16,11 +16,14 @@ from rich.table import Table
 
 from fedlora.errors import FedLoraError
 
-from .deploy import NOTE, flwr, nodes_of
 from .deploy_parts import Part, end, parts_of, server_of
 from .known_sites import names_of
+from .superlink import NOTE, flwr, nodes_of
 
 UP = 60.0  # seconds for the server or a site to come up
+BACK = 90.0  # seconds for a site that was killed to be let in again; Flower's SuperLink takes 60 to miss it
+JOINED, TURNED_AWAY = "SuperNode ID:", "Exit Code: 305"  # what a SuperNode says when it is let in, or is not
+TURN = 5.0  # seconds between two tries to be let in
 LOOK = 0.5  # seconds between two looks at whether it has
 SUPERLINK = "fedlora"  # as the server's config.toml calls it
 GOES_ON = ("pending", "starting", "running")
@@ -40,8 +43,9 @@ def start(folder: Path, console: Console) -> None:
             _until(lambda: _listens(at), part, "does not listen")
     if at is not None:  # a site that starts before its key is known is turned away
         console.print(register(folder), highlight=False, markup=False)
-    for part in sites:
-        _started(part, console)
+    begun = [(part, offset) for part in sites if (offset := _started(part, console)) is not None]
+    for part, offset in begun:
+        _joined(part, offset, console)
     if at is None:
         return
     _use(at)
@@ -132,10 +136,12 @@ def _listens(server: Path) -> bool:
     return listening(str(found["superlink"][SUPERLINK]["address"]))
 
 
-def _started(part: Part, console: Console) -> None:
+def _started(part: Part, console: Console) -> int | None:
+    """Start a part unless it runs; where its log goes on, in bytes, or None where it ran already."""
     if process := part.process:
         console.print(f"{part.name}: runs already, process {process.pid}", highlight=False)
-        return
+        return None
+    offset = part.log.stat().st_size if part.log.exists() else 0
     with part.log.open("ab") as log:
         begun = subprocess.Popen(
             [part.script], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(),
@@ -144,6 +150,39 @@ def _started(part: Part, console: Console) -> None:
     console.print(
         f"{part.name}: process {begun.pid}, log {_shown(part.log)}", highlight=False, soft_wrap=True
     )
+    return offset
+
+
+def _joined(part: Part, offset: int, console: Console) -> None:
+    """Wait until a site's SuperNode is let in; start it again while the SuperLink takes it for another.
+
+    A SuperNode that was killed, or whose machine was, took no leave: until it is missed, one with its key is
+    turned away.
+
+    Raises:
+        FedLoraError: it has ended for another reason, or the time is over.
+    """
+    until, told = time.monotonic() + BACK, False
+
+    def said() -> str:
+        return part.log.read_bytes()[offset:].decode(errors="replace")
+
+    while True:
+        try:
+            return _until(lambda: JOINED in said(), part, "is not connected")
+        except FedLoraError:
+            if TURNED_AWAY not in said() or time.monotonic() > until:
+                raise
+        if not told:
+            console.print(
+                f"{part.name}: turned away, as a site that was killed is for up to 60 s, and one whose key "
+                f"is not registered; trying again for {BACK:g} s",
+                soft_wrap=True,
+                highlight=False,
+            )
+        told = True
+        time.sleep(TURN)
+        offset = _started(part, Console(quiet=True)) or offset
 
 
 def _until(up: Callable[[], bool], part: Part, what: str) -> None:

@@ -13,16 +13,20 @@ from omegaconf import DictConfig, OmegaConf
 from fedlora.engine import Grid, Patience, Roster, RunFolder, Teller
 from fedlora.engine.told import files_of
 from fedlora.errors import ConfigError, FedLoraError
+from fedlora.protocol import Peer
+from fedlora.strategy import Strategy
 
 from .bases import heads_of
 from .build import Job, build
-from .deploy import NOTE
 from .ends import ANSWERS
 from .job import Run
 from .known_sites import registered
 from .learnt import FILE as LEARNT
 from .node import Plan, check_name
-from .targets import differences
+from .ranks import deal_ranks
+from .rows import dataset_of
+from .superlink import NOTE
+from .targets import differences, make
 
 LEDGER = "checkpoint/ledger.json"  # of client-level privacy
 BROUGHT = (
@@ -119,8 +123,30 @@ def _plan(config: DictConfig, job: Job) -> Plan:
     return Plan(str(config.engine.experiment), job.dataset.labels, model)
 
 
+def _refused_early(config: DictConfig, grid: Grid, teller: Teller) -> set[int]:
+    """The nodes whose settings or rows do not suit the run, which they say before anyone loads a model.
+
+    Raises:
+        FedLoraError: no node could take part, or the run's own settings cannot work.
+    """
+    labels = dataset_of(config).labels
+    strategy: Strategy = make(config, "strategy", Strategy)
+    clients = config.clients or 1  # without a number `build` refuses the run
+    roster = Roster(
+        Peer,
+        max(deal_ranks(config.ranks, clients, config.seed)),
+        lambda text: teller.tell("refused", text),
+        Plan(str(config.engine.experiment), labels, "").record(),
+        registered(),
+        strategy.mixed_ranks,
+    )
+    roster.gather(Patience(grid, int), clients, min(config.engine.wait, SOON))
+    return roster.refused
+
+
 def _check(config: DictConfig, grid: Grid, teller: Teller) -> None:
-    """Meet every site once, and tell what each says of itself."""
+    """Meet every site, and tell what each says of itself: first without the model, which is slow to load."""
+    refused = _refused_early(config, grid, teller)
     job = build(config)
     roster = Roster(
         job.peer,
@@ -130,6 +156,7 @@ def _check(config: DictConfig, grid: Grid, teller: Teller) -> None:
         registered(),
         job.strategy.mixed_ranks,
     )
+    roster.refused |= refused  # they have said why
     patient = Patience(grid, job.rules.enough)
     there = roster.gather(patient, job.rules.clients, min(config.engine.wait, SOON))
     for node in there:

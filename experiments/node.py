@@ -30,7 +30,7 @@ class Plan:
     Args:
         experiment: under which the node keeps what belongs to the run.
         labels: those of a classification, in the order of the logits.
-        model: the fingerprint of the base.
+        model: the fingerprint of the base; empty where the server asks about all but the model.
     """
 
     experiment: str

@@ -44,6 +44,9 @@ fedlora VERB --help says more about each.
 """
 
 
+# What the operating system says of a path that is not there, or not what it is meant to be.
+PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
 # Notices of one library about another are no business of the user's.
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
@@ -91,6 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except PermissionError as error:
         _fail(f"'{error.filename}': {error.strerror}; name another folder, or let yourself write there", 2)
     except Exception as error:
+        if isinstance(error, PATHS) and error.filename is not None:
+            _fail(f"'{error.filename}': {error.strerror}; check the path", 2)
         if _disk_is_full(error):
             _fail("the disk is full; make room, then go on with fedlora run resume=DIR", 1)
         log = Path("fedlora-error.log").absolute()
@@ -156,7 +161,7 @@ def _report(words: list[str]) -> None:
         description="One HTML page about a run or several, PNG and CSV beside it.",
     )
     parser.add_argument("runs", nargs="+", metavar="DIR", help="folders of finished runs, or of sweeps")
-    default = "where to write; default: report.html in the first DIR"
+    default = "where to write; default: report.html in DIR, or in this folder if there are several DIRs"
     parser.add_argument("--to", type=Path, metavar="FILE", help=default)
     given = parser.parse_args(words)
     from fedlora.report import missing, read_runs, runs_table, seeds_table, write_files, write_report
@@ -167,7 +172,7 @@ def _report(words: list[str]) -> None:
         shown = ", ".join(jobs[:3]) + (", ..." if len(jobs) > 3 else "")
         print(f"{len(jobs)} runs of the sweep in {path} are missing: {shown}; fedlora run -m resume={path}")
     runs = [*{run.path: run for path in given.runs for run in read_runs(path)}.values()]
-    to = given.to or Path(given.runs[0])
+    to = given.to or Path(given.runs[0] if len(given.runs) == 1 else ".")  # a run's page is about that run
     if to.is_dir() or not to.suffix:  # beside the page lies a folder of its name
         to = to / "report.html"
     written = write_report(runs, to, defaults())

@@ -1,6 +1,7 @@
 """The Site that a node is for one run: what the server sent, as far as the site's own word allows it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
@@ -18,8 +19,25 @@ from .ranks import deal_ranks
 from .targets import Trust, make, named
 
 
-def site_of(config: DictConfig, node: Node, plan: Plan) -> tuple[Site, int]:
-    """The Site that a node is for one run, and the number of its rows.
+@dataclass(frozen=True)
+class Held:
+    """What a site brings to a run beside the model.
+
+    Args:
+        config: the run's, with what this site trusts.
+        strategy: the run's algorithm.
+        client: how the site trains, privately where the run is private.
+        rows: the site's own.
+    """
+
+    config: DictConfig
+    strategy: Strategy
+    client: Client
+    rows: Sequence[Row]
+
+
+def held_by(config: DictConfig, node: Node, plan: Plan) -> Held:
+    """What a node brings to one run, looked at without its model.
 
     Args:
         config: the run's.
@@ -45,13 +63,29 @@ def site_of(config: DictConfig, node: Node, plan: Plan) -> tuple[Site, int]:
             raise ConfigError(f"client {type(client).__name__} does not train by the privacy of the run")
     if limits is not None:
         limits.check(plan.experiment, client.plan(len(rows)), len(rows))
+    return Held(config, strategy, client, rows)
+
+
+def site_of(config: DictConfig, node: Node, plan: Plan) -> tuple[Site, int]:
+    """The Site that a node is for one run, and the number of its rows.
+
+    Args:
+        config: the run's.
+        node: this site's own word.
+        plan: what the server told.
+
+    Raises:
+        FedLoraError: the site cannot, or does not want to, take part.
+    """
+    held = held_by(config, node, plan)
+    config = held.config
     base = _base(config, node, plan)
-    encoded = _encoded(config, base, rows, plan)
+    encoded = _encoded(config, base, held.rows, plan)
     keeps = node.keeps(plan.experiment) / "clients"
-    held_out = bool(config.evaluate.clients or strategy.personal)
+    held_out = bool(config.evaluate.clients or held.strategy.personal)
     site = Site(
         base,
-        client,
+        held.client,
         lambda _: encoded,
         Memory(keeps),
         held_out,
@@ -59,7 +93,7 @@ def site_of(config: DictConfig, node: Node, plan: Plan) -> tuple[Site, int]:
         most=node.max_rounds,
         masked=node.secure,
     )
-    return site, len(rows)
+    return site, len(held.rows)
 
 
 def _encoded(config: DictConfig, base: Base, rows: Sequence[Row], plan: Plan) -> list[Example]:

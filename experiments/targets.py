@@ -16,6 +16,7 @@ from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn, optim
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 
@@ -84,11 +85,17 @@ def read(run: Path, trust: Trust) -> DictConfig:
     """The configuration in a run's folder, which can grant itself nothing.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it cannot be read.
     """
     if not (run / "config.yaml").is_file():
         raise CheckpointError(f"expected a run's folder, '{run}' has no config.yaml")
-    config = OmegaConf.load(run / "config.yaml")
+    try:
+        config = OmegaConf.load(run / "config.yaml")
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        why = " ".join(str(error).split())
+        raise CheckpointError(
+            f"'{run / 'config.yaml'}' is no YAML ({why}); restore the file or run again"
+        ) from error
     if not isinstance(config, DictConfig):
         raise CheckpointError(f"expected a run's settings in '{run / 'config.yaml'}', got a list")
     return trust.into(config)

@@ -32,7 +32,7 @@ from fedlora.errors import CheckpointError, ConfigError, ModelError, PrivacyErro
 
 from .flower_app import address, receive, secret, send
 from .node import Node, Plan
-from .site import rank_of, site_of
+from .site import held_by, rank_of, site_of
 from .targets import received
 
 IDLE = 1800.0  # seconds without a question after which a worker ends
@@ -72,10 +72,10 @@ class Worker:
             [*node.home.parts[-3:], "worker.log"]
         )  # sites/NAME/state, or as it has been moved
         plan = self._plan(message, node, str(config.engine.experiment))
+        if message.metadata.message_type == "query.profile":
+            return self._profile(message, config, node, plan)
         self._load(config, node, plan)
         assert self._site is not None
-        if message.metadata.message_type == "query.profile":
-            return self._profile(message, config, node)
         limits = node.limits
         if message.metadata.message_type == "train" and limits is not None:
             limits.promise(plan.experiment, self._site.client.plan(self._size), self._size)
@@ -106,8 +106,19 @@ class Worker:
             self._site, self._size = site_of(config, node, plan)
             self._of = of
 
-    def _profile(self, message: Message, config: DictConfig, node: Node) -> Message:
-        """Who this site is, and what a check of the federation looks at."""
+    def _profile(self, message: Message, config: DictConfig, node: Node, plan: Plan) -> Message:
+        """Who this site is, and what a check of the federation looks at.
+
+        Without a fingerprint of the model in the plan, settings and rows are looked at alone, which takes no
+        time to speak of.
+        """
+        if plan.model:
+            self._load(config, node, plan)
+            assert self._site is not None
+            client, size = self._site.client, self._size
+        else:
+            held = held_by(config, node, plan)
+            client, size = held.client, len(held.rows)
         known: dict[str, Any] = {
             "client": node.client,
             "rank": rank_of(config, node),
@@ -117,10 +128,9 @@ class Worker:
             "free_mb": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20,
             "device": node.device or str(config.model.device),
         }
-        assert self._site is not None
-        noise = self._site.client.plan(self._size)
+        noise = client.plan(size)
         if noise is None or not noise.privacy.hides_counts:
-            known["rows"] = self._size
+            known["rows"] = size
         return Message(RecordDict({"profile": ConfigRecord(known)}), reply_to=message)
 
 

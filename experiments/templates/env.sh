@@ -9,6 +9,7 @@ export PATH FLWR_HOME=$FEDLORA_SERVER/flower
 export FEDLORA_STATE=$FEDLORA_SERVER/runs # where this server keeps its runs, to go on with them
 export FEDLORA_NODES=$FEDLORA_SERVER/nodes.txt # which node is whose, so that runs call sites by their names
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.2 # seconds between two looks for work; Flower has 1
 
 if ! command -v flower-superlink > /dev/null; then
   echo "env.sh: expected flower-superlink on PATH, found none; say FEDLORA_BIN=FOLDER, where fedlora is installed" >&2

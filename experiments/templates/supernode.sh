@@ -12,6 +12,7 @@ made_by=@{bin} # where fedlora was when it wrote this, if that was on this machi
 command -v flower-supernode > /dev/null || PATH=$PATH:$made_by
 export PATH FLWR_HOME=$here/flower
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.2 # seconds between two looks for work; Flower has 1
 if ! command -v flower-supernode > /dev/null; then
   echo "supernode.sh: expected flower-supernode on PATH, found none; say FEDLORA_BIN=FOLDER, where fedlora is installed" >&2
   exit 1
@@ -29,6 +30,7 @@ done
 while (exec 3<> "/dev/tcp/127.0.0.1/$PORT") 2> /dev/null; do PORT=$((PORT + 1)); done
 
 echo $$ > supernode.pid
+"$(dirname -- "$(command -v flower-supernode)")/python" -m fedlora.experiments.flower_app node.toml || true
 exec flower-supernode \
   --superlink "$SUPERLINK" --root-certificates ca.crt --auth-supernode-private-key node.key \
   --node-config node.toml --host 127.0.0.1 --port "$PORT"

@@ -100,6 +100,10 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise CheckpointError(f"{path}: expected the folder of a run, found {_kind(folder)}; check the path")
+    if not (folder / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{path}: expected the folder of a run, this one has no config.yaml; check the path"
+        )
     if not (folder / "summary.json").is_file():
         raise CheckpointError(
             f"{path}: no summary.json, so the run is unfinished; continue it with `fedlora run resume={path}`"

@@ -1,7 +1,10 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+
+import pytest
 
 from fedlora.experiments import flower_app
 
@@ -29,3 +32,33 @@ def test_what_a_killed_caller_left_does_not_lock_a_site_out(tmp_path: Path) -> N
     assert len(flower_app.secret(tmp_path)) == 32
     assert (tmp_path / "worker" / "secret").stat().st_mode & 0o777 == 0o600
     assert {path.name for path in (tmp_path / "worker").iterdir()} == {"secret", "tmpabc"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['data = "run"', "state = [", 'state = "state"\nwarm = false'],
+    ids=["no state", "no TOML", "cold"],
+)
+def test_no_worker_is_started_ahead_of_a_site_that_could_not_use_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / "node.toml").write_text(text)
+    flower_app.begin(tmp_path / "node.toml")
+    assert [path.name for path in tmp_path.iterdir()] == ["node.toml"]
+
+
+def test_a_worker_started_ahead_listens_before_any_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("node.toml").write_text('state = "state"')
+    flower_app.begin(Path("node.toml"))
+    (worker,) = flower_app._started
+    try:
+        until = time.monotonic() + 60
+        log = Path("state/worker.log")
+        while "listening" not in log.read_text() and worker.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        assert "listening" in log.read_text()
+    finally:
+        worker.terminate()
+        worker.wait(20)
+        flower_app._started.clear()

@@ -158,6 +158,20 @@ def test_a_lie_about_rounds_ends_with_them(ask: Any, composed: Any, site: dict[s
     assert "round 4 of 2" in asked("train", content).error.reason
 
 
+def test_rows_and_settings_are_looked_at_without_the_model(
+    ask: Any, composed: Any, site: dict[str, Any]
+) -> None:
+    nowhere = site | {"model": "/no/model"}
+    found = ask(composed(), nowhere, model="")().content.config_records["profile"]
+    assert (found["client"], found["rank"], found["rows"]) == (0, 2, 24)
+    assert "'text'" not in ask(composed(), nowhere | {"text": "note"}, model="").why()
+    assert '"note"' in ask(composed(), nowhere | {"text": "note"}, model="").why()
+    # No model is a wrong model to train.
+    asked = ask(composed(), site, model="")
+    assert not asked().has_error()
+    assert "another than the server's" in asked.why(asked.train())
+
+
 def test_another_model_is_noticed_before_anything_is_trained(
     ask: Any, composed: Any, site: dict[str, Any]
 ) -> None:
