@@ -99,6 +99,9 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | No
     room = base.room
     ends = answer_ends(base)
     traits = base.traits if base.traits.prompts else replace(base.traits, limit=0)
+    # A padded prompt must stay within the positions and the model's limit to the end of its answer.
+    if bounds := [bound for bound in (room, traits.limit) if bound is not None]:
+        traits = replace(traits, limit=max(0, min(bounds) - longest))
     said: dict[int, str] = {}
     with Bank(base, [task]), Workers(base) as workers:
 

@@ -22,6 +22,8 @@ from fedlora.models.state import put_back
 from fedlora.models.trial import Trial
 from fedlora.seeds import generator
 
+NO_TOKENIZER = "model.path: '{}' has no tokenizer files; save its tokenizer there too"
+
 
 def load(
     path: str | Path,
@@ -54,6 +56,7 @@ def load(
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import CONFIG_NAME
 
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ModelError(f"model.dtype: expected float32, bfloat16 or float64, got '{dtype}'")
@@ -84,13 +87,20 @@ def load(
                 f"model.path: expected weights in safetensors, '{path}' has none; if it has pickled ones "
                 "(.bin) and you trust who made them, say model.allow_pickle=true"
             ) from error
+        if unfit := _unfit(str(path), kind):
+            raise ModelError(unfit) from error
+        if (
+            why.startswith("Couldn't instantiate the backend tokenizer")
+            and (Path(path) / CONFIG_NAME).is_file()
+        ):
+            raise ModelError(NO_TOKENIZER.format(path)) from error
         raise ModelError(
             f"model.path: expected a folder with a transformers model, or a hub name, got '{path}': {why}"
         ) from error
     finally:
         transformers.utils.logging.set_verbosity(quiet)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one without files
-        raise ModelError(f"model.path: '{path}' has no tokenizer files; save its tokenizer there too")
+        raise ModelError(NO_TOKENIZER.format(path))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -156,6 +166,31 @@ def checkpoint_dtype(path: str) -> torch.dtype | None:
             if name in kinds:
                 return dtype
     return None
+
+
+def _unfit(path: str, kind: Kind) -> str | None:
+    """Why transformers cannot load a checkpoint for this kind of task; None where its kind is not why."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoConfig,
+    )
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return None
+    kinds = type(config), type(config.get_text_config())
+    decodes = any(one in MODEL_FOR_CAUSAL_LM_MAPPING for one in kinds)
+    classifies = any(one in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING for one in kinds)
+    if decodes if kind == "instruction" else classifies:
+        return None
+    model = f"'{path}' is a model of the kind '{config.model_type}', of which transformers has no"
+    if not decodes and not classifies:
+        return f"model.path: {model} text classifier and no decoder; choose a model that reads text"
+    if kind == "instruction":
+        return f"model: instructions need a decoder, such as model=smollm2; {model} decoder"
+    return f"model: labels need a text classifier, such as model=minilm; {model} text classifier"
 
 
 def _check_device(device: str) -> None:

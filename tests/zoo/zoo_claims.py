@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from zoo_entry import Entry
 from zoo_models import LABELS, LONG, checkpoint, rows
-from zoo_plain import adapted, gradients, logits, loss, plain
+from zoo_plain import adapted, generated, gradients, logits, loss, plain
 
 from fedlora.adapter import Adapter, Pair
+from fedlora.answers import answer, answer_ends
 from fedlora.batches import micro_batches
 from fedlora.data import Example
 from fedlora.evaluation import evaluate
 from fedlora.models import Bank, Base, load, merge, save_adapter, targets
+from fedlora.privacy import self_test
 from fedlora.protocol import Task
 from fedlora.trainer import Job, fit
 
@@ -222,6 +224,26 @@ def threads(case: Case) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+def answers(case: Case) -> None:
+    """A decoder answers prompts of all lengths as plain PEFT does, one by one and unpadded."""
+    base, positions = case.base, case.base.room or 64
+    said, most = [34, 5, 12, 2, positions - 2, positions], 6  # tokens of a prompt, and of an answer
+    ids = [row.input_ids for row in rows(case.entry, len(said), 4, [n + most for n in said])]
+    held = [Example(all, [-100] * n + all[n:]) for n, all in zip(said, ids, strict=True)]
+    found = answer(base, Task(case.adapter(0)), held)
+    ends = answer_ends(base)
+    for n, all, got in zip(said, ids, found, strict=True):
+        left = most if base.room is None else min(most, base.room - n)
+        want = generated(case.peft, all[:n], left, ends, base.pad_id) if left else []
+        assert got == base.tokenizer.decode(want, skip_special_tokens=True), f"a prompt of {n} tokens"
+
+
+def self_tested(case: Case) -> None:
+    """The test before private training finds that a row's gradient is its own."""
+    self_test(case.base, Task(case.adapter(0)))
+
+
+OF_DECODERS = ("answers",)
 CLAIMS: dict[str, Callable[[Case], None]] = {
     "step": step,
     "fused": fused,
@@ -231,4 +253,6 @@ CLAIMS: dict[str, Callable[[Case], None]] = {
     "long": long,
     "square": square,
     "threads": threads,
+    "answers": answers,
+    "self-test": self_tested,
 }

@@ -4,8 +4,10 @@ They keep something in their modules, feed layers tokens first, read padding, or
 way than a short one. `zoo_claims.long`, `square` and `threads` are about them.
 """
 
+from typing import Any
+
 from zoo_entry import SIZES, Entry, decoder, encoder
-from zoo_sizes import APART, GROUPED, LATENT
+from zoo_sizes import APART, BART, GROUPED, IMAGES, LATENT, T5
 
 LONG_ROPE = {
     "rope_type": "longrope",
@@ -17,6 +19,21 @@ LONG_ROPE = {
 ALONE = "one thread trains it"
 PADDING = ("reads padding",)
 DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+
+
+def image(config: str, **sizes: Any) -> Entry:
+    """A model of images, which is refused."""
+    said = {"load": f"is a model of the kind '{config.lower()}', of which transformers has no text"}
+    return Entry(
+        config,
+        f"{config}ForImageClassification",
+        "classification",
+        {**IMAGES, **sizes},
+        drop=tuple(SIZES) if sizes else (),
+        refused=said,
+        tokenizer=False,
+    )
+
 
 ODD: dict[str, Entry] = {
     "deepseek-v32": decoder(
@@ -89,4 +106,24 @@ ODD: dict[str, Entry] = {
     "bert-mlm-as-decoder": decoder(
         "Bert", "ForMaskedLM", refused={"load": "sees the tokens that follow"}, fast=True
     ),
+    "t5-as-decoder": decoder(
+        "T5",
+        "ForConditionalGeneration",
+        sizes=T5,
+        refused={"load": "'t5', of which transformers has no decoder"},
+    ),
+    "bart-as-decoder": decoder(
+        "Bart", "ForConditionalGeneration", sizes=BART, refused={"load": "instructions need a decoder"}
+    ),
+    "nystromformer": encoder(
+        "Nystromformer", sizes={"num_landmarks": 16, "segment_means_seq_len": 16}, fed=PADDING
+    ),
+    "nystromformer-landmarks": encoder(
+        "Nystromformer",
+        sizes={"num_landmarks": 4, "segment_means_seq_len": 16},
+        refused={"load": "a model for rows of one length only cannot be trained"},
+    ),
+    "vit": image("ViT"),
+    "deit": image("DeiT"),
+    "swin": image("Swin", embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2),
 }

@@ -63,3 +63,17 @@ def gradients(model: PeftModel, row: Example) -> dict[str, Tensor]:
     parameters = trained(model)
     found = torch.autograd.grad(loss(model, row), list(parameters.values()))
     return dict(zip(parameters, found, strict=True))
+
+
+def generated(model: PeftModel, prompt: list[int], most: int, ends: list[int], pad: int) -> list[int]:
+    """What follows a prompt: the likeliest token each time, up to an end."""
+    ids = torch.tensor([prompt])
+    said = copy.deepcopy(model).generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=most,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        do_sample=False,
+    )
+    return [token for token in said[0, len(prompt) :].tolist() if token not in ends]

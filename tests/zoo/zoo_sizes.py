@@ -52,4 +52,6 @@ BART = {
 }
 TOLD_APART = "cannot be told apart by client"
 APART_BY_CLIENT = {"fused": TOLD_APART, "square": TOLD_APART}
-APART = {**APART_BY_CLIENT, "private": "cannot be told apart by record"}
+BY_RECORD = "cannot be told apart by record"
+APART = {**APART_BY_CLIENT, "private": BY_RECORD, "self-test": BY_RECORD}
+IMAGES = {"image_size": 16, "patch_size": 4, "num_labels": 3}
