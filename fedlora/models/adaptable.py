@@ -179,8 +179,14 @@ def _silent(base: Base, modules: Iterable[str]) -> dict[str, str]:
     if not probes:
         return found
     reached: tuple[Tensor | None, ...] = (None,) * len(probes)
-    if loss.requires_grad:
-        reached = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
+    try:
+        if loss.requires_grad:
+            reached = torch.autograd.grad(loss, list(probes.values()), allow_unused=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"model.path: expected a model that can be trained, '{base.path}' has no gradient: "
+            f"{str(error).splitlines()[0].split(';')[0]:.160}"
+        ) from error
     quiet = [name for name, grad in zip(probes, reached, strict=True) if grad is None]
     return found | dict.fromkeys(quiet, "no part in the loss")
 

@@ -59,9 +59,13 @@ class Base:
     @property
     def room(self) -> int | None:
         """How many tokens a row may have; None where the model has no table of positions to run out of."""
-        ends = ("position_embeddings", "embed_positions", "wpe")
+        ends = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
         named = (module for name, module in self.model.named_modules() if name.endswith(ends))
-        most: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        if config.model_type == "mpt":  # makes the slopes of its attention for so many
+            slopes: int = config.max_seq_len
+            return slopes
+        most: int | None = getattr(config, "max_position_embeddings", None)
         if any(name.endswith("embed_positions") for name, _ in self.model.named_buffers()):
             return most  # GPT-J and its like compute their table
         table = next((module for module in named if isinstance(module, nn.Embedding)), None)

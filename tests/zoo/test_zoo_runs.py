@@ -20,7 +20,7 @@ LEFT_OUT = "lora.targets=all-linear leaves out"
 RESUMED = [
     pytest.param(name, marks=() if name == "bert" else pytest.mark.slow)
     for name, entry in ZOO.items()
-    if "load" not in entry.refused
+    if entry.trained
 ]
 
 

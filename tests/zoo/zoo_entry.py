@@ -29,7 +29,7 @@ class Entry:
         fed: parts of the lines that say, when it is loaded, how it must be fed.
         single: whether the claims are checked in float32, for models that transformers computes in float32 in
             part whatever their weights are: experts, a scan, a softmax, or the logits.
-        refused: claim -> a part of what fedlora says instead.
+        refused: claim -> a part of what fedlora says instead; "load" and "targets" stand for the whole model.
         fast: whether it is tested by default.
         tokenizer: whether the checkpoint has one.
         special: how the tokenizer wraps a text; "$A" is the text.
@@ -49,6 +49,11 @@ class Entry:
     fast: bool = False
     tokenizer: bool = True
     special: str = "$A"
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is something to claim: it is refused neither at load nor with all its layers."""
+        return not {"load", "targets"} & self.refused.keys()
 
 
 def encoder(config: str, model: str = "ForMaskedLM", **more: Any) -> Entry:

@@ -1,10 +1,11 @@
 """Which architectures fedlora claims to train: one line each, with what it refuses of them, word for word.
 
 To add an architecture, add a line to `ZOO`. `refused` maps a claim of `zoo_claims.CLAIMS` to a part of the
-line that fedlora says instead; "load" stands for the model as a whole.
+line that fedlora says instead; "load" and "targets" stand for the model as a whole.
 """
 
 from zoo_entry import SIZES, Entry, decoder, encoder
+from zoo_more import MORE
 from zoo_odd import ODD
 from zoo_sizes import (
     APART,
@@ -270,5 +271,6 @@ ZOO: dict[str, Entry] = {
         left_out="model.embed_vision, model.vision_tower (never called)",
     ),
     "bert-decoder": decoder("Bert", "LMHeadModel", sizes={"is_decoder": True}, refused=APART_BY_CLIENT),
+    **MORE,
     **ODD,
 }
