@@ -140,7 +140,7 @@ def _refused_early(config: DictConfig, grid: Grid, teller: Teller) -> set[int]:
         registered(),
         strategy.mixed_ranks,
     )
-    roster.gather(Patience(grid, int), clients, min(config.engine.wait, SOON))
+    roster.gather(Patience(grid, int, poll=0.1), clients, min(config.engine.wait, SOON))
     return roster.refused
 
 

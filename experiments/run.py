@@ -97,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(error, PATHS) and error.filename is not None:
             _fail(f"'{error.filename}': {error.strerror}; check the path", 2)
         if _disk_is_full(error):
-            _fail("the disk is full; make room, then go on with fedlora run resume=DIR", 1)
+            _fail(
+                "the disk is full; make room and say it again; a run goes on by fedlora run resume=DIR",
+                1,
+            )
         log = Path("fedlora-error.log").absolute()
         try:
             log.write_text(traceback.format_exc(), encoding="utf-8")

@@ -134,16 +134,16 @@ def verify(run: Path, trust: Trust = NONE) -> str:
         as_used = plain(widened=True)
     gap = _check_logits(exact, _logits(as_used, some), ours, peft)
     said = summary.get("accuracy", summary.get("token_accuracy"))
-    coarse = _coarseness(config)
+    coarse, where = _coarseness(config), f"{config.evaluate.rows} rows"
     one = 1 / len(rows) if rows and coarse > 1 else 0.0  # rounding may turn a row, of however few
     if said is not None and abs(right - said) > 0.005 * coarse + one:
-        raise CheckpointError(f"PEFT reaches {right:.4f} on the test rows, the summary says {said:.4f}")
+        raise CheckpointError(f"PEFT reaches {right:.4f} on the {where}, the summary says {said:.4f}")
     told = summary.get("loss")
     if told is not None and abs(loss - told) > 1e-3 * coarse * max(1, loss):
-        raise CheckpointError(f"PEFT has loss {loss:.4f} on the test rows, the summary says {told:.4f}")
+        raise CheckpointError(f"PEFT has loss {loss:.4f} on the {where}, the summary says {told:.4f}")
     return (
         f"ok: SHA-256 {found[:16]}..., logits of plain PEFT within {gap:.1e}, "
-        f"loss {loss:.4f} and share of right answers {right:.4f} on {len(rows)} test rows"
+        f"loss {loss:.4f} and share of right answers {right:.4f} on {len(rows)} {where}"
     )
 
 

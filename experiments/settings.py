@@ -1,6 +1,7 @@
 """The configuration of a run: its types, and how overrides become one, with errors in one line."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ PATHS = ("out", "resume", "data.train", "data.test", "data.path", "model.path", 
 COLUMNS = tuple(f"data.{role}" for role in ("text", "label", "prompt", "response", "client"))  # 1 is a name
 PLACED = tuple(key for key in PATHS if "." in key)  # what a deployment's server opens in a folder of its own
 NEVER_A_NAME = ("data.train", "data.test", "lora.adapter")  # the others may be names on the Hugging Face hub
+APPEND = re.compile(r"\. To append to your config use \+.*?(?=: |$)")
 DICTIONARIES = ("lora.rank_pattern", "lora.alpha_pattern")
 
 
@@ -86,8 +88,13 @@ class Schema:
 
 
 def register() -> None:
-    """Make known the schema, and `${times:a,b}`, by which a strategy sets its rate to a model's."""
+    """Make known the schema, and what its YAML calls.
+
+    `${times:a,b}` is the product, by which a strategy sets its rate to a model's. `${dealt:n,how}` is how
+    many clients get rows where the user names no number: n, or null, which is all, where they are natural.
+    """
     OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
+    OmegaConf.register_new_resolver("dealt", lambda n, how: None if how == "natural" else n, replace=True)
     ConfigStore.instance().store(name="schema", node=Schema)
 
 
@@ -98,7 +105,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         ConfigError: an unknown key, group choice or value, in one line.
     """
     register()
-    overrides = [_open(_quoted(word)) for word in overrides]
+    overrides = [opened(_quoted(word)) for word in overrides]
     try:
         with hydra.initialize_config_module("fedlora.experiments.conf", version_base="1.3"):
             _know(overrides)
@@ -168,9 +175,10 @@ def _quoted(word: str) -> str:
     return key + "='" + value.replace("'", "\\'") + "'"
 
 
-def _open(word: str) -> str:
-    """A dictionary of names that nobody can know before: Hydra adds keys to it only if told to."""
-    return f"++{word}" if word.partition("=")[0] in DICTIONARIES else word
+def opened(word: str) -> str:
+    """A key of a dictionary of names that nobody can know before: Hydra adds those only if told to."""
+    key = word.partition("=")[0]
+    return f"++{word}" if any(key == name or key.startswith(f"{name}.") for name in DICTIONARIES) else word
 
 
 def path_said(word: str) -> str:
@@ -255,4 +263,5 @@ def one_line(error: Exception) -> str:
         return f"{key}: needs a value, got none; say {key}=..."
     cause = error.__cause__
     text = str(error) if cause is None or str(cause) in str(error) else f"{error}: {cause}"
-    return " ".join(text.partition("Config search path")[0].split())
+    text = " ".join(text.partition("Config search path")[0].split())
+    return APPEND.sub("", text)  # a key that is not known is a mistake here, and + would not mend it

@@ -51,7 +51,7 @@ def sweep(words: Sequence[str]) -> None:
     settings.register()
     trust, said = Trust.said(words)
     flags, said = _flags(said)
-    folder, said = _placed(said)
+    folder, said = _placed([settings.opened(word) for word in said])
     settings.check_keys(said)
     pairs, jobs = _plan(said)
     last = {o.key_or_group: o for o in _parsed(said)}  # a key may be given twice
@@ -59,6 +59,8 @@ def sweep(words: Sequence[str]) -> None:
     this = Sweep(folder.absolute(), tuple(pairs), trust, frozenset(constant))
     names = None if jobs is None else [this.name(job) for job in jobs]
     kept = {"words": [word for word in said if not _is_ours(word)], "jobs": names}
+    if "resume" not in {word.partition("=")[0] for word in words}:
+        _check_same(folder, kept)
     text = json.dumps(kept, indent=2) + "\n"
     write_whole(folder / SWEEP, lambda file: file.write_text(text, encoding="utf-8"))
     for stale in folder.glob(f"*/{ERROR}"):
@@ -141,6 +143,30 @@ def _kept_words(folder: Path) -> list[str]:
         return [str(word) for word in words if not _is_ours(str(word))]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{folder / SWEEP}' is broken ({error}); give the sweep's command") from error
+
+
+def _check_same(folder: Path, kept: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds runs of another sweep; one that has jobs more than before goes on.
+
+    Raises:
+        ConfigError: what is not swept differs, or jobs of before are missing.
+    """
+    if not (folder / SWEEP).is_file() or not any(folder.glob("*/config.yaml")):
+        return
+    before = _kept_words(folder)
+    if sorted(before) == sorted(kept["words"]):
+        return
+    jobs = json.loads((folder / SWEEP).read_text("utf-8")).get("jobs")
+    once = [sorted(word for word in words if not _swept(word)) for words in (before, kept["words"])]
+    if jobs is None or kept["jobs"] is None or once[0] != once[1] or not set(jobs) <= set(kept["jobs"]):
+        raise ConfigError(
+            f"out: '{folder}' holds another sweep ({' '.join(before)}); name another folder, or go on with "
+            f"that one by fedlora run -m resume={folder}"
+        )
+
+
+def _swept(word: str) -> bool:
+    return _parsed([word])[0].is_sweep_override()
 
 
 def _is_ours(word: str) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.report.compare import ABSENT, clean, labels
-from fedlora.report.read import Run
+from fedlora.report.read import Run, evaluated
 from fedlora.report.tables import Table, score, turned
 
 
@@ -27,7 +27,7 @@ def answers_table(runs: Sequence[Run]) -> Table | None:
         "ROUGE-L": [score(final.get("rouge_l"), "accuracy") for _, _, final in rows],
     }
     shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
-    note = "Greedy answers to test rows; answers.jsonl in a run’s folder has every one."
+    note = f"Greedy answers to {evaluated(runs)}; answers.jsonl in a run’s folder has every one."
     return Table("Answers", [*shown], turned(shown), note)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.report.compare import ABSENT, clean, labels, words
-from fedlora.report.read import Run, number
+from fedlora.report.read import Run, evaluated, number
 from fedlora.report.seeds import INTERVAL, groups, spread
 from fedlora.report.tables import Table, amounts, megabytes, score, turned
 
@@ -27,7 +27,7 @@ def clients_table(run: Run) -> Table:
         "σ": amounts([row.get("sigma") for row in rows]),
         "clipped": [score(row.get("clipped"), "loss") for row in rows],
         "training loss": [score(row.get("loss"), "loss") for row in rows],
-        "alone on test rows": [score(row.get("test_accuracy"), "accuracy") for row in rows],
+        f"alone on {evaluated([run])}": [score(row.get("test_accuracy"), "accuracy") for row in rows],
         "local accuracy": [score(row.get("local_accuracy"), "accuracy") for row in rows],
         "MB down": megabytes([row.get("bytes_down") for row in rows]),
         "MB up": megabytes([row.get("bytes_up") for row in rows]),

@@ -14,7 +14,7 @@ from fedlora.report.alarms import KEPT
 from fedlora.report.clients import holdings, own_metric, own_values, thinned, worst_first
 from fedlora.report.compare import clean, labels, words
 from fedlora.report.draw import EXACT, Handle, Line, bars, hollow, key, lines
-from fedlora.report.read import Run, number
+from fedlora.report.read import Run, evaluated, number
 from fedlora.report.seeds import groups
 from fedlora.report.series import Series, by_round, ends, mean, means, without_privacy
 
@@ -73,7 +73,8 @@ def exact(runs: Sequence[Run]) -> float | None:
 
 def over_rounds(runs: Sequence[Run], metric: str) -> Picture | None:
     """The headline metric after each round; round 0 is before training."""
-    caption = f"{words(metric).capitalize()} on the test rows after each round; round 0 is before training."
+    where = f"on the {evaluated(runs)} after each round; round 0 is before training."
+    caption = f"{words(metric).capitalize()} {where}"
     return _simple(runs, metric, words(metric), caption)
 
 
@@ -135,12 +136,14 @@ def losses(runs: Sequence[Run]) -> Picture | None:
         Line(line.label, line.points, (), line.at, "--") for line in means(runs, by_round("train_loss"))
     ]
     caption = (
-        "Loss after each round, on the test rows" if tested else "The clients’ training loss in each round"
+        f"Loss after each round, on the {evaluated(runs)}"
+        if tested
+        else "The clients’ training loss in each round"
     )
     more: list[tuple[Handle, str]] = []
     if tested and trained:
         caption += " and, dashed, in the clients’ training"
-        more = [(key("-"), "on test rows"), (key("--"), "in training")]
+        more = [(key("-"), f"on {evaluated(runs)}"), (key("--"), "in training")]
     elif trained:
         trained = [Line(line.label, line.points, (), line.at) for line in trained]
     return _picture("loss-over-rounds", [*tested, *trained], "round", "loss", f"{caption}.", more)

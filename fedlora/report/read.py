@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ class Run:
         return [(row["round"], value) for row in rows if (value := number(row.get(key))) is not None]
 
 
+def evaluated(runs: Iterable[Run]) -> str:
+    """What runs were evaluated on: "test rows", "validation rows", or both in words."""
+    parts = [settings if isinstance(settings := run.config.get("evaluate"), dict) else {} for run in runs]
+    return f"{' or '.join(sorted({str(part.get('rows', 'test')) for part in parts}))} rows"
+
+
 def number(value: object) -> float | None:
     """`value` as a float, or None when it is absent, not a number, NaN or infinite."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
@@ -100,9 +107,9 @@ def read_run(path: str | Path) -> Run:
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise CheckpointError(f"{path}: expected the folder of a run, found {_kind(folder)}; check the path")
-    if not (folder / "config.yaml").is_file():
+    if not any((folder / name).is_file() for name in ("config.yaml", "summary.json")):
         raise CheckpointError(
-            f"{path}: expected the folder of a run, this one has no config.yaml; check the path"
+            f"{path}: expected the folder of a run, found no config.yaml and no summary.json; check it"
         )
     if not (folder / "summary.json").is_file():
         raise CheckpointError(

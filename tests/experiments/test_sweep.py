@@ -8,7 +8,9 @@ import pytest
 import fedlora.experiments.swept as swept
 from fedlora.errors import ConfigError
 from fedlora.experiments.run import main
+from fedlora.experiments.settings import compose
 from fedlora.experiments.swept import Sweep
+from fedlora.experiments.targets import Trust, read
 
 pytestmark = pytest.mark.slow
 
@@ -159,12 +161,46 @@ def test_pairs_need_a_sweep(no_run: Callable[..., str]) -> None:
 
 
 def test_other_settings_are_not_taken_for_a_job(tmp_path: Path, capsys: Any) -> None:
-    sweep("seed=0,1", f"out={tmp_path}")
+    main(["run", *JOB, "seed=1", f"out={tmp_path / 'seed=1'}"])
     sweep("seed=1,2", "client.steps=1", f"out={tmp_path}", code=2)
     said = capsys.readouterr().err
     assert "seed=1: out:" in said
     assert "other settings (client)" in said
-    assert sorted(shas(tmp_path)) == ["seed=0", "seed=1", "seed=2"]
+    assert sorted(shas(tmp_path)) == ["seed=1", "seed=2"]
+
+
+def test_a_folder_holds_one_sweep_which_may_grow(
+    tmp_path: Path, refused: Callable[..., str], capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    sweep("seed=0,1", f"out={out}")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for other in (["seed=0,1", "ranks=4"], ["seed=0"], ["seed=5,6"], ["client.lr=1e-3,1e-2"]):
+        said = refused("run", "-m", *JOB, *other, f"out={out}")
+        assert "holds another sweep" in said
+        assert f"fedlora run -m resume={out}" in said
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    sweep("seed=0,1,2", f"out={out}")
+    assert "3 jobs, 2 finished before" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["lora.rank_pattern", "lora.alpha_pattern"])
+def test_patterns_are_given_swept_and_refused_without_a_plus(tmp_path: Path, key: str, capsys: Any) -> None:
+    name = key.partition(".")[2]
+    sweep(f"{key}={{query: 4}},{{query: 2}}", "lora.alpha=8", f"out={tmp_path}")
+    found = [read(path, Trust()).lora[name].query for path in sorted(tmp_path.glob("lora*"))]
+    assert found == [2, 4]
+    assert compose([*JOB, f"{key}.query=3"]).lora[name] == {"query": 3}
+
+
+@pytest.mark.parametrize(
+    "word", ["client.lr.x=3", "ranks.x=3", "lora.rank_patern={query: 4}", "+clients.x=3"]
+)
+def test_no_plus_is_advised(word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([*JOB, word])
+    assert "append" not in str(caught.value)
+    assert " +" not in str(caught.value).replace(word, "")
 
 
 def test_a_kept_sweep_says_neither_how_it_is_launched_nor_what_is_trusted(tmp_path: Path) -> None:

@@ -61,10 +61,39 @@ def test_a_row_of_just_max_length_tokens_is_not_counted_as_cut(
     assert not [line for line in warned(train, test, f"data.max_length={longest}") if "longer" in line]
 
 
-def test_validation_rows_are_called_so(warned: Callable[..., list[str]], tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about itself
+def test_validation_rows_are_called_so(
+    warned: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train, test = rows(tmp_path / "rows.jsonl"), rows(tmp_path / "test.jsonl", 10)
     (line,) = warned(f"data.train={train}", f"data.test={test}", "evaluate.rows=validation")
     assert line.startswith("20 of 20 validation rows have the text")
+    main(["verify", str(tmp_path / "run")])
+    assert capsys.readouterr().out.strip().endswith("on 20 validation rows")
+
+
+def test_natural_clients_are_all_taken_unless_a_number_says_otherwise(
+    warned: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    for name in "abcd":
+        rows(tmp_path / "folder" / f"{name}.jsonl", 20)
+    words = ["model=tiny", "data=files", f"data.train={tmp_path / 'folder'}", "data.partition=natural"]
+    assert compose(words).clients is None
+    assert compose([*words, "clients=2"]).clients == 2
+    assert compose([*words, "data.partition=iid"]).clients == 8
+    assert compose(["model=tiny", "data=sites", "data.test=x"]).clients == 8
+    main(
+        [
+            "run",
+            *words,
+            "data.text=text",
+            "data.label=label",
+            "rounds=1",
+            "ranks=2",
+            f"out={tmp_path / 'all'}",
+        ]
+    )
+    assert json.loads((tmp_path / "all" / "summary.json").read_text())["clients"] == 4
 
 
 @pytest.mark.parametrize("privacy", ["privacy=dp_sgd", "secure_sum=true"])

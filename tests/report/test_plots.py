@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fedlora.report import draw, plots, read_run
+from fedlora.report import draw, plots, read_run, write_report
 
 
 def words(picture):
@@ -18,6 +18,16 @@ def drawn(monkeypatch):
     found, draw_lines = [], plots.lines
     monkeypatch.setattr(plots, "lines", lambda lines, *how: (found.append(lines), draw_lines(lines, *how))[1])
     return found
+
+
+def test_validation_rows_are_called_so_on_the_whole_page(make_run, tmp_path):
+    told = {}
+    for rows in ("test", "validation"):
+        run = make_run(rows, config={"evaluate": {"rows": rows}})
+        told[rows] = write_report([read_run(run)], tmp_path / f"{rows}.html").read_text()
+    assert "on the validation rows" in told["validation"]
+    assert "test rows" not in told["validation"]
+    assert "on the test rows" in told["test"]
 
 
 def test_every_picture_names_its_axes(make_run):
