@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from trial import Trial, free_ports
 from fedlora.experiments.certificates import node_key
 
 pytestmark = pytest.mark.slow
+ALONE = """
+import sys
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+config = AutoConfig.from_pretrained(sys.argv[1] + "/base")
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+base = AutoModelForSequenceClassification.from_pretrained(sys.argv[2], config=config)
+model = PeftModel.from_pretrained(base, sys.argv[1]).eval()
+logits = model(**tokenizer(["w1 w2"], return_tensors="pt")).logits
+assert logits.shape == (1, len(config.id2label)), logits.shape
+print(*(config.id2label[i] for i in range(len(config.id2label))))
+"""  # what README says, without fedlora
 DEPLOY = ("engine=deploy", "engine.superlink=fedlora", *JOB)
 
 
@@ -47,6 +61,11 @@ def test_sites_reach_the_adapter_of_one_process_though_a_worker_is_killed(
         "report.html",
     }
     assert [line.split()[1] for line in said if line.startswith("round")] == ["1/2", "2/2"]
+    told = json.loads((out / "task.json").read_text())
+    loaded = subprocess.run(
+        [sys.executable, "-c", ALONE, str(out / "adapter"), told["base"]], capture_output=True, text=True
+    )
+    assert loaded.stdout.split() == told["labels"], loaded.stderr
 
 
 def test_a_server_killed_in_a_run_goes_on_from_its_last_round(
