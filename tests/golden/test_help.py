@@ -1,4 +1,4 @@
-"""What `--help` of every verb prints, kept in help.json; `python tests/golden/test_help.py` writes it anew."""
+"""What `--help` of every verb prints, kept in help.json; `python tests/golden/test_help.py` writes it."""
 
 import contextlib
 import io
@@ -26,7 +26,7 @@ def shown(verb: str) -> str:
         return out.getvalue()
 
 
-@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse of another Python lays it out otherwise")
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="another argparse lays it out otherwise")
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_is_what_it_was(verb: str) -> None:
     assert shown(verb).splitlines() == json.loads(KEPT.read_text())[verb]
