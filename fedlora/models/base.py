@@ -62,7 +62,7 @@ class Base:
         ends = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
         named = (module for name, module in self.model.named_modules() if name.endswith(ends))
         config = self.model.config.get_text_config()
-        if config.model_type == "mpt":  # makes the slopes of its attention for so many
+        if getattr(config, "model_type", "") == "mpt":  # makes the slopes of its attention for so many
             slopes: int = config.max_seq_len
             return slopes
         most: int | None = getattr(config, "max_position_embeddings", None)
