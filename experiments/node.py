@@ -86,6 +86,8 @@ class Node:
         delta: the largest of a run, beside epsilon; None takes min(1e-5, a tenth of 1 / rows).
         max_rounds: the most trainings of a run that it answers; one that is asked for again counts again.
         secure: whether it sends updates under the masks of a secure sum alone.
+        labels: all labels of its rows, by commas; a run that names others is refused without a look at the rows, so
+            that a refusal tells nothing of them. Empty: whether its rows fit a run's labels is told.
         allow: modules of its own that configurations may name.
         warm: whether the model stays loaded between messages.
     """
@@ -104,6 +106,7 @@ class Node:
     delta: float | None = None
     max_rounds: int | None = None
     secure: bool = False
+    labels: str = ""
     allow: str = ""
     warm: bool = True
 
@@ -166,6 +169,12 @@ class Node:
             raise ConfigError(
                 f"this site takes part in at most {self.max_rounds} rounds (max-rounds), the run has "
                 f"{config.rounds}"
+            )
+        own = {name.strip() for name in self.labels.split(",") if name.strip()}
+        if own and {*plan.labels} != own:
+            raise ConfigError(
+                f"this site's rows have the labels {', '.join(sorted(own))} (labels), the run names "
+                f"{', '.join(plan.labels) or 'none'}; say data.labels=[{','.join(sorted(own))}]"
             )
         if self.secure and config.get("secure_sum") is not True:
             raise ConfigError(

@@ -274,3 +274,20 @@ def test_no_run_takes_the_place_of_what_a_site_keeps(name: str, ask: Any, compos
     config = composed()
     config.engine.experiment = name
     assert "take another name" in ask(config, site, experiment=name).why()
+
+
+def test_a_site_that_names_its_labels_tells_no_run_which_of_them_its_rows_have(
+    ask: Any, composed: Any, site: Any, tmp_path: Path
+) -> None:
+    heard: dict[tuple[str, ...], list[tuple[bool, str]]] = {}
+    for number, extra in enumerate((None, "c")):  # the second site has a row with a rare label
+        own = rows(tmp_path / str(number) / "rows.jsonl", extra=extra)
+        words = site | {"data": str(own), "labels": "a, b, c", "state": str(tmp_path / f"state-{number}")}
+        for labels in (("a",), ("a", "b"), ("a", "b", "c"), ("a", "b", "d")):
+            asked = ask(composed("data.labels=[a,b,c]"), words, labels=labels, model="")
+            reply = asked()
+            said = (reply.has_error(), reply.error.reason if reply.has_error() else "")
+            heard.setdefault(labels, []).append(said)
+    assert all(one == two for one, two in heard.values())
+    assert [refused for (refused, _), _ in heard.values()] == [True, True, False, True]
+    assert "data.labels=[a,b,c]" in heard["a", "b"][0][1]
