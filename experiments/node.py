@@ -86,8 +86,8 @@ class Node:
         delta: the largest of a run, beside epsilon; None takes min(1e-5, a tenth of 1 / rows).
         max_rounds: the most trainings of a run that it answers; one that is asked for again counts again.
         secure: whether it sends updates under the masks of a secure sum alone.
-        labels: all labels of its rows, by commas; a run that names others is refused without a look at the rows,
-            so that a refusal tells nothing of them. Empty: whether its rows fit a run's labels is told.
+        labels: all labels of its rows, by commas; a run that names others is refused without a look at the
+            rows, so that a refusal tells nothing of them. Empty: whether its rows fit a run's labels is told.
         allow: modules of its own that configurations may name.
         warm: whether the model stays loaded between messages.
     """

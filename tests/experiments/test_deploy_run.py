@@ -80,6 +80,7 @@ def test_an_interrupted_run_says_how_it_goes_on(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, words = tmp_path / "out", ("model=tiny", "data=tiny", "clients=2", "ranks=4", "rounds=2")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with monkeypatch.context() as patch:
         end = Progress.end
 
@@ -89,6 +90,7 @@ def test_an_interrupted_run_says_how_it_goes_on(
 
         patch.setattr(Progress, "end", interrupted)
         said = refused("run", *words, f"out={out}", code=130)
+    signal.signal(signal.SIGINT, before)
     assert said == f"fedlora: interrupted; fedlora run resume={out} goes on from the last whole round\n"
     from rich.console import Console
 
