@@ -21,13 +21,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment, Client, Outcome
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
-from fedlora.evaluation import measure
-from fedlora.models import Bank, Base, Tap
-from fedlora.protocol import Task
+from fedlora.models import Base, HiddenStateHook, MultiAdapterModel
+from fedlora.training.client import Client, TrainRequest, TrainResult
+from fedlora.training.evaluation import measure
 
 from .local import LocalTraining
 
@@ -52,13 +52,13 @@ class GatedExperts(Client):
         """As a configuration says it: the settings of `LocalTraining`."""
         return cls(LocalTraining(**local))
 
-    def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
+    def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Tasks without an expert in one pass, those with one client by client."""
         plain = [a for a in assignments if a.task.expert is None]
         found = dict(zip(map(id, plain), self.local.train(base, plain) if plain else (), strict=True))
         return [found[id(a)] if id(a) in found else self._mix(base, a) for a in assignments]
 
-    def evaluate(self, base: Base, assignments: Sequence[Assignment]) -> list[tuple[float, float]]:
+    def evaluate(self, base: Base, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         """Loss and share of right answers of the mixture; of the adapter alone where there is no expert."""
         plain = [a for a in assignments if a.task.expert is None]
         found = dict(zip(map(id, plain), self.local.evaluate(base, plain) if plain else (), strict=True))
@@ -77,12 +77,12 @@ class GatedExperts(Client):
         """As in local training."""
         return self.local.micro_tokens
 
-    def _mix(self, base: Base, assignment: Assignment) -> Outcome:
+    def _mix(self, base: Base, assignment: TrainRequest) -> TrainResult:
         with Mixture(base, assignment, train=True) as mixture:
             loss, steps = self.local.descend(
                 base, mixture.parameters, lambda rows: mixture.scores(rows)[0], self.local.batches(assignment)
             )
-            return Outcome(mixture.gate, {"loss": loss, "steps": float(steps)}, mixture.memory())
+            return TrainResult(mixture.gate, {"loss": loss, "steps": float(steps)}, mixture.memory())
 
 
 class Mixture:
@@ -97,19 +97,19 @@ class Mixture:
         ConfigError: the global expert has no pair, so that the gate has nothing to look at.
     """
 
-    def __init__(self, base: Base, assignment: Assignment, train: bool = False) -> None:
+    def __init__(self, base: Base, assignment: TrainRequest, train: bool = False) -> None:
         task, expert = assignment.task, assignment.task.expert
         if expert is None or not expert.pairs:
             raise ConfigError("FedMS needs LoRA pairs, for its gate to look at; name some lora.targets")
         own = _local(expert, assignment.memory)
         self._base, self._open = base, ExitStack()
-        self._bank = Bank(
+        self._bank = MultiAdapterModel(
             base,
             [Task(expert, NOBODY, fold=task.fold), Task(own, active=task.active, fold=task.fold)],
             train,
             every_token=True,
         )
-        self._tap = Tap(base, expert.top_down()[0])
+        self._tap = HiddenStateHook(base, expert.top_down()[0])
         gate = {n: nn.Parameter(t.to(base.device, copy=True), train) for n, t in task.adapter.extra.items()}
         self._A, self._B = gate["gate.A"], gate["gate.B"]
         self.parameters = {**self._bank.factors(1), "gate": [self._A, self._B]}

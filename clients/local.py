@@ -15,16 +15,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter
-from fedlora.algebra import truncate
-from fedlora.client import Assignment, Client, Outcome
+from fedlora.core.adapter import Adapter
+from fedlora.core.algebra import truncate
+from fedlora.core.messages import Tail
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base
 from fedlora.privacy import DPSGD, Plan, self_test
-from fedlora.protocol import Tail
 from fedlora.seeds import generator
-from fedlora.trainer import Job, Parameters, descend, fit
+from fedlora.training.client import Client, TrainRequest, TrainResult
+from fedlora.training.trainer import FitJob, Parameters, descend, fit
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class LocalTraining(Client):
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"client.warmup: expected a share from 0 to 1, got {self.warmup}")
 
-    def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
+    def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Train all assignments in one pass; what is a client's own goes on from its memory and into it."""
         if self.privacy is not None:
             return self._train_privately(base, assignments, self.privacy)
-        jobs = [Job(replace(a.task, adapter=a.start), self.batches(a)) for a in assignments]
+        jobs = [FitJob(replace(a.task, adapter=a.start), self.batches(a)) for a in assignments]
         fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, self.clip, self.micro_tokens)
         return [
             replace(_outcome(a, f.adapter), metrics={"loss": f.loss, "steps": float(f.steps)})
@@ -102,8 +102,8 @@ class LocalTraining(Client):
         return None if privacy is None else privacy.plan(rows, self.batch_size, self.count_steps(rows))
 
     def _train_privately(
-        self, base: Base, assignments: Sequence[Assignment], privacy: DPSGD
-    ) -> list[Outcome]:
+        self, base: Base, assignments: Sequence[TrainRequest], privacy: DPSGD
+    ) -> list[TrainResult]:
         sizes = [len(a.rows) for a in assignments]
         plans = [privacy.plan(size, self.batch_size, self.count_steps(size)) for size in sizes]
         jobs = []
@@ -114,7 +114,7 @@ class LocalTraining(Client):
             self_test(base, task)
             mechanism = plan.mechanism(a.client, a.round)
             drawn = [mechanism.source.chosen(len(a.rows), plan.q) for _ in range(plan.steps)]
-            jobs.append(Job(task, [[a.rows[i] for i in batch] for batch in drawn], mechanism))
+            jobs.append(FitJob(task, [[a.rows[i] for i in batch] for batch in drawn], mechanism))
         fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, None, self.micro_tokens)
         outcomes = []
         for a, f, plan in zip(assignments, fitted, plans, strict=True):
@@ -143,7 +143,7 @@ class LocalTraining(Client):
             return 0
         return math.ceil(min(self.batch_size, len(rows)) * sum(len(r.input_ids) for r in rows) / len(rows))
 
-    def batches(self, assignment: Assignment) -> list[list[Example]]:
+    def batches(self, assignment: TrainRequest) -> list[list[Example]]:
         """The round's batches, a new order each pass; the last of a pass may be smaller."""
         rng = generator(assignment.seed, "batches", assignment.client, assignment.round)
         rows, found = assignment.rows, list[list[Example]]()
@@ -178,11 +178,11 @@ class LocalTraining(Client):
         return shapes[self.schedule]
 
 
-def _outcome(assignment: Assignment, trained: Adapter) -> Outcome:
+def _outcome(assignment: TrainRequest, trained: Adapter) -> TrainResult:
     """What was trained, pruned where the task says so, and what of it is the client's own."""
     tensors, task = dict(trained.tensors()), assignment.task
     adapter = trained if task.tail is None else pruned(trained, assignment.start, task.tail)
-    return Outcome(adapter, {}, {name: tensors[name] for name in task.own()})
+    return TrainResult(adapter, {}, {name: tensors[name] for name in task.own()})
 
 
 def pruned(trained: Adapter, start: Adapter, tail: Tail) -> Adapter:

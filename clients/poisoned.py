@@ -20,12 +20,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment, Client, Outcome
+from fedlora.core.adapter import Adapter, Pair
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base
 from fedlora.seeds import generator
+from fedlora.training.client import Client, TrainRequest, TrainResult
 
 from .local import LocalTraining
 
@@ -77,7 +77,7 @@ class PoisonedTraining(Client):
         order = generator(seed, "poisoned").permutation(self.clients)
         return frozenset(int(client) for client in order[: round(self.share * self.clients)])
 
-    def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
+    def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Local training of all in one pass, and the attacks on the way in or out."""
         labels = int(base.model.config.num_labels) if base.kind == "classification" else 0
         if self.kind == "labels" and not labels:
@@ -95,7 +95,7 @@ class PoisonedTraining(Client):
             for a, outcome, evil in zip(assignments, outcomes, bad, strict=True)
         ]
 
-    def evaluate(self, base: Base, assignments: Sequence[Assignment]) -> list[tuple[float, float]]:
+    def evaluate(self, base: Base, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         """As in local training."""
         return self.local.evaluate(base, assignments)
 
@@ -108,7 +108,7 @@ class PoisonedTraining(Client):
         """As in local training."""
         return self.local.micro_tokens
 
-    def _turned(self, assignment: Assignment, trained: Adapter) -> Adapter:
+    def _turned(self, assignment: TrainRequest, trained: Adapter) -> Adapter:
         """The trained adapter with the attack on all that is shared."""
         rng = generator(assignment.seed, "poison", assignment.client, assignment.round)
         start, shared = dict(assignment.start.tensors()), {*assignment.task.shared()}

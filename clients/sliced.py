@@ -30,10 +30,10 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fedlora.client import Assignment, Client, Outcome
 from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base
+from fedlora.training.client import Client, TrainRequest, TrainResult
 
 from .local import LocalTraining
 
@@ -73,7 +73,7 @@ class SlicedTraining(Client):
         """
         Cut(base, self.cut, Channel(""))
 
-    def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
+    def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Local training, client by client, and what went over the cut.
 
         Raises:
@@ -86,7 +86,7 @@ class SlicedTraining(Client):
             outcomes.append(replace(outcome, metrics=outcome.metrics | cut.metrics()))
         return outcomes
 
-    def evaluate(self, base: Base, assignments: Sequence[Assignment]) -> list[tuple[float, float]]:
+    def evaluate(self, base: Base, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         """As in local training."""
         return self.local.evaluate(base, assignments)
 

@@ -28,14 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment, Client, Outcome
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
-from fedlora.evaluation import measure
-from fedlora.models import Bank, Base, LoRA, Tap, fresh_adapter, targets
-from fedlora.protocol import Task
+from fedlora.models import Base, HiddenStateHook, LoRA, MultiAdapterModel, fresh_adapter, targets
 from fedlora.seeds import generator
+from fedlora.training.client import Client, TrainRequest, TrainResult
+from fedlora.training.evaluation import measure
 
 from .local import LocalTraining
 
@@ -87,11 +87,11 @@ class TwoPhase(Client):
             )
         return {SHARED: (int(base.model.config.num_labels), self.width)}
 
-    def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
+    def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Both phases, client by client."""
         return [self._train(base, assignment) for assignment in assignments]
 
-    def evaluate(self, base: Base, assignments: Sequence[Assignment]) -> list[tuple[float, float]]:
+    def evaluate(self, base: Base, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         """Loss and share of right answers of the two predictions together, weighted by μ."""
         found = []
         for assignment in assignments:
@@ -108,20 +108,20 @@ class TwoPhase(Client):
         """As in local training."""
         return self.local.micro_tokens
 
-    def personal(self, base: Base, assignment: Assignment, train: bool = False) -> "Personal":
+    def personal(self, base: Base, assignment: TrainRequest, train: bool = False) -> "Personal":
         """The client's model as it is before it trains; gradients reach it if `train`."""
         modules = targets(base, self.targets if isinstance(self.targets, str) else list(self.targets))
         peer = LoRA().peer(assignment.client, self.rank, modules)
         fresh = fresh_adapter(base, modules, peer, base.heads, assignment.seed)
         return Personal(base, assignment, fresh, self.mu, train)
 
-    def _train(self, base: Base, assignment: Assignment) -> Outcome:
+    def _train(self, base: Base, assignment: TrainRequest) -> TrainResult:
         batches = self.local.batches(assignment)
         with self.personal(base, assignment, train=True) as model:
             loss, steps = model.first(self.local, batches)
             after, _ = model.second(self.local, batches)
             told = {"loss": loss, "adapter_loss": after, "steps": float(steps)}
-            return Outcome(model.theta(), told, model.memory())
+            return TrainResult(model.theta(), told, model.memory())
 
 
 class Personal:
@@ -135,13 +135,13 @@ class Personal:
         train: whether gradients reach ω.
     """
 
-    def __init__(self, base: Base, assignment: Assignment, fresh: Adapter, mu: float, train: bool) -> None:
+    def __init__(self, base: Base, assignment: TrainRequest, fresh: Adapter, mu: float, train: bool) -> None:
         pair, memory = assignment.task.adapter.pairs[SHARED], assignment.memory
         self._P = _projection(assignment.seed, pair.shape[1], base).to(base.device)
         self._base, self._mu, self._scale, self._open = base, mu, pair.scale, ExitStack()
         self._A, self._B = (nn.Parameter(t.to(base.device, copy=True)) for t in (pair.A, pair.B))
         own = Task(_own(fresh, memory))
-        self._bank, self._tap = Bank(base, [own], train, every_token=True), Tap(base)
+        self._bank, self._tap = MultiAdapterModel(base, [own], train, every_token=True), HiddenStateHook(base)
 
     def __enter__(self) -> Self:
         self._open.enter_context(self._bank)

@@ -1,1 +1,1 @@
-"""What we run: the `fedlora` command, its configuration, benchmarks and recorded results."""
+"""What a reader of our results runs: settings of studies, benchmarks, studies and what they found."""

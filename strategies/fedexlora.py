@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import accumulate, mean_extras, mean_factors, stack
-from fedlora.protocol import Peer, State, Task, Update
-from fedlora.strategy import Strategy, cut
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import accumulate, mean_extras, mean_factors, stack
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, slice_to_rank
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class FedExLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both mean factors, on the base with all that was added."""
-        return Task(cut(state.adapter, peer), fold=state.fold, gain=state.gain)
+        return Task(slice_to_rank(state.adapter, peer), fold=state.fold, gain=state.gain)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself, and add to the base what that loses."""

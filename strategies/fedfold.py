@@ -45,11 +45,11 @@ from statistics import fmean
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import accumulate, beyond, compress, held, mean_extras, truncate, weighted_sum
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import accumulate, beyond, compress, held, mean_extras, truncate, weighted_sum
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
-from fedlora.protocol import Peer, State, Task, Update
-from fedlora.strategy import Strategy, cut, with_room
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class FedFold(Strategy):
             if rest.rank:
                 fold[m] = accumulate(fold.get(m), rest)
         first = replace(state, adapter=Adapter(pairs, state.adapter.extra))
-        return Task(cut(with_room(first, peer), peer), fold=fold)
+        return Task(slice_to_rank(grow_rank(first, peer), peer), fold=fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """D*_new, by the SVD of its core."""

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.protocol import State, Update
-from fedlora.strategy import Strategy, mean_adapter
+from fedlora.core.messages import State, Update
+from fedlora.core.strategy import Strategy, mean_adapter
 
 
 @dataclass(frozen=True)

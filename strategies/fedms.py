@@ -32,12 +32,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import mean_extras, mean_factors, normalised
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import mean_extras, mean_factors, normalised
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.errors import ConfigError
-from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
-from fedlora.strategy import Strategy, cut
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class FedMS(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Stage 1: the expert, partly to train. Stage 2: the gate, the expert, and the modules to train."""
-        expert, active = cut(state.adapter, peer), self._trained(state, peer)
+        expert, active = slice_to_rank(state.adapter, peer), self._trained(state, peer)
         if state.round < self.global_rounds:
             return Task(expert, active=active, fold=state.fold)
         return Task(_gate(state), frozenset(), frozenset(), active=active, fold=state.fold, expert=expert)

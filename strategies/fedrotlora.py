@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import mean_extras, mean_factors
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import mean_extras, mean_factors
+from fedlora.core.messages import State, Update
+from fedlora.core.strategy import Strategy
+from fedlora.core.threads import one_thread
 from fedlora.errors import ConfigError
-from fedlora.protocol import State, Update
-from fedlora.strategy import Strategy
-from fedlora.threads import one_thread
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import mean_rows, pad
-from fedlora.protocol import BOTH, Peer, State, Task, Update
-from fedlora.strategy import Strategy, cut
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import mean_rows, pad
+from fedlora.core.messages import BOTH, Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, slice_to_rank
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FedSALoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """A to train and share; B and the head, where the client has none yet, to train and keep."""
-        adapter = cut(state.adapter, peer)
+        adapter = slice_to_rank(state.adapter, peer)
         return Task(adapter, train=BOTH, share=frozenset("A"), own_extra=True, fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:

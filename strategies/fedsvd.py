@@ -24,12 +24,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.adapter import Adapter
-from fedlora.algebra import compress, mean_extras, refill
+from fedlora.core.adapter import Adapter
+from fedlora.core.algebra import compress, mean_extras, refill
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.errors import ConfigError
-from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
-from fedlora.strategy import Strategy, cut
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ class FedSVD(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""
-        return Task(cut(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold)
+        return Task(
+            slice_to_rank(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold
+        )
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average B, then give the product new factors where it is time."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.adapter import Adapter
-from fedlora.algebra import mean_extras
-from fedlora.protocol import Peer, State, Task, Update
-from fedlora.strategy import Strategy, cut
+from fedlora.core.adapter import Adapter
+from fedlora.core.algebra import mean_extras
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, slice_to_rank
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class FFALoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""
-        return Task(cut(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold)
+        return Task(
+            slice_to_rank(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold
+        )
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average B, padded to the rank of A_0; A_0 stays as it is, bit for bit."""

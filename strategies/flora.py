@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import accumulate, mean_extras, stack
-from fedlora.protocol import Peer, State, Task, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import accumulate, mean_extras, stack
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.seeds import generator
-from fedlora.strategy import Strategy, cut
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """The fresh factors at the peer's rank, on the base with all that was merged."""
-        return Task(cut(state.adapter, peer), fold=state.fold, gain=state.gain)
+        return Task(slice_to_rank(state.adapter, peer), fold=state.fold, gain=state.gain)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Stack, merge, start anew."""

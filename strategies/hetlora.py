@@ -30,11 +30,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import mean_extras, mean_factors, mean_rows, norm, normalised, pad, rescale, truncate
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import (
+    mean_extras,
+    mean_factors,
+    mean_rows,
+    norm,
+    normalised,
+    pad,
+    rescale,
+    truncate,
+)
+from fedlora.core.messages import Peer, State, Tail, Task, Update
+from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
-from fedlora.protocol import Peer, State, Tail, Task, Update
-from fedlora.strategy import Strategy, cut, with_room
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ class HetLoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """The first directions, as many as the client has left, and the rule of the tail."""
         peer = replace(peer, ranks=self._ranks(state, peer))
-        return Task(cut(with_room(state, peer), peer), fold=state.fold, tail=self._tail)
+        return Task(slice_to_rank(grow_rank(state, peer), peer), fold=state.fold, tail=self._tail)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself and weighted by norm; note who has pruned."""

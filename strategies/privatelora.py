@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import accumulate, mean_extras, mean_tensors, rescale, truncate
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import accumulate, mean_extras, mean_tensors, rescale, truncate
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
-from fedlora.strategy import Strategy, cut
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PrivateLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """The client's rows of A, columns of B and block of M; M alone is trained and comes back."""
-        frozen = cut(Adapter({m: replace(p, M=None) for m, p in state.adapter.pairs.items()}), peer)
+        frozen = slice_to_rank(Adapter({m: replace(p, M=None) for m, p in state.adapter.pairs.items()}), peer)
         pairs = {
             m: replace(pair, M=_core(state.adapter.pairs[m])[: pair.rank, : pair.rank].clone())
             for m, pair in frozen.pairs.items()

@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import beyond, held, mean_extras, weighted_sum
-from fedlora.protocol import Peer, State, Task, Update
-from fedlora.strategy import Strategy, cut, with_room
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import beyond, held, mean_extras, weighted_sum
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RaFLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D; where D has fewer than the client's rank, fresh ones with B = 0."""
-        return Task(cut(with_room(state, peer), peer), fold=state.fold)
+        return Task(slice_to_rank(grow_rank(state, peer), peer), fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Each direction's mean over those who hold it, then the SVD."""

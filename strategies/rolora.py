@@ -23,10 +23,10 @@ from typing import Literal
 
 import numpy as np
 
-from fedlora.adapter import Adapter
-from fedlora.algebra import mean_extras
-from fedlora.protocol import Peer, State, Task, Update
-from fedlora.strategy import Strategy, cut
+from fedlora.core.adapter import Adapter
+from fedlora.core.algebra import mean_extras
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy, slice_to_rank
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RoLoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors, one of them to train and to send back."""
         turn = frozenset(_turn(state))
-        return Task(cut(state.adapter, peer), train=turn, share=turn, fold=state.fold)
+        return Task(slice_to_rank(state.adapter, peer), train=turn, share=turn, fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average the factor of the round; the other stays as it is, bit for bit."""

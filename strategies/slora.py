@@ -24,8 +24,8 @@ from typing import Literal
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import (
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import (
     accumulate,
     compress,
     mean_extras,
@@ -37,11 +37,11 @@ from fedlora.algebra import (
     stack,
     weighted_sum,
 )
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.sparse import SPARSE, places, spread
+from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
-from fedlora.protocol import Peer, State, Task, Update
 from fedlora.seeds import generator
-from fedlora.sparse import SPARSE, places, spread
-from fedlora.strategy import Strategy, cut, with_room
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class SLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """First the values and the head, on the frozen base; then the client's cut of A and B."""
-        own = cut(with_room(state, peer) if self.second == "flexlora" else state.adapter, peer)
+        own = slice_to_rank(grow_rank(state, peer) if self.second == "flexlora" else state.adapter, peer)
         if state.round >= self.sparse_rounds:
             return Task(own, fold=state.fold)
         values = {name: tensor.clone() for name, tensor in state.memory.items()}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.protocol import Peer, State, Task, Update
-from fedlora.sparse import places
-from fedlora.strategy import Strategy
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.sparse import places
+from fedlora.core.strategy import Strategy
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("fedlora")

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import FedLoraError, IncompatibleUpdates
 
 A, B = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2)

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import algebra
-from fedlora.adapter import Pair
+from fedlora.core import algebra
+from fedlora.core.adapter import Pair
 
 F64 = torch.float64
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, F64], ids=str)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import algebra
-from fedlora.adapter import Adapter, Pair
+from fedlora.core import algebra
+from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import IncompatibleUpdates
 
 F64 = torch.float64

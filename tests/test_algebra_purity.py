@@ -3,8 +3,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora import algebra
-from fedlora.adapter import Adapter
+from fedlora.core import algebra
+from fedlora.core.adapter import Adapter
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 

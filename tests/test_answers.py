@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from fedlora.answers import Answer, chosen, exact, rouge_l, scores
 from fedlora.data import Row
+from fedlora.training.generation import Answer, chosen, exact, rouge_l, scores
 
 
 @pytest.mark.parametrize(

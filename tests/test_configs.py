@@ -9,14 +9,16 @@ import yaml
 from hydra.utils import get_object
 
 import fedlora.strategies
-from fedlora.experiments.settings import compose
+from fedlora.config.composition import compose
 
-CONF = Path(__file__).parents[1] / "experiments" / "conf"
-FILES = sorted(CONF.rglob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "fedlora" / "config" / "conf"
+STUDIES = ROOT / "experiments" / "conf"
+FILES = [*sorted(CONF.rglob("*.yaml")), *sorted(STUDIES.rglob("*.yaml"))]
 NEEDED = {"model=hub": ["model.path=x"], "data=files": ["data.train=x"], "data=hub": ["data.path=x"]}
 NEEDED["data=sites"] = ["data.test=x"]
 NEEDED["experiment=instructions"] = NEEDED["data=files"]
-names = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CONF).with_suffix("")))
+names = pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 
 
 def choice(path: Path) -> list[str]:
@@ -124,7 +126,7 @@ def test_a_strategy_finds_the_client_that_it_needs() -> None:
 @names
 def test_help_explains_every_key_of_every_choice(path: Path) -> None:
     """By the comments of the YAML files, each shown beside its key and default."""
-    from fedlora.experiments.explained import explained
+    from fedlora.config.explain import explained
 
     if path.parent.name == "experiment":
         return

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from fedlora.order import in_order
+from fedlora.core.natural_order import in_order
 
 
 @pytest.mark.parametrize(

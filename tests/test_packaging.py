@@ -28,8 +28,12 @@ def package_of(folder: Path) -> str:
 
 FOLDERS = [file.parent for root in ROOTS for file in (ROOT / root).rglob("__init__.py")]
 PACKAGES = {package_of(folder): folder for folder in FOLDERS}
-CONFIGS = sorted((ROOT / "experiments" / "conf").rglob("*.yaml"))
-TEMPLATES = sorted((ROOT / "experiments" / "templates").iterdir())
+CONFIGS = [
+    path
+    for folder in ("fedlora/config/conf", "experiments/conf")
+    for path in sorted((ROOT / folder).rglob("*.yaml"))
+]
+TEMPLATES = sorted((ROOT / "fedlora" / "deploy" / "templates").iterdir())
 
 
 def test_roots_are_the_four_folders() -> None:
@@ -100,7 +104,7 @@ def test_what_is_built_holds_all_and_only_fedlora(tmp_path: Path) -> None:
     for path in [*modules, *CONFIGS, *TEMPLATES, ROOT / "fedlora" / "py.typed"]:
         inside = Path(*package_of(path.parent).split("."), path.name)
         assert inside.as_posix() in names, f"the wheel lacks {inside}"
-    assert any(name.startswith("fedlora/experiments/conf/strategy/") for name in names), "no nested YAML"
+    assert any(name.startswith("fedlora/config/conf/strategy/") for name in names), "no nested YAML"
 
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

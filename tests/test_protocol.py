@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import accumulate
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import accumulate
+from fedlora.core.messages import BOTH, Peer, State, Tail, Task, Update
 from fedlora.errors import CheckpointError
-from fedlora.protocol import BOTH, Peer, State, Tail, Task, Update
 
 LAYERS = {"a": (4, 3), "b": (2, 5)}
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from fedlora import Adapter, Pair, Update
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -5,18 +5,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
+from fedlora.core.strategy import grow_rank
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, State, Update
 from fedlora.strategies import FedIT
-from fedlora.strategy import with_room
 
 LAYERS = {"a": (6, 9), "b": (5, 4)}
 
 
 def test_room_is_made_with_fresh_orthonormal_rows_and_leaves_the_update(make, np64, rng):
     state = State(make.adapter(rng, LAYERS, 2, 0.5), 4, seed=3)
-    room = with_room(state, Peer(1, 3, {"b": 7}))
+    room = grow_rank(state, Peer(1, 3, {"b": 7}))
     assert {m: pair.rank for m, pair in room.pairs.items()} == {"a": 3, "b": 7}
     for m, pair in room.pairs.items():
         old = state.adapter.pairs[m]
@@ -33,7 +33,7 @@ def test_room_is_the_same_for_all_clients_of_a_round_and_new_in_the_next(make, r
     state = State(make.adapter(rng, {**LAYERS, "c": (6, 9)}, 2), 4, seed=3)
 
     def row(state, id=1, rank=3, module="a"):
-        return with_room(state, Peer(id, rank)).pairs[module].A[2]
+        return grow_rank(state, Peer(id, rank)).pairs[module].A[2]
 
     assert torch.equal(row(state), row(state, id=2))
     torch.testing.assert_close(row(state), row(state, rank=4), rtol=1e-12, atol=1e-12)
@@ -45,7 +45,7 @@ def test_room_is_the_same_for_all_clients_of_a_round_and_new_in_the_next(make, r
 
 def test_no_room_is_made_where_there_is_enough(make, rng):
     state = State(make.adapter(rng, LAYERS, 4))
-    assert with_room(state, Peer(1, 4, {"b": 2})).digest() == state.adapter.digest()
+    assert grow_rank(state, Peer(1, 4, {"b": 2})).digest() == state.adapter.digest()
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fedlora.adapter import Pair
-from fedlora.algebra import compress, error_and_norm, refill, singular_values
-from fedlora.threads import one_thread
+from fedlora.core.adapter import Pair
+from fedlora.core.algebra import compress, error_and_norm, refill, singular_values
+from fedlora.core.threads import one_thread
 
 
 def test_threads_are_as_before_after_work_and_after_a_failure() -> None:

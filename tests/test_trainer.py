@@ -6,15 +6,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora import evaluation, trainer
-from fedlora.adapter import Adapter, Pair
-from fedlora.batches import count, groups, micro_batches
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Example, collate
-from fedlora.evaluation import evaluate
-from fedlora.models import Bank, Base, Traits, load, targets
+from fedlora.models import Base, MultiAdapterModel, Traits, load, targets
 from fedlora.models.packaged import tiny
-from fedlora.protocol import Task
-from fedlora.trainer import Job, fit
+from fedlora.training import evaluation, trainer
+from fedlora.training.batches import count, groups, micro_batches
+from fedlora.training.evaluation import evaluate
+from fedlora.training.trainer import FitJob, fit
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,8 @@ def test_clients_who_fill_a_step_are_alone_and_small_ones_are_not() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads_and_of_groups_trains_the_same_to_the_bit(base: Base, threads: int) -> None:
     jobs = [
-        Job(Task(adapter(base, 2, k)), [rows(4, s + k) for s in range(n)]) for k, n in enumerate((3, 1, 2, 2))
+        FitJob(Task(adapter(base, 2, k)), [rows(4, s + k) for s in range(n)])
+        for k, n in enumerate((3, 1, 2, 2))
     ]
     before = torch.get_num_threads()
     try:
@@ -118,7 +119,7 @@ def passes(monkeypatch: Any) -> list[int]:
     seen: list[int] = []
     spied = evaluation.losses_of
 
-    def losses_of(base: Base, bank: Bank, micro: Any, slots: int) -> Any:
+    def losses_of(base: Base, bank: MultiAdapterModel, micro: Any, slots: int) -> Any:
         seen.append(sum(len(row.input_ids) for _, row in micro))
         return spied(base, bank, micro, slots)
 
@@ -133,7 +134,7 @@ def test_a_number_of_tokens_is_what_every_pass_holds_whatever_the_clients_and_co
     base: Base, passes: list[int], clients: int, threads: int
 ) -> None:
     many = [Example([5] * 10, 0)] * 60  # 600 tokens a step
-    job = Job(Task(adapter(base, 1, 0)), [many])
+    job = FitJob(Task(adapter(base, 1, 0)), [many])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -164,7 +165,7 @@ def test_without_a_number_the_passes_follow_from_the_rows_alone(
             (60, 10, 2),
             (8, 128, 4),
         ):
-            job = Job(Task(adapter(base, 1, 0)), [[Example([5] * length, 0)] * rows] * 2)
+            job = FitJob(Task(adapter(base, 1, 0)), [[Example([5] * length, 0)] * rows] * 2)
             passes.clear()
             fit(base, [job], sgd)
             assert len(passes) == 2 * number
@@ -175,7 +176,7 @@ def test_without_a_number_the_passes_follow_from_the_rows_alone(
 
 def test_many_groups_are_not_cut_further(base: Base, passes: list[int]) -> None:
     for clients, each in ((3, 400 // 2), (8, 400)):
-        job = Job(Task(adapter(base, 1, 0)), [[Example([5] * 10, 0)] * 40])
+        job = FitJob(Task(adapter(base, 1, 0)), [[Example([5] * 10, 0)] * 40])
         passes.clear()
         fit(base, [job] * clients, sgd)
         assert passes == [each] * (clients * 400 // each)
@@ -224,7 +225,7 @@ def test_evaluation_is_a_loop_over_adapters_and_their_rows(base: Base) -> None:
                 continue
             told, hits = [], []
             for row in mine:
-                with torch.no_grad(), Bank(base, [Task(one)]):
+                with torch.no_grad(), MultiAdapterModel(base, [Task(one)]):
                     logits = base.logits(collate([row], 0))[0]
                 told.append(-logits.log_softmax(-1)[row.target].item())
                 hits.append(logits.argmax().item() == row.target)
@@ -249,7 +250,7 @@ def sgd(groups: Any) -> torch.optim.Optimizer:
 
 def test_a_head_alone_can_be_trained(base: Base) -> None:
     heads = [Adapter({}, adapter(base, 1, seed).extra) for seed in (1, 2)]
-    jobs = [Job(Task(head), [rows(4, seed)]) for seed, head in enumerate(heads)]
+    jobs = [FitJob(Task(head), [rows(4, seed)]) for seed, head in enumerate(heads)]
     for job, one in zip(jobs, fit(base, jobs, sgd), strict=True):
         [alone] = fit(base, [job], sgd)
         for name, value in one.adapter.extra.items():
@@ -261,7 +262,9 @@ def test_the_loss_is_the_mean_over_steps_of_each_batch_s_mean(base: Base) -> Non
     start, batches = adapter(base, 2, 1), [rows(5, 1), rows(2, 2)]
     still = torch.optim.SGD
     [one] = fit(
-        base, [Job(Task(start), batches)], lambda g: still([p for found in g.values() for p in found], lr=0.0)
+        base,
+        [FitJob(Task(start), batches)],
+        lambda g: still([p for found in g.values() for p in found], lr=0.0),
     )
     parts = [evaluate(base, [Task(start)], [batch])[0][0] for batch in batches]
     assert one.loss == pytest.approx(sum(parts) / 2, rel=1e-9)
@@ -270,7 +273,7 @@ def test_the_loss_is_the_mean_over_steps_of_each_batch_s_mean(base: Base) -> Non
 
 def test_a_schedule_and_a_clip_are_those_of_the_step(base: Base) -> None:
     told: list[tuple[int, int]] = []
-    jobs = [Job(Task(adapter(base, 1, k)), [rows(3, s) for s in range(n)]) for k, n in enumerate((3, 1))]
+    jobs = [FitJob(Task(adapter(base, 1, k)), [rows(3, s) for s in range(n)]) for k, n in enumerate((3, 1))]
 
     def schedule(step: int, steps: int) -> float:
         told.append((step, steps))
@@ -279,6 +282,6 @@ def test_a_schedule_and_a_clip_are_those_of_the_step(base: Base) -> None:
     fitted = fit(base, jobs, sgd, schedule)
     assert sorted(told) == [(0, 1), (0, 3), (1, 3), (2, 3)]
     for job, one in zip(jobs, fitted, strict=True):
-        [first] = fit(base, [Job(job.task, job.batches[:1])], sgd)
+        [first] = fit(base, [FitJob(job.task, job.batches[:1])], sgd)
         for name, value in one.adapter.tensors():
             torch.testing.assert_close(value, dict(first.adapter.tensors())[name], rtol=1e-9, atol=1e-12)

@@ -8,7 +8,7 @@ import torch
 
 from fedlora.models import Base, load
 from fedlora.models.packaged import tiny
-from fedlora.workers import Workers
+from fedlora.training.workers import Workers
 
 
 @pytest.fixture(scope="module")

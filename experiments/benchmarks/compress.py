@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from fedlora.adapter import Pair
-from fedlora.algebra import dense, weighted_sum
+from fedlora.core.adapter import Pair
+from fedlora.core.algebra import dense, weighted_sum
 
 
 def main() -> None:

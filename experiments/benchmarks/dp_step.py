@@ -14,31 +14,32 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from fedlora.client import Assignment
 from fedlora.clients import LocalTraining
-from fedlora.experiments.build import Job as Built
-from fedlora.experiments.build import build
-from fedlora.experiments.settings import compose
+from fedlora.config.composition import compose
 from fedlora.privacy import Mechanism, Source
-from fedlora.trainer import Job, fit
+from fedlora.runner.assemble import Assembly, assemble
+from fedlora.training.client import TrainRequest
+from fedlora.training.trainer import FitJob, fit
 
 
-def work(built: Built, clients: int) -> list[Assignment]:
+def work(built: Assembly, clients: int) -> list[TrainRequest]:
     """The first round of so many clients."""
     return [
-        Assignment(
+        TrainRequest(
             k, 1, 0, built.strategy.task(built.start, built.peer(k, built.ranks[k])), built.site.rows(k)
         )
         for k in range(clients)
     ]
 
 
-def epoch(built: Built, assignments: Sequence[Assignment], private: bool) -> None:
+def epoch(built: Assembly, assignments: Sequence[TrainRequest], private: bool) -> None:
     """One local epoch of all of them in one pass."""
     client = built.site.client
     assert isinstance(client, LocalTraining)
     jobs = [
-        Job(a.task, client.batches(a), Mechanism(0.7, 1.0, client.batch_size, Source()) if private else None)
+        FitJob(
+            a.task, client.batches(a), Mechanism(0.7, 1.0, client.batch_size, Source()) if private else None
+        )
         for a in assignments
     ]
     fit(built.base, jobs, client.make_optimizer, None, None if private else client.clip, client.micro_tokens)
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--strategy", default="ffalora")
     given = parser.parse_args()
-    built = build(compose([f"strategy={given.strategy}", f"data.max_rows={given.rows}"]))
+    built = assemble(compose([f"strategy={given.strategy}", f"data.max_rows={given.rows}"]))
     steps = -(-given.rows // 8)
     for clients in (1, len(built.parts)):
         assignments = work(built, clients)

@@ -70,15 +70,15 @@ def bare(folder: Path) -> Callable[[Cell], Callable[[], None]]:
 
 def fedlora(words: Sequence[str]) -> Callable[[Cell], Callable[[], None]]:
     """The client of fedlora, from a cell to its pass."""
-    from fedlora.client import Assignment
     from fedlora.clients import LocalTraining
+    from fedlora.config.composition import compose
     from fedlora.data import Example
-    from fedlora.experiments.build import build as built
-    from fedlora.experiments.settings import compose
+    from fedlora.runner.assemble import assemble
+    from fedlora.training.client import TrainRequest
 
     from .peers.jobfile import Size
 
-    job = built(compose([*Size(clients=1, rows=8, rounds=1).words(), *words]))
+    job = assemble(compose([*Size(clients=1, rows=8, rounds=1).words(), *words]))
     task = job.strategy.task(job.start, job.peer(0, 8))
     assert isinstance(job.site.client, LocalTraining)
     local = job.site.client
@@ -86,7 +86,7 @@ def fedlora(words: Sequence[str]) -> Callable[[Cell], Callable[[], None]]:
     def prepare(cell: Cell) -> Callable[[], None]:
         client = replace(local, batch_size=cell[1])
         work = [
-            Assignment(at, 1, 0, task, [Example(ids, label) for ids, label in own])
+            TrainRequest(at, 1, 0, task, [Example(ids, label) for ids, label in own])
             for at, own in enumerate(rows_of(cell))
         ]
 

@@ -36,7 +36,7 @@ JOBS = {
 
 def start(words: list[str]) -> subprocess.Popen[bytes]:
     """A `fedlora run` of its own."""
-    command = [sys.executable, "-m", "fedlora.experiments.run", "run", *words]
+    command = [sys.executable, "-m", "fedlora.cli.main", "run", *words]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 

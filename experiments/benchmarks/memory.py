@@ -22,7 +22,7 @@ def main() -> None:
                 "data.max_rows=16",
                 f"out={out}",
             ]
-            command = [sys.executable, "-m", "fedlora.experiments.run", "run", "evaluate.every=0", *settings]
+            command = [sys.executable, "-m", "fedlora.cli.main", "run", "evaluate.every=0", *settings]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             summary = json.loads((out / "summary.json").read_text())
             print(f"{clients:4} clients: peak {summary['peak_memory_mb']} MB", flush=True)

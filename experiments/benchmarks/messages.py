@@ -16,21 +16,27 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment, Client, Outcome
+from fedlora.callbacks.console import Progress
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer
 from fedlora.data import Example
-from fedlora.engine import Federation, InProcessGrid, Progress, Roster, Rules, RunFolder, Site
+from fedlora.engines.client_runtime import ClientRuntime
+from fedlora.engines.in_process import InProcessGrid
 from fedlora.models import Base
-from fedlora.protocol import Peer
+from fedlora.rounds.loop import ServerLoop
+from fedlora.rounds.registry import ClientRegistry
+from fedlora.rounds.round_config import RoundConfig
+from fedlora.storage.run_folder import RunFolder
 from fedlora.strategies import FedIT
+from fedlora.training.client import Client, TrainRequest, TrainResult
 
 
 class Echo(Client):
     """Answers with the adapter that it was sent."""
 
-    def train(self, base: Base, assignments: Sequence[Assignment]) -> list[Outcome]:
+    def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """No training."""
-        return [Outcome(a.task.adapter, {"loss": 0.0, "steps": 0.0}) for a in assignments]
+        return [TrainResult(a.task.adapter, {"loss": 0.0, "steps": 0.0}) for a in assignments]
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
         """Nothing to hold."""
@@ -45,18 +51,18 @@ def main() -> None:
     parser.add_argument("--secure", action="store_true", help="under masks, so that the server sees a sum")
     given = parser.parse_args()
     base = Base(torch.nn.Linear(1, 1), None, "classification", (), "none")
-    site = Site(base, Echo(), lambda client: [Example([1], 0)])
+    site = ClientRuntime(base, Echo(), lambda client: [Example([1], 0)])
     pairs = {f"layer.{i}": Pair(torch.randn(8, 384), torch.randn(384, 8), 2.0) for i in range(12)}
     strategy = FedIT()
     nodes = [{"client": i, "rank": 8} for i in range(given.clients)]
     with tempfile.TemporaryDirectory() as where:
         folder = RunFolder.create(Path(where) / "run", "")
         with Progress(given.rounds, 0, "accuracy", Console(file=io.StringIO())) as progress:
-            federation = Federation(
+            federation = ServerLoop(
                 strategy,
                 strategy.init(Adapter(pairs)),
-                Roster(Peer, 8, progress.warn),
-                Rules(given.rounds, 0, evaluate_every=0, secure_sum=given.secure),
+                ClientRegistry(Peer, 8, progress.warn),
+                RoundConfig(given.rounds, 0, evaluate_every=0, secure_sum=given.secure),
                 lambda tasks: [(0.0, 0.0) for _ in tasks],
                 lambda loss, right: {},
                 folder,

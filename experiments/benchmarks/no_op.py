@@ -23,13 +23,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import dense
-from fedlora.engine.wire import Held, write_task
-from fedlora.protocol import Peer, State, Task, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import dense
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy
+from fedlora.rounds.codec import Held, write_task
 from fedlora.seeds import generator
 from fedlora.strategies import FedFold, FlexLoRA, FLoRA, HetLoRA, RaFLoRA
-from fedlora.strategy import Strategy
 
 Train = Callable[[int, Task], Adapter]
 D_OUT, D_IN, SCALE, M = 24, 32, 2.0, "layer"

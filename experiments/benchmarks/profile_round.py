@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from fedlora.client import Assignment, Client
-from fedlora.experiments import job as jobs
-from fedlora.experiments.build import Job, build
-from fedlora.experiments.settings import compose
-from fedlora.protocol import Task
+from fedlora.config.composition import compose
+from fedlora.core.messages import Task
 from fedlora.report import read_run
+from fedlora.runner import run as jobs
+from fedlora.runner.assemble import Assembly, assemble
+from fedlora.training.client import Client, TrainRequest
 
 KINDS = {  # the first that an operation's name holds
     "matrix products": ("mm", "linear"),
@@ -62,13 +62,13 @@ def rounds(words: list[str], count: int) -> dict[str, float]:
     made = compose([*words, f"rounds={count}"])
     with tempfile.TemporaryDirectory() as folder:
         made.out = f"{folder}/run"
-        client: type[Client] = type(build(made).site.client)
-        train, evaluate = client.train, Job.evaluate
-        client.train, Job.evaluate = training.timed(train), evaluation.timed(evaluate)  # type: ignore[method-assign]
+        client: type[Client] = type(assemble(made).site.client)
+        train, evaluate = client.train, Assembly.evaluate
+        client.train, Assembly.evaluate = training.timed(train), evaluation.timed(evaluate)  # type: ignore[method-assign]
         try:
             path = jobs.run_job(made, Console())
         finally:
-            client.train, Job.evaluate = train, evaluate  # type: ignore[method-assign]
+            client.train, Assembly.evaluate = train, evaluate  # type: ignore[method-assign]
         seconds = [line["seconds"] for line in read_run(path).metrics]
     calls = len(training.spent) // count  # a round trains all its clients in so many calls
     trained = [sum(training.spent[i * calls : (i + 1) * calls]) for i in range(count)]
@@ -83,9 +83,9 @@ def rounds(words: list[str], count: int) -> dict[str, float]:
 def kinds(words: list[str]) -> dict[str, float]:
     """Seconds of one pass of training by one thread, by kind of operation; and all of it."""
     torch.set_num_threads(1)
-    job = build(compose(words))
+    job = assemble(compose(words))
     work = [
-        Assignment(node["client"], 1, 0, Task(job.start.adapter), job.site.rows(node["client"]))
+        TrainRequest(node["client"], 1, 0, Task(job.start.adapter), job.site.rows(node["client"]))
         for node in job.nodes()
     ]
     job.site.client.train(job.base, work)

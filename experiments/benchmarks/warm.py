@@ -18,7 +18,7 @@ SWEPT = {
     "seed": ("0", "1", "2"),
     "client.lr": ("0.001", "0.004"),
 }
-RUN = [sys.executable, "-m", "fedlora.experiments.run", "run"]
+RUN = [sys.executable, "-m", "fedlora.cli.main", "run"]
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""The configuration groups of `fedlora run`, one folder each."""
+"""Settings of the studies, which `fedlora run experiment=NAME` finds."""

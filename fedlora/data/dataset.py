@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from fedlora.core.natural_order import INTEGER, in_order
 from fedlora.errors import ConfigError, DataError
-from fedlora.order import INTEGER, in_order
 from fedlora.seeds import generator
 
 Kind = Literal["classification", "instruction"]
@@ -44,7 +44,8 @@ class Dataset:
         train: the rows that are dealt to clients.
         test: the held-out rows.
         labels: those that were declared or else those of the training rows, in the order of the model's
-            outputs, which is that of `fedlora.order.in_order` (integers by value); empty for instructions.
+            outputs, which is that of `fedlora.core.natural_order.in_order` (integers by value); empty for
+            instructions.
         published: whether the training rows are public anyway, as those of packaged sets are.
         declared: whether the labels were named apart from the rows.
         cut: whether the test rows were cut from the training rows.

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fedlora.core.natural_order import in_order, natural
 from fedlora.data.dataset import Dataset, Row, check_labels, hold_out
 from fedlora.data.fields import Fields, as_text, choose
 from fedlora.data.records import ENDINGS, records
 from fedlora.errors import ConfigError, DataError
-from fedlora.order import in_order, natural
 
 
 def load(

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.core.natural_order import in_order
 from fedlora.data.dataset import Kind, Row
 from fedlora.errors import ConfigError, DataError
-from fedlora.order import in_order
 from fedlora.seeds import generator
 
 Indices = NDArray[np.int64]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
 from fedlora.data import Example
 from fedlora.errors import ModelError
 from fedlora.models.base import Base

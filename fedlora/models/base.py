@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora.adapter import digest
+from fedlora.core.adapter import digest
 from fedlora.data import Batch, Example, Kind, collate
 from fedlora.data.encode import IGNORED
 from fedlora.errors import ConfigError

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import dense
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import dense
 from fedlora.models.base import Base
 from fedlora.models.lora import layer_weight
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models.base import Base
-from fedlora.protocol import Peer
 from fedlora.seeds import generator
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
 from fedlora.models.dora import MAGNITUDE, lengths, split, with_magnitudes
@@ -177,7 +177,7 @@ def merge(base: Base, adapter: Adapter) -> None:
     Raises:
         ModelError: a quantised weight.
     """
-    from fedlora.algebra import dense
+    from fedlora.core.algebra import dense
 
     parameters = dict(base.model.named_parameters())
     magnitudes, heads = split(adapter)

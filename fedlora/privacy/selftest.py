@@ -10,13 +10,13 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.data.encode import IGNORED
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base
+from fedlora.models import Base, MultiAdapterModel
 from fedlora.models.trial import lengths, made_up
-from fedlora.protocol import Task
 from fedlora.seeds import generator
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2}  # relative; what the model's rounding alone makes
@@ -107,7 +107,7 @@ def _batches(base: Base, rows: list[Example]) -> list[list[int]]:
 
 def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> list[list[Tensor]]:
     """For each row the gradients of all that is trained; not per row, for the batch's one row."""
-    with Bank(base, [task], train=True, per_row=per_row) as bank:
+    with MultiAdapterModel(base, [task], train=True, per_row=per_row) as bank:
         bank.route([len(rows)])
         parameters = [p for found in bank.factors(0).values() for p in found]
         losses, _ = base.losses(base.collate(rows))

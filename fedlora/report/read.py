@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from fedlora.core.natural_order import natural
 from fedlora.errors import CheckpointError
-from fedlora.order import natural
 
 SWEEP = "sweep.json"  # in the folder of a sweep: the words of its command, and the names of its jobs
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment
 from fedlora.clients import GatedExperts, LocalTraining
 from fedlora.clients.gated import Mixture
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, Task
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError
-from fedlora.evaluation import evaluate
-from fedlora.models import Bank, Base, LoRA, fresh_adapter, targets
-from fedlora.protocol import Peer, Task
+from fedlora.models import Base, LoRA, MultiAdapterModel, fresh_adapter, targets
 from fedlora.strategies import FedMS
+from fedlora.training.client import TrainRequest
+from fedlora.training.evaluation import evaluate
 
 CLIENT = GatedExperts.of(lr=0.01, batch_size=4, epochs=2)
 
@@ -53,15 +53,15 @@ def gate(width: int, seed: int = 0, large: float = 0.0) -> Adapter:
     return Adapter({}, {"gate.A": A, "gate.B": B})
 
 
-def work(base: Base, common: Adapter, own: Adapter | None = None, **more: Any) -> Assignment:
+def work(base: Base, common: Adapter, own: Adapter | None = None, **more: Any) -> TrainRequest:
     width = common.pairs[common.top_down()[0]].shape[1]
     task = Task(more.pop("gate", None) or gate(width), frozenset(), frozenset(), expert=common)
     memory = {f"local/{n}": t for n, t in own.tensors()} if own else {}
-    return Assignment(0, 1, 0, task, more.pop("rows", rows(11)), memory)
+    return TrainRequest(0, 1, 0, task, more.pop("rows", rows(11)), memory)
 
 
 def logits(base: Base, adapter: Adapter, found: list[Example]) -> torch.Tensor:
-    with torch.no_grad(), Bank(base, [Task(adapter)]):
+    with torch.no_grad(), MultiAdapterModel(base, [Task(adapter)]):
         return base.logits(collate(found, base.pad_id))
 
 
@@ -86,7 +86,9 @@ def decoder() -> Base:
 
 def test_stage_1_is_local_training_bit_for_bit(base: Base) -> None:
     own = [
-        Assignment(k, 1, 0, Task(expert(base, k), active=frozenset(expert(base).top_down()[:3])), rows(9, k))
+        TrainRequest(
+            k, 1, 0, Task(expert(base, k), active=frozenset(expert(base).top_down()[:3])), rows(9, k)
+        )
         for k in range(2)
     ]
     local = LocalTraining(lr=0.01, batch_size=4, epochs=2)
@@ -169,7 +171,7 @@ def test_a_client_of_small_capacity_trains_so_many_modules_of_its_own_expert(
     state = FedMS(global_rounds=0, active=4, capacity=(capacity,)).init(common)
     task = FedMS(global_rounds=0, active=4, capacity=(capacity,)).task(state, Peer(0, 2))
     back = Task.unpack(*task.pack())  # as it travels
-    outcome = CLIENT.train(base, [Assignment(0, 1, 0, back, rows(11))])[0]
+    outcome = CLIENT.train(base, [TrainRequest(0, 1, 0, back, rows(11))])[0]
     changed = {
         m
         for m, pair in common.pairs.items()
@@ -177,7 +179,7 @@ def test_a_client_of_small_capacity_trains_so_many_modules_of_its_own_expert(
         if not torch.equal(outcome.memory[f"local/{m}.{factor}"], tensor)
     }
     assert changed == set(common.top_down()[:capacity])
-    with Mixture(base, Assignment(0, 1, 0, back, rows(11)), train=True) as mixture:
+    with Mixture(base, TrainRequest(0, 1, 0, back, rows(11)), train=True) as mixture:
         trained = sum(t.requires_grad for name, group in mixture.parameters.items() for t in group)
     assert trained == 2 * capacity + len(common.extra) + 2
 
@@ -196,7 +198,7 @@ def test_the_mixture_learns_and_goes_on_from_its_memory(base: Base) -> None:
 
 def test_the_result_is_the_same_in_any_group_and_size_of_micro_batches(base: Base) -> None:
     jobs = [work(base, expert(base, 1), expert(base, 2 + k), rows=rows(9, k)) for k in range(2)]
-    plain = Assignment(5, 1, 0, Task(expert(base)), rows(5))
+    plain = TrainRequest(5, 1, 0, Task(expert(base)), rows(5))
     alone = [CLIENT.train(base, [job])[0] for job in jobs]
     mixed = CLIENT.train(base, [jobs[0], plain, jobs[1]])
     for one, other in zip(alone, (mixed[0], mixed[2]), strict=True):
@@ -227,6 +229,6 @@ def test_a_decoders_gate_sees_nothing_of_later_tokens(decoder: Base) -> None:
 
 def test_an_expert_without_pairs_is_refused(base: Base) -> None:
     head = Adapter({}, base.head_state())
-    job = Assignment(0, 1, 0, Task(gate(0), frozenset(), frozenset(), expert=head), rows(3))
+    job = TrainRequest(0, 1, 0, Task(gate(0), frozenset(), frozenset(), expert=head), rows(3))
     with pytest.raises(ConfigError, match=r"lora\.targets"):
         CLIENT.train(base, [job])

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter
-from fedlora.client import Assignment
 from fedlora.clients import LocalTraining
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base, LoRA, fresh_adapter, targets
-from fedlora.protocol import Task
+from fedlora.training.client import TrainRequest
 
 
 def rows(number: int, seed: int = 0) -> list[Example]:
@@ -20,8 +20,8 @@ def rows(number: int, seed: int = 0) -> list[Example]:
     return [Example(rng.integers(2, 200, 3 + i % 5).tolist(), i % 2) for i in range(number)]
 
 
-def assignment(number: int, client: int = 0, round: int = 1, seed: int = 0, task: Any = None) -> Assignment:
-    return Assignment(client, round, seed, task or Task(Adapter({})), rows(number, client))
+def assignment(number: int, client: int = 0, round: int = 1, seed: int = 0, task: Any = None) -> TrainRequest:
+    return TrainRequest(client, round, seed, task or Task(Adapter({})), rows(number, client))
 
 
 def start(base: Base, rank: int, **more: Any) -> Task:
@@ -60,7 +60,7 @@ def test_batches_follow_seed_client_and_round() -> None:
     same = rows(20)
 
     def order(seed: int, who: int, round: int) -> list[Any]:
-        return client.batches(Assignment(who, round, seed, Task(Adapter({})), same))
+        return client.batches(TrainRequest(who, round, seed, Task(Adapter({})), same))
 
     first = order(1, 2, 3)
     torch.manual_seed(9)

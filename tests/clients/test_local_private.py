@@ -8,35 +8,37 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora.client import Assignment
 from fedlora.clients import LocalTraining
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import LoRA, fresh_adapter, targets
 from fedlora.privacy import DPSGD, Entry, Ledger
-from fedlora.protocol import Task
-from fedlora.trainer import Fitted, Job
+from fedlora.training.client import TrainRequest
+from fedlora.training.trainer import FitJob, FitResult
 
 PRIVACY = DPSGD(epsilon=8.0, participations=2, accountant="rdp")
 CLIENT = LocalTraining(lr=0.1, batch_size=4, steps=200).privately(PRIVACY)
 
 
-def assignment(base: Any, rows: int = 40, **more: Any) -> Assignment:
+def assignment(base: Any, rows: int = 40, **more: Any) -> TrainRequest:
     modules = targets(base, "query")
     adapter = fresh_adapter(base, modules, LoRA().peer(0, 2, modules), base.heads)
     own = [Example([5 + i % 7, 6, 7 + i % 3], i % 2) for i in range(rows)]
-    return replace(Assignment(0, 1, 0, Task(adapter), own), **more)
+    return replace(TrainRequest(0, 1, 0, Task(adapter), own), **more)
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[Job]]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[FitJob]]:
     """The jobs that training would have done."""
-    found: list[Sequence[Job]] = []
+    found: list[Sequence[FitJob]] = []
 
-    def fit(base: Any, jobs: Sequence[Job], make: Any, schedule: Any, clip: Any, tokens: int) -> list[Fitted]:
+    def fit(
+        base: Any, jobs: Sequence[FitJob], make: Any, schedule: Any, clip: Any, tokens: int
+    ) -> list[FitResult]:
         assert clip is None  # the mechanism's own is the only one
         found.append(jobs)
-        return [Fitted(job.task.adapter, 0.5, len(job.batches)) for job in jobs]
+        return [FitResult(job.task.adapter, 0.5, len(job.batches)) for job in jobs]
 
     monkeypatch.setattr(sys.modules[LocalTraining.__module__], "fit", fit)
     return found

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment
 from fedlora.clients import LocalTraining
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Tail, Task
 from fedlora.data import Example
 from fedlora.models import Base, LoRA, fresh_adapter, targets
-from fedlora.protocol import Tail, Task
+from fedlora.training.client import TrainRequest
 
 SGD = partial(torch.optim.SGD)
 CLIENT = LocalTraining(lr=0.1, batch_size=4, optimizer=SGD, clip=None)
@@ -40,7 +40,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
 @pytest.mark.parametrize("own_extra", [False, True])
 def test_own_parts_go_on_from_memory_and_the_shared_ones_from_the_task(base: Base, own_extra: bool) -> None:
     task = Task(start(base, 2), share=frozenset("A"), own_extra=own_extra)
-    first = Assignment(1, 1, 0, task, rows(6))
+    first = TrainRequest(1, 1, 0, task, rows(6))
     [one] = CLIENT.train(base, [first])
     after = dict(one.adapter.tensors())
     assert one.memory.keys() == {*task.own()}
@@ -52,7 +52,7 @@ def test_own_parts_go_on_from_memory_and_the_shared_ones_from_the_task(base: Bas
 
     # Round 2: another A and head from the server; what is the client's own from its memory.
     new = start(base, 2, seed=5)
-    second = Assignment(1, 2, 0, replace(task, adapter=new), rows(6), one.memory)
+    second = TrainRequest(1, 2, 0, replace(task, adapter=new), rows(6), one.memory)
     began = dict(second.start.tensors())
     for name, tensor in new.tensors():
         assert torch.equal(began[name], one.memory[name] if name in task.own() else tensor)
@@ -68,7 +68,7 @@ def test_a_memory_is_for_its_own_part_alone(base: Base) -> None:
     """What a memory holds besides, from a stage before, is not taken."""
     adapter = start(base, 2)
     memory = {name: torch.full_like(tensor, 9.0) for name, tensor in adapter.tensors()}
-    shared = Assignment(1, 2, 0, Task(adapter), rows(3), memory)
+    shared = TrainRequest(1, 2, 0, Task(adapter), rows(3), memory)
     assert shared.start.digest() == adapter.digest()
     own = replace(shared, task=Task(adapter, share=frozenset("A")))
     for m, pair in own.start.pairs.items():
@@ -80,7 +80,7 @@ def test_a_memory_is_for_its_own_part_alone(base: Base) -> None:
 def test_clients_of_one_pass_keep_their_own(base: Base) -> None:
     task = Task(start(base, 2), share=frozenset("A"), own_extra=True)
     memories = [dict(start(base, 2, seed).tensors()) for seed in (3, 4)]
-    work = [Assignment(i, 2, 0, task, rows(5, i), memory) for i, memory in enumerate(memories)]
+    work = [TrainRequest(i, 2, 0, task, rows(5, i), memory) for i, memory in enumerate(memories)]
     together = CLIENT.train(base, work)
     for one, job in zip(together, work, strict=True):
         [alone] = CLIENT.train(base, [job])
@@ -93,8 +93,8 @@ def test_clients_of_one_pass_keep_their_own(base: Base) -> None:
 
 def test_a_client_is_evaluated_with_its_own_parts_and_before_it_trains(base: Base) -> None:
     task = Task(start(base, 2), share=frozenset("A"), own_extra=True)
-    [one] = CLIENT.train(base, [Assignment(1, 1, 0, task, rows(6))])
-    later = Assignment(1, 2, 0, task, rows(9, 7), one.memory)
+    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, task, rows(6))])
+    later = TrainRequest(1, 2, 0, task, rows(9, 7), one.memory)
     whole = replace(later, task=Task(later.start), memory={})
     assert CLIENT.evaluate(base, [later]) == CLIENT.evaluate(base, [whole])
     assert CLIENT.evaluate(base, [later]) != CLIENT.evaluate(base, [replace(later, memory={})])
@@ -103,14 +103,14 @@ def test_a_client_is_evaluated_with_its_own_parts_and_before_it_trains(base: Bas
 
 def test_a_client_without_own_parts_keeps_nothing(base: Base) -> None:
     for task in (Task(start(base, 2)), Task(start(base, 2), frozenset("B"), frozenset("B"))):
-        assert CLIENT.train(base, [Assignment(1, 1, 0, task, rows(3))])[0].memory == {}
+        assert CLIENT.train(base, [TrainRequest(1, 1, 0, task, rows(3))])[0].memory == {}
 
 
 def test_a_resting_module_is_neither_moved_nor_kept(base: Base) -> None:
     adapter = start(base, 2)
     awake = frozenset(list(adapter.pairs)[:1])
     task = Task(adapter, share=frozenset("A"), active=awake)
-    [one] = CLIENT.train(base, [Assignment(1, 1, 0, task, rows(4))])
+    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, task, rows(4))])
     assert {*one.memory} == {f"{m}.B" for m in awake}
     for m, pair in one.adapter.pairs.items():
         for factor, tensor in pair.factors():
@@ -132,7 +132,7 @@ def penalty(adapter: Adapter, tail: Tail) -> tuple[torch.Tensor, dict[str, torch
 
 def test_the_penalty_moves_the_tail_by_its_gradient_and_nothing_else(base: Base) -> None:
     tail, adapters = Tail(0.5, 0.3, 1), [start(base, 4, 1), start(base, 3, 2)]
-    plain = [Assignment(i, 1, 0, Task(a), rows(4, i)) for i, a in enumerate(adapters)]
+    plain = [TrainRequest(i, 1, 0, Task(a), rows(4, i)) for i, a in enumerate(adapters)]
     client = replace(CLIENT, lr=1.0)
     free = client.train(base, plain)
     pressed = client.train(base, [replace(a, task=replace(a.task, tail=Tail(0.5, 0.3, 4))) for a in plain])
@@ -157,20 +157,20 @@ def test_a_tail_that_training_made_lighter_is_pruned_but_not_below_the_least(
 ) -> None:
     adapter = start(base, 4)
     strong = Task(adapter, tail=Tail(0.5, 1.0, least))
-    [one] = CLIENT.train(base, [Assignment(1, 1, 0, strong, rows(8))])
+    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, strong, rows(8))])
     assert {pair.rank for pair in one.adapter.pairs.values()} == {rank}
     assert one.adapter.extra.keys() == adapter.extra.keys()
 
 
 def test_without_training_nothing_is_lighter_and_nothing_pruned(base: Base) -> None:
     adapter = start(base, 4)
-    [one] = CLIENT.train(base, [Assignment(1, 1, 0, Task(adapter, tail=Tail(0.5, 1.0, 1)), [])])
+    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, Task(adapter, tail=Tail(0.5, 1.0, 1)), [])])
     assert one.adapter.digest() == adapter.digest()
 
 
 def test_a_head_alone_has_no_tail(base: Base) -> None:
     head: Any = Task(Adapter({}, base.head_state()), tail=Tail(0.5, 1.0, 1))
-    [one] = CLIENT.train(base, [Assignment(1, 1, 0, head, rows(4))])
+    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, head, rows(4))])
     assert one.adapter.pairs == {}
     assert not torch.equal(*(a["classifier.weight"] for a in (one.adapter.extra, head.adapter.extra)))
 
@@ -181,7 +181,7 @@ def test_a_core_is_trained_with_the_rate_of_A(base: Base) -> None:
     moved = []
     for rate in (0.1, 0.3):
         client = replace(CLIENT, lr=rate, lr_ratio=7.0, head_lr=9.0)
-        [one] = client.train(base, [Assignment(1, 1, 0, task, rows(4))])
+        [one] = client.train(base, [TrainRequest(1, 1, 0, task, rows(4))])
         moved.append({m: p.M - torch.eye(2) for m, p in one.adapter.pairs.items()})
         assert all(torch.equal(p.A, pairs[m].A) for m, p in one.adapter.pairs.items())
         assert all(torch.equal(p.B, pairs[m].B) for m, p in one.adapter.pairs.items())

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.client import Assignment
 from fedlora.clients import LocalTraining, PoisonedTraining
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import LoRA, fresh_adapter, targets
-from fedlora.protocol import Task
+from fedlora.training.client import TrainRequest
 
 SEED = 5
 LOCAL = LocalTraining(lr=0.01, batch_size=4, steps=2)
@@ -22,12 +22,12 @@ def client(kind: Any, share: float = 0.5, boost: float = 1.0, clients: int = 4) 
 
 
 @pytest.fixture
-def assignments(base: Any) -> list[Assignment]:
+def assignments(base: Any) -> list[TrainRequest]:
     modules = targets(base, ["query", "value"])
     adapter = fresh_adapter(base, modules, LoRA().peer(0, 2, modules), base.heads)
     rows = [Example([5 + i % 7, 6, 7 + i % 3], i % 2) for i in range(12)]
     task = Task(adapter, share=frozenset("B"), train=frozenset("AB"))
-    return [Assignment(k, 1, SEED, task, rows[k:]) for k in range(4)]
+    return [TrainRequest(k, 1, SEED, task, rows[k:]) for k in range(4)]
 
 
 def tensors(outcome: Any) -> dict[str, torch.Tensor]:
@@ -44,7 +44,7 @@ def test_the_malicious_are_a_share_of_all_by_the_seed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["labels", "sign", "noise"])
-def test_honest_clients_train_as_ever(base: Any, assignments: list[Assignment], kind: Any) -> None:
+def test_honest_clients_train_as_ever(base: Any, assignments: list[TrainRequest], kind: Any) -> None:
     poisoned = client(kind)
     evil = poisoned.malicious(SEED)
     assert 0 < len(evil) < 4
@@ -61,7 +61,7 @@ def test_honest_clients_train_as_ever(base: Any, assignments: list[Assignment], 
     )
 
 
-def test_wrong_labels_are_the_next_ones(base: Any, assignments: list[Assignment]) -> None:
+def test_wrong_labels_are_the_next_ones(base: Any, assignments: list[TrainRequest]) -> None:
     wrong = [
         replace(a, rows=[Example(r.input_ids, 1 - int(r.target)) for r in a.rows])  # type: ignore[arg-type]
         for a in assignments
@@ -73,7 +73,7 @@ def test_wrong_labels_are_the_next_ones(base: Any, assignments: list[Assignment]
 
 @pytest.mark.parametrize("boost", [1.0, 5.0])
 def test_a_turned_sign_is_the_honest_change_backwards(
-    base: Any, assignments: list[Assignment], boost: float
+    base: Any, assignments: list[TrainRequest], boost: float
 ) -> None:
     honest = LOCAL.train(base, assignments)
     for a, got, want in zip(
@@ -88,7 +88,7 @@ def test_a_turned_sign_is_the_honest_change_backwards(
             assert torch.equal(sent[name], trained[name])
 
 
-def test_noise_is_as_long_as_the_change_and_repeats(base: Any, assignments: list[Assignment]) -> None:
+def test_noise_is_as_long_as_the_change_and_repeats(base: Any, assignments: list[TrainRequest]) -> None:
     honest, poisoned = LOCAL.train(base, assignments), client("noise", 1.0, 3.0)
     first, again = poisoned.train(base, assignments), poisoned.train(base, assignments)
     for a, got, same, want in zip(assignments, first, again, honest, strict=True):
@@ -100,7 +100,7 @@ def test_noise_is_as_long_as_the_change_and_repeats(base: Any, assignments: list
             assert not torch.allclose(noise, 3 * change)
 
 
-def test_labels_need_a_task_with_labels(base: Any, assignments: list[Assignment]) -> None:
+def test_labels_need_a_task_with_labels(base: Any, assignments: list[TrainRequest]) -> None:
     with pytest.raises(ConfigError, match=r"client.kind: 'labels' needs a classification task"):
         client("labels").train(replace(base, kind="instruction"), assignments)
 

@@ -20,13 +20,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fedlora.client import Assignment
 from fedlora.clients import LocalTraining, SlicedTraining
 from fedlora.clients.sliced import OVERHEAD, Channel, Cut, layers_of
+from fedlora.core.messages import Task
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError, ModelError
-from fedlora.models import Bank, Base, LoRA, fresh_adapter, targets
-from fedlora.protocol import Task
+from fedlora.models import Base, LoRA, MultiAdapterModel, fresh_adapter, targets
+from fedlora.training.client import TrainRequest
 
 pytestmark = pytest.mark.slow
 
@@ -94,10 +94,10 @@ def rows(base: Base, number: int, seed: int = 0) -> list[Example]:
     return [Example(ids, i % 2) for i, ids in enumerate(found)]
 
 
-def work(base: Base, client: int = 0, names: Any = "all-linear") -> Assignment:
+def work(base: Base, client: int = 0, names: Any = "all-linear") -> TrainRequest:
     shapes = targets(base, names)
     start = fresh_adapter(base, shapes, LoRA().peer(0, 2, shapes), base.heads)
-    return Assignment(client, 1, 0, Task(start), rows(base, 9, client))
+    return TrainRequest(client, 1, 0, Task(start), rows(base, 9, client))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,7 +121,7 @@ def test_gradients_over_the_cut_are_those_without_it() -> None:
 
     def grads(channel: Channel | None) -> list[torch.Tensor]:
         batch = collate(job.rows, 0)
-        with Bank(base, [job.task], train=True) as bank:
+        with MultiAdapterModel(base, [job.task], train=True) as bank:
             leaves = [p for found in bank.factors(0).values() for p in found]
             if channel is None:
                 return list(torch.autograd.grad(base.losses(batch)[0].sum(), leaves))

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora.adapter import Adapter, Pair
 from fedlora.clients.local import pruned
-from fedlora.protocol import Tail
-from fedlora.trainer import _press
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Tail
+from fedlora.training.trainer import _press
 
 LAYERS = {"first": (4, 6), "second": (6, 5)}
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment
 from fedlora.clients import LocalTraining, TwoPhase
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError, ModelError
-from fedlora.models import Bank, Base, LoRA, fresh_adapter, targets
-from fedlora.protocol import Task
+from fedlora.models import Base, LoRA, MultiAdapterModel, fresh_adapter, targets
+from fedlora.training.client import TrainRequest
 
 TARGETS = ["query", "value"]
 OWN = {"lr": 0.01, "batch_size": 4, "epochs": 2}
@@ -36,8 +36,8 @@ def theta(seed: int = 0) -> Adapter:
     return Adapter({"shared": Pair(A, B, 2.0)})
 
 
-def work(number: int = 9, shared: Adapter | None = None, **more: Any) -> Assignment:
-    return Assignment(more.pop("client", 0), 1, 0, Task(shared or theta()), rows(number), **more)
+def work(number: int = 9, shared: Adapter | None = None, **more: Any) -> TrainRequest:
+    return TrainRequest(more.pop("client", 0), 1, 0, Task(shared or theta()), rows(number), **more)
 
 
 def same(one: Any, other: Any) -> bool:
@@ -120,7 +120,7 @@ def test_the_personal_prediction_is_the_weighted_mean_of_both(base: Base, mu: fl
     pairs = {m: Pair(found[f"{m}.A"], found[f"{m}.B"], 2.0) for m in fresh.pairs}
     own = Adapter(pairs, {name: found[name] for name in fresh.extra})
     batch = collate(job.rows, base.pad_id)
-    with torch.no_grad(), Bank(base, [Task(own)], every_token=True):
+    with torch.no_grad(), MultiAdapterModel(base, [Task(own)], every_token=True):
         local = base.logits(batch).double().numpy()
         ids, mask = batch.input_ids, batch.attention_mask
         states = base.model.base_model(input_ids=ids, attention_mask=mask)[0].double().numpy()

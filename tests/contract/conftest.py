@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from fedlora import strategies
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import ConfigError, IncompatibleUpdates
-from fedlora.protocol import Peer, State, Update
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
 LARGEST = 12  # over the smaller side of every layer

@@ -10,9 +10,9 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import strategies
-from fedlora.client import Outcome
-from fedlora.engine.wire import Held, read_task, read_update, write_task, write_update
-from fedlora.protocol import Peer, Update
+from fedlora.core.messages import Peer, Update
+from fedlora.rounds.codec import Held, read_task, read_update, write_task, write_update
+from fedlora.training.client import TrainResult
 
 LAYERS = {"tall": (60, 40), "square": (50, 50), "wide": (40, 70)}
 S_OUT, S_IN = (sum(shape[side] for shape in LAYERS.values()) for side in (0, 1))
@@ -67,7 +67,7 @@ def rounds(strategy, make, rng, ranks, count):
             task = strategy.task(state, peer)
             down, held[id] = write_task(task, round, 0, held.get(id, Held()), state.round)
             got, _, _, kept[id] = read_task(down, kept.get(id))
-            outcome = Outcome(make.trained(rng, got, step=0.1), {"loss": 1.0 / round})
+            outcome = TrainResult(make.trained(rng, got, step=0.1), {"loss": 1.0 / round})
             up = write_update(outcome, got, round, 10)
             reply = Message(up, reply_to=Message(RecordDict(), 1, "train", group_id="1"))
             updates.append(read_update(reply, task, peer, round))

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import fedlora.clients
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import accumulate
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import accumulate
+from fedlora.core.messages import FACTORS, Peer
 from fedlora.errors import ConfigError, FedLoraError, IncompatibleUpdates
-from fedlora.protocol import FACTORS, Peer
 
 
 def test_it_is_a_frozen_dataclass_that_states_its_facts(strategy):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import dense, of_dense
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import dense, of_dense
+from fedlora.core.messages import Peer, Update
+from fedlora.core.strategy import slice_to_rank
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, Update
-from fedlora.strategy import cut
 
 
 def test_the_order_of_updates_changes_no_bit(strategy, state, updates, aggregate):
@@ -218,7 +218,7 @@ def test_several_rounds_from_nothing_learned_stay_finite_and_count_up(
 
 def test_a_cut_is_the_first_directions_in_the_scale_of_the_peer(make, np64, rng, layers, largest):
     whole = make.adapter(rng, layers, largest, 0.7)
-    part = cut(whole, Peer(1, 4, {"wide": 2}, {"tall": 3.0}))
+    part = slice_to_rank(whole, Peer(1, 4, {"wide": 2}, {"tall": 3.0}))
     for m, rank in (("tall", 4), ("square", 4), ("wide", 2)):
         pair = whole.pairs[m]
         assert torch.equal(part.pairs[m].A, pair.A[:rank])

@@ -4,9 +4,9 @@ import math
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import State
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import State
 
 
 def test_no_updates_are_refused(strategy, state, aggregate):

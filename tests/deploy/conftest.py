@@ -23,8 +23,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, A
     """The summary of the same job in this process, a client at a time as at sites."""
     from rich.console import Console
 
-    from fedlora.experiments.job import run_job
-    from fedlora.experiments.settings import compose
+    from fedlora.config.composition import compose
+    from fedlora.runner.run import run_job
 
     def go(*overrides: str) -> dict[str, Any]:
         config = compose([*JOB, "engine.fuse=1", *overrides])

@@ -88,12 +88,12 @@ def wire(host: str) -> tuple[int, int]:
 
 def files(folder: Path) -> None:
     """Each site's rows, in the order that one process would have them, and the server's test rows."""
-    from fedlora.experiments.rows import dataset_of, deal
-    from fedlora.experiments.settings import compose
+    from fedlora.config.composition import compose
+    from fedlora.runner.load_data import load_dataset, partition_rows
 
     config = compose([*MODEL, *TREC])
-    dataset = dataset_of(config)
-    parts = zip(SITES, deal(config, dataset), strict=True)
+    dataset = load_dataset(config)
+    parts = zip(SITES, partition_rows(config, dataset), strict=True)
     rows = {site: [dataset.train[i] for i in part.rows] for site, part in parts} | {"test": dataset.test}
     for name, found in rows.items():
         text, label = COLUMNS.get(name, ("text", "label"))

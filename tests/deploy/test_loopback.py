@@ -14,7 +14,7 @@ import pytest
 from conftest import JOB, summary
 from trial import Trial, free_ports
 
-from fedlora.experiments.certificates import node_key
+from fedlora.deploy.tls import node_key
 
 pytestmark = pytest.mark.slow
 ALONE = """

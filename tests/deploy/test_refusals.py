@@ -8,7 +8,7 @@ import pytest
 from conftest import JOB
 from trial import Trial
 
-from fedlora.experiments.deploy_parts import process_of
+from fedlora.deploy.processes import process_of
 
 pytestmark = pytest.mark.slow
 ROWS = "question,topic\nw1 w2,a\nw3 w4,b\n"

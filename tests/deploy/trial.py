@@ -136,7 +136,7 @@ class Trial:
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):  # it has ended meanwhile
                 words = process.read_bytes().split(b"\0")
-                if home in words and b"fedlora.experiments.worker" in words:
+                if home in words and b"fedlora.deploy.worker" in words:
                     found.append(int(process.parent.name))
         return found
 

@@ -14,14 +14,21 @@ from flwr.app import Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment, Client, Outcome
-from fedlora.engine import Central, Federation, InProcessGrid, Progress, Roster, Rules, RunFolder, Site
-from fedlora.engine.wire import read_update, write_update
+from fedlora.callbacks.console import Progress
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, Task
+from fedlora.core.strategy import Strategy
+from fedlora.engines.client_runtime import ClientRuntime
+from fedlora.engines.in_process import InProcessGrid
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, Task
+from fedlora.privacy.client_level import ClientLevelMechanism
+from fedlora.rounds.codec import read_update, write_update
+from fedlora.rounds.loop import ServerLoop
+from fedlora.rounds.registry import ClientRegistry
+from fedlora.rounds.round_config import RoundConfig
 from fedlora.seeds import generator
-from fedlora.strategy import Strategy
+from fedlora.storage.run_folder import RunFolder
+from fedlora.training.client import Client, TrainRequest, TrainResult
 
 LAYERS = {"a.q": (6, 8), "b.v": (8, 8)}
 
@@ -36,26 +43,26 @@ class Noise(Client):
     groups: list[list[int]] = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
-    def train(self, base: Any, assignments: Sequence[Assignment]) -> list[Outcome]:
+    def train(self, base: Any, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         self.groups.append([a.client for a in assignments])
         for a in assignments:
             if a.client in self.failing:
                 raise RuntimeError(f"no luck for {a.client}")
         return [self._outcome(a) for a in assignments]
 
-    def evaluate(self, base: Any, assignments: Sequence[Assignment]) -> list[tuple[float, float]]:
+    def evaluate(self, base: Any, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         """The sum over the start as the loss, so that a test sees which start it was."""
         return [(float(sum(t.double().sum() for _, t in a.start.tensors())), 0.5) for a in assignments]
 
     def step_tokens(self, rows: Sequence[Any]) -> int:
         return self.tokens
 
-    def _outcome(self, a: Assignment) -> Outcome:
+    def _outcome(self, a: TrainRequest) -> TrainResult:
         adapter = self._moved(a)
         own = {name: tensor for name, tensor in adapter.tensors() if name in a.task.own()}
-        return Outcome(adapter, {"loss": 1.0 + a.client, **self.metrics}, own)
+        return TrainResult(adapter, {"loss": 1.0 + a.client, **self.metrics}, own)
 
-    def _moved(self, a: Assignment) -> Adapter:
+    def _moved(self, a: TrainRequest) -> Adapter:
         rng = generator(a.seed, "batches", a.client, a.round)
 
         def move(t: torch.Tensor, on: bool = True) -> torch.Tensor:
@@ -87,7 +94,7 @@ class Tampered(InProcessGrid):
 class Ran:
     """What a federation left behind."""
 
-    federation: Federation
+    federation: ServerLoop
     folder: RunFolder
     console: StringIO
     client: Noise
@@ -135,8 +142,10 @@ class Lab:
         extra = {"head.weight": torch.ones(2, 3, dtype=dtype), "head.bias": torch.ones(2, dtype=dtype)}
         return Adapter(pairs, extra)
 
-    def site(self, client: Client, rows: Callable[[int], Sequence[Any]] | None = None, **more: Any) -> Site:
-        return Site(None, client, rows or (lambda c: [None] * (10 * (c + 1))), **more)  # type: ignore[arg-type]
+    def site(
+        self, client: Client, rows: Callable[[int], Sequence[Any]] | None = None, **more: Any
+    ) -> ClientRuntime:
+        return ClientRuntime(None, client, rows or (lambda c: [None] * (10 * (c + 1))), **more)  # type: ignore[arg-type]
 
     def keep(self, *clients: int) -> Callable[[list[Message]], list[Message]]:
         """A change that lets the replies of these clients alone arrive."""
@@ -163,7 +172,7 @@ class Lab:
         rows: Any = None,
         site: Mapping[str, Any] | None = None,
         roster: Mapping[str, Any] | None = None,
-        central: Central | None = None,
+        central: ClientLevelMechanism | None = None,
         most: int | None = None,
         **rules: Any,
     ) -> Ran:
@@ -187,11 +196,13 @@ class Lab:
         def named(loss: float, right: float) -> dict[str, float]:
             return {"loss": loss, "accuracy": right}
 
-        federation = Federation(
+        federation = ServerLoop(
             strategy,
             strategy.init(self.adapter(most or max(ranks))),
-            Roster(peer, most or max(ranks), progress.warn, mixed=strategy.mixed_ranks, **(roster or {})),
-            Rules(rounds=rounds, seed=rules.pop("seed", 0), **rules),
+            ClientRegistry(
+                peer, most or max(ranks), progress.warn, mixed=strategy.mixed_ranks, **(roster or {})
+            ),
+            RoundConfig(rounds=rounds, seed=rules.pop("seed", 0), **rules),
             evaluate or score,
             named,
             folder,
@@ -233,7 +244,7 @@ class Wire:
         return Adapter(pairs, {n: t * 3 if n in names else t for n, t in task.adapter.extra.items()})
 
     def honest(self, task: Task, round: int = 3, examples: int = 11) -> RecordDict:
-        return write_update(Outcome(self.moved(task, own=True), {"loss": 0.25}), task, round, examples)
+        return write_update(TrainResult(self.moved(task, own=True), {"loss": 0.25}), task, round, examples)
 
     def refused(self, content: RecordDict, task: Task | None = None) -> str:
         with pytest.raises(IncompatibleUpdates) as caught:

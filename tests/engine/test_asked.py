@@ -2,10 +2,10 @@
 
 from flwr.app import Message, RecordDict
 
-from fedlora.engine.asked import Asked
+from fedlora.rounds.pending import PendingMessages
 
 
-def sent(asked: Asked, node: int, name: str | None) -> Message:
+def sent(asked: PendingMessages, node: int, name: str | None) -> Message:
     message = asked.note(Message(RecordDict(), node, "train"))
     if name is not None:
         message.metadata.__dict__["_message_id"] = name
@@ -17,7 +17,7 @@ def reply_to(message: Message) -> Message:
 
 
 def test_replies_are_known_in_any_order_and_past_messages_that_were_never_sent() -> None:
-    asked = Asked()
+    asked = PendingMessages()
     first, _lost, third = (sent(asked, node, name) for node, name in ((7, "a"), (8, None), (9, "c")))
     assert asked.node(reply_to(third)) == 9
     assert asked.node(reply_to(first)) == 7
@@ -28,15 +28,17 @@ def test_replies_are_known_in_any_order_and_past_messages_that_were_never_sent()
 
 
 def test_what_nobody_asked_for_is_nobody_s() -> None:
-    asked = Asked()
+    asked = PendingMessages()
     sent(asked, 7, "a")
-    assert asked.node(reply_to(sent(Asked(), 7, "elsewhere"))) is None
+    assert asked.node(reply_to(sent(PendingMessages(), 7, "elsewhere"))) is None
 
 
 def test_ten_thousand_replies_look_at_each_message_once(monkeypatch) -> None:
-    asked, looked = Asked(), []
-    take = Asked._take
-    monkeypatch.setattr(Asked, "_take", lambda self, message: (looked.append(1), take(self, message)))
+    asked, looked = PendingMessages(), []
+    take = PendingMessages._take
+    monkeypatch.setattr(
+        PendingMessages, "_take", lambda self, message: (looked.append(1), take(self, message))
+    )
     messages = [sent(asked, node, None) for node in range(1, 10_001)]
     for at, message in enumerate(messages):
         message.metadata.__dict__["_message_id"] = str(at)

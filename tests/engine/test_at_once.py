@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from fedlora.engine import Memory
-from fedlora.engine.files import STALE, locked, write_whole
-from fedlora.engine.wire import write_task
+from fedlora.core.messages import Task
 from fedlora.errors import CheckpointError
 from fedlora.privacy import DPSGD, Entry, Ledger
-from fedlora.protocol import Task
+from fedlora.rounds.codec import write_task
+from fedlora.storage.atomic import STALE, locked, write_whole
+from fedlora.storage.client_state import ClientStore
 
 PLAN = DPSGD(epsilon=5.0, participations=3, accountant="rdp").plan(100, 10, 10)
 MANY = 8
@@ -55,7 +55,7 @@ def slow(lab: Any, noise: Any, tmp_path: Path) -> Any:
             made = super().train(base, assignments)
             return [replace(o, ledger=PLAN.after(a.ledger)) for o, a in zip(made, assignments, strict=True)]
 
-    return lambda: replace(lab.site(Slow()), memory=Memory(tmp_path / "clients"))
+    return lambda: replace(lab.site(Slow()), memory=ClientStore(tmp_path / "clients"))
 
 
 def answered(lab: Any, place: Any) -> bool:
@@ -69,7 +69,7 @@ def answered(lab: Any, place: Any) -> bool:
 def test_a_site_pays_for_every_message_of_several_threads(lab: Any, slow: Any, tmp_path: Path) -> None:
     found = at_once(lambda _: answered(lab, slow()))
     assert sorted(map(bool, found)) == [False] * 5 + [True] * 3
-    ledger = Memory(tmp_path / "clients").ledger(0)
+    ledger = ClientStore(tmp_path / "clients").ledger(0)
     assert ledger is not None
     assert ledger == PLAN.after(PLAN.after(PLAN.after(None)))
 
@@ -86,11 +86,11 @@ def test_a_site_pays_for_every_message_of_several_processes(lab: Any, slow: Any,
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 5
     assert sorted(said.get() for _ in processes) == [False, False, True, True, True]
-    assert Memory(tmp_path / "clients").ledger(0) == PLAN.after(PLAN.after(PLAN.after(None)))
+    assert ClientStore(tmp_path / "clients").ledger(0) == PLAN.after(PLAN.after(PLAN.after(None)))
 
 
 def test_of_those_who_read_the_same_ledger_one_can_spend(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
+    memory = ClientStore(tmp_path)
     first = Ledger(1e-5).plus(Entry(1.0, 0.1, 10))
     for before in (None, first):
         after = (before or Ledger(1e-5)).plus(Entry(1.0, 0.1, 10))
@@ -139,7 +139,7 @@ def test_groups_whose_clients_overlap_wait_for_each_other_and_not_forever(tmp_pa
 
     def work(number: int) -> int:
         clients = [0, 1, 65] if number % 2 else [65, 1, 0]  # 65 and 1 share a file
-        with Memory(tmp_path).alone(clients):
+        with ClientStore(tmp_path).alone(clients):
             inside.append(number)
             time.sleep(0.01)
             seen = list(inside)

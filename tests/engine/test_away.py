@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from fedlora.engine import InProcessGrid, Patience, Roster
+from fedlora.core.messages import Peer
+from fedlora.engines.in_process import InProcessGrid
+from fedlora.engines.polling import PollingGrid
 from fedlora.errors import FedLoraError
-from fedlora.protocol import Peer
 from fedlora.report.clients import absences, left_out_table
 from fedlora.report.read import Run
+from fedlora.rounds.registry import ClientRegistry
 from fedlora.strategies import FedIT
 
 NAMES = {1000: "north", 1001: "south", 1002: "west"}
@@ -104,9 +106,9 @@ class Refusing:
 
 def test_nobody_waits_for_a_site_that_has_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    roster = Roster(Peer, 8, said.append, **SITES)
-    monkeypatch.setattr("fedlora.engine.roster.time.sleep", lambda seconds: pytest.fail("it waits"))
-    assert roster.gather(Patience(Refusing(), int, 0.01), 2, 600) == [1000]  # type: ignore[arg-type]
+    roster = ClientRegistry(Peer, 8, said.append, **SITES)
+    monkeypatch.setattr("fedlora.rounds.registry.time.sleep", lambda seconds: pytest.fail("it waits"))
+    assert roster.gather(PollingGrid(Refusing(), int, 0.01), 2, 600) == [1000]  # type: ignore[arg-type]
     assert said == ["south cannot take part: DataError; the reason is in its log"]
     assert roster.called(1001) == "south"
 
@@ -114,15 +116,15 @@ def test_nobody_waits_for_a_site_that_has_refused(monkeypatch: pytest.MonkeyPatc
 def test_a_run_does_not_begin_without_a_site_that_has_refused(
     lab: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(self: Roster, reply: Message, taken: Any) -> Peer:
+    def refused(self: ClientRegistry, reply: Message, taken: Any) -> Peer:
         from fedlora.errors import IncompatibleUpdates
 
         if reply.metadata.src_node_id == 1001:
             raise IncompatibleUpdates("DataError")
         return read(self, reply, taken)
 
-    read = Roster._read
-    monkeypatch.setattr(Roster, "_read", refused)
+    read = ClientRegistry._read
+    monkeypatch.setattr(ClientRegistry, "_read", refused)
     with pytest.raises(FedLoraError, match="2 of 3 clients can take part, and south cannot"):
         lab.run(FedIT(), roster=SITES, clients=3)
 

@@ -9,12 +9,12 @@ import torch
 from flwr.app import Message, MetricRecord
 
 from fedlora import strategies
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment
-from fedlora.engine import Memory
-from fedlora.engine.canaries import of_state, of_updates
-from fedlora.protocol import Peer, State, Task, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.rounds.sanity_checks import check_state, check_updates
+from fedlora.storage.client_state import ClientStore
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
+from fedlora.training.client import TrainRequest
 
 PLAIN = [n for n in strategies.__all__ if not getattr(strategies, n).client]
 
@@ -41,7 +41,7 @@ def with_extra(state: State, extra: Any) -> State:
 def test_a_sound_run_warns_of_nothing(lab: Any, tmp_path: Path, name: str) -> None:
     strategy = getattr(strategies, name)()
     ranks = [2, 4, 3] if strategy.mixed_ranks else [4, 4, 4]
-    own = {"memory": Memory(tmp_path / "memory")}
+    own = {"memory": ClientStore(tmp_path / "memory")}
     ran = lab.run(strategy, ranks, rounds=4, scales={0: 0.5, 1: 3.0}, site=own)
     assert "warning" not in ran.text
 
@@ -58,7 +58,7 @@ def test_a_module_that_no_client_moves_is_named(lab: Any, noise: Any) -> None:
     class Half(noise):
         """Trains one module of two, as when the other's name was mistyped, and one tensor of the head."""
 
-        def _moved(self, a: Assignment) -> Adapter:
+        def _moved(self, a: TrainRequest) -> Adapter:
             moved, start = super()._moved(a), a.start
             pairs = {**moved.pairs, "b.v": start.pairs["b.v"]}
             return Adapter(pairs, {**moved.extra, "head.bias": start.extra["head.bias"]})
@@ -73,7 +73,7 @@ def test_one_factor_at_rest_is_no_module_at_rest(lab: Any, noise: Any) -> None:
     """In the first step of a fresh pair A has no gradient."""
 
     class OnlyB(noise):
-        def _moved(self, a: Assignment) -> Adapter:
+        def _moved(self, a: TrainRequest) -> Adapter:
             moved = super()._moved(a)
             pairs = {m: Pair(a.start.pairs[m].A, p.B, p.scale) for m, p in moved.pairs.items()}
             return Adapter(pairs, moved.extra)
@@ -85,7 +85,7 @@ def test_a_snapshot_of_before_the_training_is_told(lab: Any, noise: Any) -> None
     """As a client that detaches its parameters and uploads the copy."""
 
     class Snapshot(noise):
-        def _moved(self, a: Assignment) -> Adapter:
+        def _moved(self, a: TrainRequest) -> Adapter:
             return a.start if a.client == 1 else super()._moved(a)
 
     ran = lab.run(FedIT(), client=Snapshot(), rounds=1)
@@ -137,7 +137,7 @@ def test_a_frozen_head_is_no_head_that_was_lost(lab: Any) -> None:
     task = Task(Adapter({"m": Pair(torch.ones(1, 3), torch.ones(2, 1))}, {}))
     moved = Adapter({"m": Pair(torch.ones(1, 3), torch.zeros(2, 1))}, {})
     update = Update(moved, 1.0, Peer(0, 1))
-    assert of_state(FedIT(), State(task.adapter), State(moved, 1), [update], [task])[1] == []
+    assert check_state(FedIT(), State(task.adapter), State(moved, 1), [update], [task])[1] == []
 
 
 def test_a_scale_that_changed_on_the_server(lab: Any) -> None:
@@ -153,7 +153,7 @@ def test_a_scale_that_changed_on_the_server(lab: Any) -> None:
 def test_a_scale_that_changed_at_a_client() -> None:
     task = Task(Adapter({"m": Pair(torch.ones(1, 3), torch.ones(2, 1), 2.0)}))
     update = Update(Adapter({"m": Pair(torch.zeros(1, 3), torch.ones(2, 1), 4.0)}), 1.0, Peer(0, 1))
-    found = of_state(FedIT(), State(task.adapter), State(task.adapter, 1), [update], [task])[1]
+    found = check_state(FedIT(), State(task.adapter), State(task.adapter, 1), [update], [task])[1]
     assert any("an update has scale 4 for 'm', expected 2" in text for text in found)
 
 
@@ -167,7 +167,7 @@ def test_a_module_that_the_server_lost(lab: Any) -> None:
     updates = [Update(moved, 1.0, Peer(0, 4))]
     after = lost.aggregate(before, updates, None)
     updates = [replace(updates[0], adapter=Adapter({"a.q": moved.pairs["a.q"]}, moved.extra))]
-    assert "the new state lacks 'b.v'" in of_state(FedIT(), before, after, updates, [task])[1]
+    assert "the new state lacks 'b.v'" in check_state(FedIT(), before, after, updates, [task])[1]
 
 
 @pytest.mark.parametrize("strategy", [FFALoRA(), FlexLoRA()], ids=repr)
@@ -194,7 +194,7 @@ def test_warnings_name_no_more_than_a_few() -> None:
     pairs = {f"layer.{i}": Pair(torch.ones(1, 3), torch.ones(2, 1)) for i in range(9)}
     task = Task(Adapter(pairs, {"head": torch.ones(2)}))
     update = Update(Adapter(pairs, {"head": torch.zeros(2)}), 1.0, Peer(0, 1))
-    (said,) = of_updates([update], [task])
+    (said,) = check_updates([update], [task])
     assert said == "no client has moved 'layer.0', 'layer.1', 'layer.2' and 6 more; is it trained?"
 
 

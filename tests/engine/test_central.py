@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fedlora import strategies
-from fedlora.adapter import Adapter, Pair
-from fedlora.engine import Central
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, Update
+from fedlora.core.vectors import embed, factor_change, flat, form, product_change, split, with_shared
 from fedlora.errors import CheckpointError
-from fedlora.linear import embed, factor_change, flat, form, product_change, split, with_shared
 from fedlora.privacy import ClientLevel, Ledger, Plan
-from fedlora.protocol import Peer, Update
+from fedlora.privacy.client_level import ClientLevelMechanism
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
 NAMES = ["FedIT", "FFALoRA", "RoLoRA", "FedSVD", "FeDeRA", "SLoRA", "PrivateLoRA", "FlexLoRA", "FLoRA"]
@@ -47,7 +47,7 @@ def central(tmp_path):
     def build(sigma=SILENT, clip=1.0, clients=4, sampled=4, **settings):
         privacy = ClientLevel(epsilon=5.0, clip=clip, rounds=3, accountant="rdp", **settings)
         plan = Plan(privacy, sampled, 1, 1e-5, sigma, sampled / clients)
-        return Central(privacy, plan, tmp_path / "ledger.json")
+        return ClientLevelMechanism(privacy, plan, tmp_path / "ledger.json")
 
     return build
 

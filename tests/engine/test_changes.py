@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedlora import strategies
-from fedlora.adapter import Adapter, Pair
-from fedlora.engine import changes
-from fedlora.engine.changes import Segment, change, distances, factor_distances, gram
-from fedlora.protocol import Peer, Task
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, Task
+from fedlora.robust import geometry
+from fedlora.robust.geometry import Segment, change, distances, factor_distances, gram
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
 BIG = {"tall": (60, 40), "wide": (30, 70)}
@@ -38,7 +38,7 @@ def test_distances_are_those_of_dense_changes(make, np64, rng, layers, ranks, na
 
 
 def test_no_dense_matrix_is_made_while_the_ranks_are_below_the_layer(make, rng, monkeypatch):
-    monkeypatch.setattr(changes, "dense", lambda pair: pytest.fail("a dense matrix was made"))
+    monkeypatch.setattr(geometry, "dense", lambda pair: pytest.fail("a dense matrix was made"))
     pairs = [make.pair(rng, 30, 40, r) for r in (2 * 8, 2 * 4, 2 * 17)]  # changes of ranks 8 + 4 + 17 = 29
     gram(pairs)
     with pytest.raises(pytest.fail.Exception, match="dense"):

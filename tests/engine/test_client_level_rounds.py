@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fedlora import strategies
-from fedlora.engine import Central
-from fedlora.engine.ledgers import read_ledger
-from fedlora.linear import factor_change, flat
+from fedlora.core.messages import Peer
+from fedlora.core.vectors import factor_change, flat
 from fedlora.privacy import ClientLevel, Entry, Plan, epsilon
-from fedlora.protocol import Peer
+from fedlora.privacy.client_level import ClientLevelMechanism
+from fedlora.privacy.ledger_files import read_ledger
 
 CLIP = 0.5
 SILENT = 1e-12  # σ, in the place of zero, which no ledger takes
@@ -56,7 +56,7 @@ def total(lab: Any, push: Any, tmp_path: Path) -> Any:
         strategy, number = strategies.FFALoRA(), asked or clients
         plan = Plan(ClientLevel(clip=CLIP, accountant="rdp", epsilon=900.0), number, 1, 1e-5, SILENT, q)
         path = tmp_path / f"ledger-{len(list(tmp_path.iterdir()))}.json"
-        central = Central(ClientLevel(clip=CLIP), plan, path)
+        central = ClientLevelMechanism(ClientLevel(clip=CLIP), plan, path)
         central.refusal = lambda: None  # type: ignore[method-assign]  # such a σ has no budget
         ran = lab.run(
             strategy,
@@ -152,7 +152,7 @@ def test_the_client_of_the_largest_rank_may_be_away(lab: Any, tmp_path: Path) ->
     for secure in (True, False):
         path = tmp_path / f"away-{secure}.json"
         plan = Plan(ClientLevel(clip=CLIP, accountant="rdp"), 3, 1, 1e-5, 5.0, 1.0)
-        central = Central(ClientLevel(clip=CLIP), plan, path)
+        central = ClientLevelMechanism(ClientLevel(clip=CLIP), plan, path)
         ran = lab.run(
             strategies.FFALoRA(), (2, 1, 2), most=8, rounds=1, secure_sum=secure, central=central, clients=3
         )
@@ -175,7 +175,7 @@ def test_nothing_is_paid_for_a_sum_of_another_length(lab: Any, tmp_path: Path) -
     from fedlora.errors import IncompatibleUpdates
 
     strategy, path = strategies.FFALoRA(), tmp_path / "ledger.json"
-    central = Central(ClientLevel(), Plan(ClientLevel(), 3, 1, 1e-5, 5.0, 1.0), path)
+    central = ClientLevelMechanism(ClientLevel(), Plan(ClientLevel(), 3, 1, 1e-5, 5.0, 1.0), path)
     wide = strategy.task(strategy.init(lab.adapter(4)), Peer(0, 4))
     central.sample([1, 2, 3], 1)
     with pytest.raises(IncompatibleUpdates, match="expected a sum of"):

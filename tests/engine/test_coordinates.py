@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora import strategies
-from fedlora.adapter import Adapter, Pair
-from fedlora.engine.coordinates import Median, TrimmedMean, middle
-from fedlora.protocol import Peer, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, Update
+from fedlora.robust.coordinatewise import Median, TrimmedMean, middle
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
 NAMES = [

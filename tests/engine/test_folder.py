@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.engine import RunFolder
+from fedlora.core.messages import State
 from fedlora.errors import CheckpointError, ConfigError
-from fedlora.protocol import State
+from fedlora.storage.run_folder import RunFolder
 
 
 def state(lab: Any, round: int) -> State:
@@ -183,7 +183,7 @@ def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_state_without_pairs_is_kept(tmp_path: Path) -> None:
-    from fedlora.adapter import Adapter
+    from fedlora.core.adapter import Adapter
 
     folder = RunFolder.create(tmp_path / "run", "")
     folder.save_state(0, State(Adapter({}, {"h": torch.tensor(1.5)}), 0))

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from fedlora.engine import Shelf, inbox, memory
+from fedlora.rounds import exchange
+from fedlora.storage import client_state
+from fedlora.storage.client_state import DownloadCache
 from fedlora.strategies import FedExLoRA, FedFold, FLoRA, RoLoRA
 
 GROWING = [FedExLoRA(), FLoRA(), FedFold()]
 
 
-def shelf_bytes(shelf: Shelf, clients: int) -> int:
+def shelf_bytes(shelf: DownloadCache, clients: int) -> int:
     """What all clients hold, equal tensors counted once."""
     held = {t.data_ptr(): t.nbytes for k in range(clients) for t in shelf.held(k).values()}
     return sum(held.values())
@@ -50,8 +52,8 @@ def test_nobody_is_counted_on_for_what_is_forgotten_and_hardly_a_byte_more_is_se
     assert {line.get("reason", "no reply")[:8] for line in lines} == {"no reply"}
     if not lost:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(memory, "forgotten", lambda seen, version: set())
-            patch.setattr(inbox, "forgotten", lambda seen, version: set())
+            patch.setattr(client_state, "forgotten", lambda seen, version: set())
+            patch.setattr(exchange, "forgotten", lambda seen, version: set())
             never = lab.run(strategy, ranks, rounds=14, clients_per_round=3, min_updates=2)
         assert never.digest == run.digest
         down, least = ([x["bytes_down"] for x in those.lines("clients.jsonl")] for those in (run, never))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-import fedlora.engine.grid as grid_module
-from fedlora.engine.wire import read_update, write_task
-from fedlora.protocol import Peer, Task
+import fedlora.engines.in_process as grid_module
+from fedlora.core.messages import Peer, Task
+from fedlora.rounds.codec import read_update, write_task
 
 
 def messages(lab: Any, clients: int, rank: int = 4, nodes: Any = None) -> Iterator[Message]:

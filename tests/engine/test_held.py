@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import accumulate
-from fedlora.engine.wire import Held, read_task, size, write_task
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import accumulate
+from fedlora.core.messages import Task
 from fedlora.errors import CheckpointError
-from fedlora.protocol import Task
+from fedlora.rounds.codec import Held, read_task, size, write_task
 
 
 def pair(seed: int, rank: int, d_out: int = 6, d_in: int = 8) -> Pair:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from fedlora.client import Assignment, Client, Outcome
-from fedlora.engine import Memory, Site
-from fedlora.engine.wire import write_task
+from fedlora.core.messages import Task
+from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.errors import CheckpointError, ConfigError, PrivacyError
 from fedlora.privacy import DPSGD, Entry, Ledger, Plan
-from fedlora.protocol import Task
+from fedlora.rounds.codec import write_task
+from fedlora.storage.client_state import ClientStore
+from fedlora.training.client import Client, TrainRequest, TrainResult
 
 STEP = Entry(1.0, 0.1, 10)
 
@@ -32,7 +33,7 @@ class Spender(Client):
         privacy = DPSGD(epsilon=5.0, participations=self.participations, accountant="rdp")
         return privacy.plan(100, 10, 10)
 
-    def train(self, base: Any, assignments: Sequence[Assignment]) -> list[Outcome]:
+    def train(self, base: Any, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         found = []
         for a, outcome in zip(assignments, self.inner.train(base, assignments), strict=True):
             plan = self.plan(len(a.rows))
@@ -49,8 +50,8 @@ class Spender(Client):
 
 
 @pytest.fixture
-def memory(tmp_path: Path) -> Memory:
-    return Memory(tmp_path / "clients")
+def memory(tmp_path: Path) -> ClientStore:
+    return ClientStore(tmp_path / "clients")
 
 
 def message(lab: Any, client: int, round: int) -> tuple[Message, Context]:
@@ -60,26 +61,26 @@ def message(lab: Any, client: int, round: int) -> tuple[Message, Context]:
     return asked, Context(1, 1000 + client, {"client": client, "rank": 4}, RecordDict(), {})
 
 
-def train(lab: Any, site: Site, clients: Sequence[int], round: int) -> list[Message]:
+def train(lab: Any, site: ClientRuntime, clients: Sequence[int], round: int) -> list[Message]:
     pairs = [message(lab, client, round) for client in clients]
     return site.train([m for m, _ in pairs], [c for _, c in pairs])
 
 
-def site(lab: Any, noise: Any, memory: Memory | None, **more: Any) -> Site:
+def site(lab: Any, noise: Any, memory: ClientStore | None, **more: Any) -> ClientRuntime:
     return replace(lab.site(Spender(noise(), **more)), memory=memory)
 
 
 def test_a_ledger_composes_over_rounds_and_processes(lab: Any, noise: Any, tmp_path: Path) -> None:
     for round in (1, 2, 3):
-        memory = Memory(tmp_path / "clients")  # as after a restart
+        memory = ClientStore(tmp_path / "clients")  # as after a restart
         train(lab, site(lab, noise, memory), [0, 1], round)
-    found = Memory(tmp_path / "clients").ledgers()
+    found = ClientStore(tmp_path / "clients").ledgers()
     assert sorted(found) == [0, 1]
     assert [(e.q, e.steps) for e in found[0].entries] == [(0.1, 30)]
     assert 4.5 < found[0].epsilon <= 5
 
 
-def test_a_round_that_is_done_again_is_paid_again(lab: Any, noise: Any, memory: Memory) -> None:
+def test_a_round_that_is_done_again_is_paid_again(lab: Any, noise: Any, memory: ClientStore) -> None:
     place = site(lab, noise, memory)
     for round in (1, 2, 2):
         train(lab, place, [0], round)
@@ -92,7 +93,7 @@ def test_a_round_that_is_done_again_is_paid_again(lab: Any, noise: Any, memory: 
     assert memory.ledger(0) == ledger
 
 
-def test_one_client_stops_and_its_group_goes_on(lab: Any, noise: Any, memory: Memory) -> None:
+def test_one_client_stops_and_its_group_goes_on(lab: Any, noise: Any, memory: ClientStore) -> None:
     place = site(lab, noise, memory)
     for round in (1, 2, 3):
         train(lab, place, [1], round)
@@ -103,7 +104,7 @@ def test_one_client_stops_and_its_group_goes_on(lab: Any, noise: Any, memory: Me
 
 
 def test_the_ledger_is_on_disk_before_the_reply_is_made(
-    lab: Any, noise: Any, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    lab: Any, noise: Any, memory: ClientStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise OSError("no space left")
@@ -117,14 +118,14 @@ def test_the_ledger_is_on_disk_before_the_reply_is_made(
 
 
 def test_a_client_that_fails_spends_nothing_and_its_group_goes_on(
-    lab: Any, noise: Any, memory: Memory
+    lab: Any, noise: Any, memory: ClientStore
 ) -> None:
     with pytest.raises(RuntimeError, match="no luck"):
         train(lab, site(lab, noise, memory, fail=(1,)), [0, 1], 1)
     assert memory.ledgers() == {}
 
 
-def test_a_damaged_ledger_is_a_client_that_does_not_train(lab: Any, noise: Any, memory: Memory) -> None:
+def test_a_damaged_ledger_is_a_client_that_does_not_train(lab: Any, noise: Any, memory: ClientStore) -> None:
     train(lab, site(lab, noise, memory), [0], 1)
     [file] = memory._folder.rglob("ledger.json")
     file.write_text(file.read_text()[:-20])
@@ -132,7 +133,7 @@ def test_a_damaged_ledger_is_a_client_that_does_not_train(lab: Any, noise: Any, 
         train(lab, site(lab, noise, memory), [0], 2)
 
 
-def test_a_ledger_only_ever_grows(memory: Memory) -> None:
+def test_a_ledger_only_ever_grows(memory: ClientStore) -> None:
     one, two = Ledger(1e-5).plus(STEP), Ledger(1e-5).plus(STEP).plus(STEP)
     memory.spend(4, None, one)
     memory.spend(4, one, two)
@@ -153,11 +154,11 @@ def test_a_reply_has_no_loss_and_no_count_and_a_refusal_reaches_the_log(
 ) -> None:
     from fedlora.strategies import FedIT
 
-    memory = Memory(tmp_path / "clients")
+    memory = ClientStore(tmp_path / "clients")
     monkeypatch.setattr(
         type(lab),
         "site",
-        lambda self, client, rows=None: Site(
+        lambda self, client, rows=None: ClientRuntime(
             None, client, rows or (lambda c: [None] * (10 * (c + 1))), memory
         ),
     )
@@ -193,7 +194,7 @@ def test_a_private_client_tells_nothing_of_rows_it_keeps_back(lab: Any, noise: A
 
 
 def test_a_ledger_that_is_deleted_while_the_run_goes_on_is_missed(
-    lab: Any, noise: Any, memory: Memory
+    lab: Any, noise: Any, memory: ClientStore
 ) -> None:
     place, (asked, context) = site(lab, noise, memory), message(lab, 0, 1)
     place.train([asked], [context])
@@ -208,7 +209,7 @@ def test_a_ledger_that_is_deleted_while_the_run_goes_on_is_missed(
 
 
 def test_why_private_training_failed_stays_with_the_client(
-    lab: Any, noise: Any, memory: Memory, caplog: pytest.LogCaptureFixture
+    lab: Any, noise: Any, memory: ClientStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Teller(Spender):
         private = True

@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Message, MetricRecord
 from rich.console import Console
 
-from fedlora.engine.wire import size
+from fedlora.rounds.codec import size
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
 METRICS = {

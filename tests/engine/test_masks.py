@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.engine import masks
-from fedlora.engine.masks import decode, encode
 from fedlora.errors import IncompatibleUpdates
+from fedlora.secure_aggregation import crypto
+from fedlora.secure_aggregation.crypto import decode, encode
 
 
 @given(st.lists(st.floats(-(2.0**28), 2.0**28), max_size=9), st.integers(1, 7))
@@ -58,11 +58,11 @@ def test_every_floating_type_is_encoded(dtype: torch.dtype) -> None:
 
 
 def test_a_secret_takes_as_many_shares_as_were_said() -> None:
-    secret = masks.new_key()
-    shares = dict(enumerate(masks.split(secret, 3, 4)))
-    assert {len(share) for share in shares.values()} == {masks.SHARE}
+    secret = crypto.new_key()
+    shares = dict(enumerate(crypto.split(secret, 3, 4)))
+    assert {len(share) for share in shares.values()} == {crypto.SHARE}
     for few in itertools.combinations(shares.items(), 3):
-        assert masks.join(dict(few)) == secret
+        assert crypto.join(dict(few)) == secret
     for fewer in itertools.combinations(shares.items(), 2):
         assert joined(dict(fewer)) != secret
     assert joined({0: shares[0], 1: shares[3], 3: shares[1]}) != secret
@@ -70,35 +70,37 @@ def test_a_secret_takes_as_many_shares_as_were_said() -> None:
 
 def joined(shares: dict[int, bytes]) -> bytes | None:
     try:
-        return masks.join(shares)
+        return crypto.join(shares)
     except ValueError:
         return None
 
 
 def test_a_keystream_belongs_to_its_round_its_pair_and_its_use() -> None:
-    a, b = masks.new_key(), masks.new_key()
-    one = masks.pairwise_mask(a, masks.public(b), 1, 2, 5, 99)
-    assert np.array_equal(one, np.negative(masks.pairwise_mask(b, masks.public(a), 2, 1, 5, 99)))
+    a, b = crypto.new_key(), crypto.new_key()
+    one = crypto.pairwise_mask(a, crypto.public(b), 1, 2, 5, 99)
+    assert np.array_equal(one, np.negative(crypto.pairwise_mask(b, crypto.public(a), 2, 1, 5, 99)))
     others = [
-        masks.pairwise_mask(a, masks.public(b), 1, 2, 6, 99),
-        masks.self_mask(a, 5, 99),
-        masks.self_mask(a, 6, 99),
-        masks.pairwise_mask(a, masks.public(masks.new_key()), 1, 2, 5, 99),
+        crypto.pairwise_mask(a, crypto.public(b), 1, 2, 6, 99),
+        crypto.self_mask(a, 5, 99),
+        crypto.self_mask(a, 6, 99),
+        crypto.pairwise_mask(a, crypto.public(crypto.new_key()), 1, 2, 5, 99),
     ]
     everything = [one, *others]
     assert len({vector[:4].tobytes() for vector in everything}) == 5
-    assert len({masks.agreement(a, masks.public(b), use) for use in ("channel", "mask")}) == 2
+    assert len({crypto.agreement(a, crypto.public(b), use) for use in ("channel", "mask")}) == 2
 
 
 def test_a_letter_opens_only_for_its_receiver_and_route() -> None:
-    a, b, c = (masks.new_key() for _ in range(3))
-    letter = masks.seal(a, masks.public(b), b"text", "route")
-    assert masks.unseal(b, masks.public(a), letter, "route") == b"text"
-    back = masks.seal(b, masks.public(a), b"text", "route")  # under the same key, so not under the same nonce
-    assert back[: masks.NONCE] != letter[: masks.NONCE]
+    a, b, c = (crypto.new_key() for _ in range(3))
+    letter = crypto.seal(a, crypto.public(b), b"text", "route")
+    assert crypto.unseal(b, crypto.public(a), letter, "route") == b"text"
+    back = crypto.seal(
+        b, crypto.public(a), b"text", "route"
+    )  # under the same key, so not under the same nonce
+    assert back[: crypto.NONCE] != letter[: crypto.NONCE]
     for key, route in ((b, "another"), (c, "route")):
         with pytest.raises(IncompatibleUpdates, match="changed on their way"):
-            masks.unseal(key, masks.public(a), letter, route)
+            crypto.unseal(key, crypto.public(a), letter, route)
     for i in (0, 12, len(letter) - 1):
         with pytest.raises(IncompatibleUpdates, match="changed on their way"):
-            masks.unseal(b, masks.public(a), letter[:i] + bytes([letter[i] ^ 1]) + letter[i + 1 :], "route")
+            crypto.unseal(b, crypto.public(a), letter[:i] + bytes([letter[i] ^ 1]) + letter[i + 1 :], "route")

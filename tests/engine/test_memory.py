@@ -8,27 +8,27 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import fedlora.engine.memory as module
-from fedlora.engine.memory import Memory, Shelf
+import fedlora.storage.client_state as module
 from fedlora.errors import CheckpointError
+from fedlora.storage.client_state import ClientStore, DownloadCache
 
 
 def own(value: float, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     return {"m.B": torch.full((3, 2), value, dtype=dtype), "head": torch.tensor(value, dtype=dtype)}
 
 
-def value(memory: Memory, client: int, before: int) -> float | None:
+def value(memory: ClientStore, client: int, before: int) -> float | None:
     found = memory.read(client, before)
     return float(found["head"]) if found else None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_what_was_kept_comes_back_bit_for_bit_for_its_client_alone(tmp_path: Path, dtype: Any) -> None:
-    memory = Memory(tmp_path / "clients")
+    memory = ClientStore(tmp_path / "clients")
     assert memory.read(3, 1) == {}
     assert not list(tmp_path.iterdir())  # reading makes nothing
     memory.write(3, 1, own(1 / 3, dtype))
-    found = Memory(tmp_path / "clients").read(3, 2)
+    found = ClientStore(tmp_path / "clients").read(3, 2)
     assert found.keys() == own(1).keys()
     for name, tensor in own(1 / 3, dtype).items():
         assert torch.equal(found[name], tensor)
@@ -38,7 +38,7 @@ def test_what_was_kept_comes_back_bit_for_bit_for_its_client_alone(tmp_path: Pat
 
 
 def test_a_round_reads_what_the_last_round_before_it_kept(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
+    memory = ClientStore(tmp_path)
     for round in (2, 5, 7):
         memory.write(1, round, own(round))
     assert [value(memory, 1, before) for before in (1, 2, 3, 5, 6, 7, 8, 99)] == [
@@ -56,7 +56,7 @@ def test_a_round_reads_what_the_last_round_before_it_kept(tmp_path: Path) -> Non
 def test_a_round_that_is_done_again_starts_from_the_older_version_and_writes_over_its_own(
     tmp_path: Path,
 ) -> None:
-    memory = Memory(tmp_path)
+    memory = ClientStore(tmp_path)
     for round in (1, 2, 3):
         memory.write(1, round, own(round))
     assert value(memory, 1, 3) == 2
@@ -67,7 +67,7 @@ def test_a_round_that_is_done_again_starts_from_the_older_version_and_writes_ove
 
 def test_a_run_can_go_back_behind_a_damaged_checkpoint_in_the_middle_of_a_round(tmp_path: Path) -> None:
     """Killed in round 9, whose clients have written; checkpoint 8 is damaged: round 8 is done from 7 on."""
-    memory = Memory(tmp_path)
+    memory = ClientStore(tmp_path)
     for round in range(1, 10):
         memory.write(1, round, own(round))
     assert value(memory, 1, 8) == 7
@@ -78,7 +78,7 @@ def test_a_run_can_go_back_behind_a_damaged_checkpoint_in_the_middle_of_a_round(
 
 
 def test_few_versions_are_kept_and_no_temporary_file(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
+    memory = ClientStore(tmp_path)
     for round in range(1, 20):
         for client in (1, 2):
             memory.write(client, round, own(round))
@@ -88,7 +88,7 @@ def test_few_versions_are_kept_and_no_temporary_file(tmp_path: Path) -> None:
 
 
 def test_nothing_to_keep_leaves_what_was_kept(tmp_path: Path) -> None:
-    memory = Memory(tmp_path / "clients")
+    memory = ClientStore(tmp_path / "clients")
     memory.write(1, 1, {})
     assert not list(tmp_path.iterdir())
     memory.write(1, 1, own(1))
@@ -97,7 +97,7 @@ def test_nothing_to_keep_leaves_what_was_kept(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_writing_leaves_the_version_before(tmp_path: Path, monkeypatch: Any) -> None:
-    memory = Memory(tmp_path)
+    memory = ClientStore(tmp_path)
     memory.write(1, 1, own(1))
 
     def torn(tensors: Any, path: Path, note: Any) -> None:
@@ -117,7 +117,7 @@ def test_a_kill_while_writing_leaves_the_version_before(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flipped"])
 def test_a_damaged_file_is_told_and_not_taken_for_nothing(tmp_path: Path, damage: str) -> None:
-    memory = Memory(tmp_path)
+    memory = ClientStore(tmp_path)
     for round in (1, 2):
         memory.write(1, round, own(round))
     path = max((tmp_path / "client-1").iterdir())
@@ -131,15 +131,15 @@ def test_a_damaged_file_is_told_and_not_taken_for_nothing(tmp_path: Path, damage
 
 
 def test_tensors_of_any_layout_are_kept(tmp_path: Path) -> None:
-    Memory(tmp_path).write(1, 1, {"B": torch.arange(6.0).reshape(2, 3).T})
-    assert torch.equal(Memory(tmp_path).read(1, 2)["B"], torch.arange(6.0).reshape(2, 3).T)
+    ClientStore(tmp_path).write(1, 1, {"B": torch.arange(6.0).reshape(2, 3).T})
+    assert torch.equal(ClientStore(tmp_path).read(1, 2)["B"], torch.arange(6.0).reshape(2, 3).T)
 
 
 # --- the shelf ----------------------------------------------------------------------------------------------
 
 
 def test_a_client_holds_what_it_was_last_given_and_nothing_else() -> None:
-    shelf = Shelf()
+    shelf = DownloadCache()
     assert shelf.held(1) == {}
     shelf.hold(1, own(1))
     shelf.hold(2, own(2))
@@ -152,7 +152,7 @@ def test_a_client_holds_what_it_was_last_given_and_nothing_else() -> None:
 
 
 def test_equal_tensors_are_in_memory_once_whoever_holds_them() -> None:
-    shelf = Shelf()
+    shelf = DownloadCache()
     for client in range(5):
         shelf.hold(client, {"a": torch.ones(4, 3), "b": torch.full((2,), float(client))})
     pointers = {shelf.held(client)["a"].data_ptr() for client in range(5)}
@@ -171,7 +171,7 @@ def test_equal_tensors_are_in_memory_once_whoever_holds_them() -> None:
     ],
 )
 def test_tensors_that_differ_in_shape_dtype_or_bits_are_not_mixed_up(other: torch.Tensor) -> None:
-    shelf = Shelf()
+    shelf = DownloadCache()
     shelf.hold(1, {"a": torch.ones(4, 3)})
     shelf.hold(2, {"a": other})
     held = shelf.held(2)["a"]
@@ -180,7 +180,7 @@ def test_tensors_that_differ_in_shape_dtype_or_bits_are_not_mixed_up(other: torc
 
 
 def test_what_nobody_holds_any_more_is_free() -> None:
-    shelf = Shelf()
+    shelf = DownloadCache()
     shelf.hold(1, {"a": torch.ones(4, 3)})
     shelf.hold(2, {"a": torch.ones(4, 3)})
     shelf.hold(1, {})
@@ -193,27 +193,27 @@ def test_what_nobody_holds_any_more_is_free() -> None:
 
 def test_what_is_on_the_shelf_outlives_the_process(tmp_path: Path) -> None:
     kept = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
-    Shelf(tmp_path).hold(3, kept)
-    found = Shelf(tmp_path).held(3)
+    DownloadCache(tmp_path).hold(3, kept)
+    found = DownloadCache(tmp_path).held(3)
     assert found.keys() == kept.keys()
     assert all(torch.equal(found[name], kept[name]) for name in kept)
-    assert Shelf(tmp_path).held(4) == {}
-    Shelf(tmp_path).hold(3, {"a": kept["a"]})
-    assert Shelf(tmp_path).held(3).keys() == {"a"}
-    Shelf(tmp_path).hold(3, {})
-    assert Shelf(tmp_path).held(3) == {}
+    assert DownloadCache(tmp_path).held(4) == {}
+    DownloadCache(tmp_path).hold(3, {"a": kept["a"]})
+    assert DownloadCache(tmp_path).held(3).keys() == {"a"}
+    DownloadCache(tmp_path).hold(3, {})
+    assert DownloadCache(tmp_path).held(3) == {}
 
 
 def test_a_shelf_writes_what_is_new_alone_and_a_damaged_one_is_empty(tmp_path: Path) -> None:
     kept = {"a": torch.arange(6.0)}
-    Shelf(tmp_path).hold(3, kept)
+    DownloadCache(tmp_path).hold(3, kept)
     (file,) = (tmp_path / "client-3").iterdir()
     before = file.stat()
-    Shelf(tmp_path).hold(3, {"a": torch.arange(6.0)})
+    DownloadCache(tmp_path).hold(3, {"a": torch.arange(6.0)})
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
-    assert Shelf(tmp_path).held(3) == {}  # the server then has to send it again
-    Shelf(tmp_path).hold(3, kept)
-    assert torch.equal(Shelf(tmp_path).held(3)["a"], kept["a"])
+    assert DownloadCache(tmp_path).held(3) == {}  # the server then has to send it again
+    DownloadCache(tmp_path).hold(3, kept)
+    assert torch.equal(DownloadCache(tmp_path).held(3)["a"], kept["a"])

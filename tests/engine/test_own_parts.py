@@ -9,18 +9,18 @@ import pytest
 import torch
 from flwr.app import Message
 
-import fedlora.engine.inbox as inbox_module
-import fedlora.engine.site as site_module
-from fedlora.adapter import Adapter
-from fedlora.client import Assignment, Outcome
-from fedlora.engine import Memory
-from fedlora.protocol import Peer
+import fedlora.engines.client_runtime as site_module
+import fedlora.rounds.exchange as inbox_module
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Peer
+from fedlora.core.strategy import Strategy
+from fedlora.storage.client_state import ClientStore
 from fedlora.strategies import FedExLoRA, FedIT, FedSALoRA, FFALoRA, FLoRA, RoLoRA
-from fedlora.strategy import Strategy
+from fedlora.training.client import TrainRequest, TrainResult
 
 HOLDING = [FFALoRA(), RoLoRA(), FLoRA(), FedExLoRA(), FedSALoRA()]
 RANKS = [1, 1, 1]  # so small that a gain is less than the fold
-Fails = Callable[[Assignment], bool]
+Fails = Callable[[TrainRequest], bool]
 strategies = pytest.mark.parametrize("strategy", HOLDING, ids=lambda s: type(s).__name__)
 
 
@@ -33,7 +33,7 @@ def watched(noise: Any) -> Any:
         fails: Fails = lambda a: False
         seen: dict[tuple[int, int], tuple[str, str]] = field(default_factory=dict)
 
-        def train(self, base: Any, assignments: Sequence[Assignment]) -> list[Outcome]:
+        def train(self, base: Any, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
             self.groups.append([a.client for a in assignments])
             for a in assignments:
                 if self.fails(a):
@@ -54,7 +54,7 @@ write_task = inbox_module.write_task
 
 
 def site(tmp_path: Path, name: str) -> dict[str, Any]:
-    return {"memory": Memory(tmp_path / f"memory-{name}")}
+    return {"memory": ClientStore(tmp_path / f"memory-{name}")}
 
 
 def downs(ran: Any, client: int) -> dict[int, int]:
@@ -155,7 +155,7 @@ def test_a_group_that_is_tried_again_adds_nothing_twice(
     want = lab.run(strategy, RANKS, rounds=4, fuse=1, client=watched(), site=site(tmp_path, "a"))
     broken: set[int] = set()
 
-    def once(a: Assignment, group: bool = True) -> bool:
+    def once(a: TrainRequest, group: bool = True) -> bool:
         if a.client == 2 and a.round > 1 and a.round not in broken and group:
             broken.add(a.round)
             return True
@@ -165,7 +165,7 @@ def test_a_group_that_is_tried_again_adds_nothing_twice(
     if when == "writing":
         write = site_module.write_update
 
-        def write_update(outcome: Outcome, task: Any, round: int, examples: int) -> Any:
+        def write_update(outcome: TrainResult, task: Any, round: int, examples: int) -> Any:
             if examples == 30 and round > 1 and round not in broken:
                 broken.add(round)
                 raise OSError("no memory")
@@ -175,7 +175,7 @@ def test_a_group_that_is_tried_again_adds_nothing_twice(
     if when == "remembering":
         remember = site_module.Site._remember
 
-        def _remember(self: Any, a: Assignment, outcome: Outcome) -> None:
+        def _remember(self: Any, a: TrainRequest, outcome: TrainResult) -> None:
             if once(a):
                 raise OSError("disk full")
             remember(self, a, outcome)
@@ -191,14 +191,14 @@ def test_a_group_that_is_tried_again_adds_nothing_twice(
 def test_own_parts_go_on_from_where_the_client_left_them(lab: Any, watched: Any, tmp_path: Path) -> None:
     client = watched()
     ran = lab.run(FedSALoRA(), rounds=3, client=client, site=site(tmp_path, "a"))
-    memory, state = Memory(tmp_path / "memory-a"), ran.federation.state
+    memory, state = ClientStore(tmp_path / "memory-a"), ran.federation.state
     parts = [memory.read(c, 4) for c in range(3)]
     names = {*(f"{m}.B" for m in state.adapter.pairs), "head.weight", "head.bias"}
     assert all(found.keys() == names for found in parts)
     assert len({float(found["a.q.B"].sum()) for found in parts}) == 3
     for c, found in enumerate(parts):
         task, before = FedSALoRA().task(state, Peer(c, 4)), memory.read(c, 3)
-        last = client._outcome(Assignment(c, 3, 0, task, [], before)).memory
+        last = client._outcome(TrainRequest(c, 3, 0, task, [], before)).memory
         assert last.keys() == names
         assert all(torch.equal(found[name], tensor) for name, tensor in last.items())
         assert not torch.equal(found["a.q.B"], before["a.q.B"])
@@ -221,7 +221,7 @@ def test_the_last_look_is_at_what_every_client_then_has(lab: Any, watched: Any, 
     own = ran.federation.last_look(ran.grid)
     assert list(own) == [0, 1, 2, 3]  # those that were not sampled, too
     assert len(ran.client.seen) == before
-    memory, state = Memory(tmp_path / "memory-a"), ran.federation.state
+    memory, state = ClientStore(tmp_path / "memory-a"), ran.federation.state
     for c, told in own.items():
         kept = memory.read(c, 4) or {
             name: t for name, t in state.adapter.tensors() if not name.endswith(".A")
@@ -239,7 +239,7 @@ def test_a_last_look_that_fails_or_diverged_is_told_and_left_out(
 ) -> None:
     ran = lab.run(FedIT(), client=watched(), evaluate_clients=True, site={"held_out": True})
 
-    def evaluate(self: Any, base: Any, assignments: Sequence[Assignment]) -> list[tuple[float, float]]:
+    def evaluate(self: Any, base: Any, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         if assignments[0].client == 1:
             raise RuntimeError("shy")
         return [(float("nan") if assignments[0].client == 2 else 2.0, 0.5)]

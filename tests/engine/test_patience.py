@@ -9,10 +9,11 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.run import Run
 
-from fedlora.engine import Patience, Roster
-from fedlora.engine.asked import Asked
+from fedlora.core.messages import Peer
+from fedlora.engines.polling import PollingGrid
 from fedlora.errors import FedLoraError
-from fedlora.protocol import Peer
+from fedlora.rounds.pending import PendingMessages
+from fedlora.rounds.registry import ClientRegistry
 
 
 class Slow:
@@ -67,15 +68,15 @@ def train(nodes: Iterable[int]) -> list[Message]:
     return [Message(RecordDict(), node, "train", group_id="3") for node in nodes]
 
 
-def answered(grid: Patience, messages: list[Message], timeout: float | None = 5) -> list[int]:
-    asked = Asked()
+def answered(grid: PollingGrid, messages: list[Message], timeout: float | None = 5) -> list[int]:
+    asked = PendingMessages()
     replies = grid.send_and_receive(map(asked.note, messages), timeout=timeout)
     return [asked.node(reply) or 0 for reply in replies]
 
 
 def test_a_round_ends_when_enough_have_answered() -> None:
     slow, done = Slow({101: 0.0, 102: 9.0, 103: 0.05}), []
-    grid = Patience(slow, lambda sampled: sampled - 1, 0.01, done.append)  # type: ignore[arg-type]
+    grid = PollingGrid(slow, lambda sampled: sampled - 1, 0.01, done.append)  # type: ignore[arg-type]
     began = time.monotonic()
     assert answered(grid, train([101, 102, 103])) == [101, 103]
     assert time.monotonic() - began < 5
@@ -84,13 +85,13 @@ def test_a_round_ends_when_enough_have_answered() -> None:
 
 
 def test_a_failure_is_no_reply_to_wait_for_less_and_names_its_node() -> None:
-    grid = Patience(Slow({101: 0.0, 102: 0.0, 103: 0.1}, [101]), lambda sampled: 2, 0.01)  # type: ignore[arg-type]
+    grid = PollingGrid(Slow({101: 0.0, 102: 0.0, 103: 0.1}, [101]), lambda sampled: 2, 0.01)  # type: ignore[arg-type]
     assert answered(grid, train([101, 102, 103])) == [101, 102, 103]
     assert grid.busy == set()
 
 
 def test_nobody_is_waited_for_longer_than_the_timeout() -> None:
-    grid = Patience(Slow({101: 0.0, 102: None}), lambda sampled: sampled, 0.01)  # type: ignore[arg-type]
+    grid = PollingGrid(Slow({101: 0.0, 102: None}), lambda sampled: sampled, 0.01)  # type: ignore[arg-type]
     began = time.monotonic()
     assert answered(grid, train([101, 102]), timeout=0.2) == [101]
     assert 0.2 <= time.monotonic() - began < 2
@@ -99,7 +100,7 @@ def test_nobody_is_waited_for_longer_than_the_timeout() -> None:
 
 def test_a_late_reply_is_thrown_away_and_its_node_is_free_again() -> None:
     slow, said = Slow({101: 0.0, 102: 0.3}), []
-    grid = Patience(slow, lambda sampled: 1, 0.01, late=said.append)  # type: ignore[arg-type]
+    grid = PollingGrid(slow, lambda sampled: 1, 0.01, late=said.append)  # type: ignore[arg-type]
     assert answered(grid, train([101, 102])) == [101]
     assert list(grid.get_node_ids()) == [101, 102]
     assert grid.busy == {102}
@@ -114,7 +115,7 @@ def test_a_late_reply_is_thrown_away_and_its_node_is_free_again() -> None:
 
 def test_a_node_that_died_is_told_from_one_that_is_slow() -> None:
     slow, said = Slow({101: 0.0, 102: 0.1, 103: 0.2}, [102]), []
-    grid = Patience(slow, lambda sampled: 1, 0.01, late=said.append)  # type: ignore[arg-type]
+    grid = PollingGrid(slow, lambda sampled: 1, 0.01, late=said.append)  # type: ignore[arg-type]
     assert answered(grid, train([101, 102, 103])) == [101]
     time.sleep(0.25)
     list(grid.get_node_ids())
@@ -124,21 +125,21 @@ def test_a_node_that_died_is_told_from_one_that_is_slow() -> None:
 
 
 def test_what_a_superlink_does_not_take_is_not_waited_for() -> None:
-    grid = Patience(Slow({101: 0.0, 102: None}, [102]), lambda sampled: sampled, 0.01)  # type: ignore[arg-type]
+    grid = PollingGrid(Slow({101: 0.0, 102: None}, [102]), lambda sampled: sampled, 0.01)  # type: ignore[arg-type]
     began = time.monotonic()
     assert answered(grid, train([101, 102]), timeout=3) == [101]
     assert time.monotonic() - began < 1
 
 
 def test_questions_wait_for_all_and_make_nobody_busy() -> None:
-    grid = Patience(Slow({101: 0.0, 102: 0.1}), lambda sampled: 1, 0.01)  # type: ignore[arg-type]
+    grid = PollingGrid(Slow({101: 0.0, 102: 0.1}), lambda sampled: 1, 0.01)  # type: ignore[arg-type]
     asked = [Message(RecordDict(), node, "query.keys") for node in (101, 102)]
     assert answered(grid, asked) == [101, 102]
     assert grid.busy == set()
 
 
 def test_a_reply_in_another_nodes_name_is_nobodys() -> None:
-    asked = Asked()
+    asked = PendingMessages()
     (message,) = map(asked.note, train([101]))
     message.metadata.__dict__["_message_id"] = "m"
     reply = Message(RecordDict(), reply_to=message)
@@ -152,17 +153,17 @@ def test_a_reply_in_another_nodes_name_is_nobodys() -> None:
 
 
 @pytest.fixture
-def roster() -> Callable[..., tuple[Roster, list[str]]]:
-    def make(**more: Any) -> tuple[Roster, list[str]]:
+def roster() -> Callable[..., tuple[ClientRegistry, list[str]]]:
+    def make(**more: Any) -> tuple[ClientRegistry, list[str]]:
         said: list[str] = []
-        return Roster(Peer, 8, said.append, **more), said
+        return ClientRegistry(Peer, 8, said.append, **more), said
 
     return make
 
 
 def test_nodes_are_met_once_and_again_when_they_were_away(roster: Any) -> None:
     slow, (found, _) = Slow({102: 0.0, 101: 0.0}), roster()
-    grid = Patience(slow, int, 0.01)  # type: ignore[arg-type]
+    grid = PollingGrid(slow, int, 0.01)  # type: ignore[arg-type]
     assert found.gather(grid) == [101, 102]  # in the order of clients
     assert found.gather(grid) == [101, 102]
     assert slow.pushed == [101, 102]
@@ -179,12 +180,12 @@ def test_a_run_waits_for_the_clients_that_it_needs(roster: Any) -> None:
     slow, (found, _) = Slow({101: 0.0, 102: 0.0}), roster()
     slow.online, came = [101], time.monotonic() + 0.6
     slow.get_node_ids = lambda: [101, 102][: 1 + (time.monotonic() > came)]  # type: ignore[method-assign]
-    assert found.gather(Patience(slow, int, 0.01), 2, 30) == [101, 102]  # type: ignore[arg-type]
+    assert found.gather(PollingGrid(slow, int, 0.01), 2, 30) == [101, 102]  # type: ignore[arg-type]
     slow.get_node_ids = lambda: [101]  # type: ignore[method-assign]
-    assert found.gather(Patience(slow, int, 0.01), 2, 0.1) == [101]  # type: ignore[arg-type]
+    assert found.gather(PollingGrid(slow, int, 0.01), 2, 0.1) == [101]  # type: ignore[arg-type]
     slow.get_node_ids = lambda: []  # type: ignore[method-assign]
     with pytest.raises(FedLoraError, match="no client took part within"):
-        found.gather(Patience(slow, int, 0.01), 2, 0.1)  # type: ignore[arg-type]
+        found.gather(PollingGrid(slow, int, 0.01), 2, 0.1)  # type: ignore[arg-type]
 
 
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -206,7 +207,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 def test_a_node_that_lies_about_itself_cannot_take_part(what: str, roster: Any) -> None:
     slow, (found, said) = Slow({102: 0.0, 103: 0.0}), roster()
     slow.profile = lambda node: HOSTILE[what] if node == 103 else {"client": 2, "rank": 4}  # type: ignore[method-assign]
-    grid = Patience(slow, int, 0.01)  # type: ignore[arg-type]
+    grid = PollingGrid(slow, int, 0.01)  # type: ignore[arg-type]
     assert found.gather(grid) == [102]
     assert len(said) == 1
     assert found.gather(grid) == [102]  # nor is it asked in every round
@@ -215,7 +216,7 @@ def test_a_node_that_lies_about_itself_cannot_take_part(what: str, roster: Any) 
 
 def test_a_node_that_could_not_be_reached_is_asked_again(roster: Any) -> None:
     slow, (found, said) = Slow({101: 0.0, 102: 0.0}, [102]), roster()
-    grid = Patience(slow, int, 0.01)  # type: ignore[arg-type]
+    grid = PollingGrid(slow, int, 0.01)  # type: ignore[arg-type]
     assert found.gather(grid) == [101]
     slow.failing = []
     assert found.gather(grid) == [101, 102]
@@ -226,7 +227,7 @@ def test_a_reply_without_a_profile_is_no_client(roster: Any) -> None:
     slow, (found, said) = Slow({101: 0.0}), roster()
     slow.reply = lambda message: Message(RecordDict(), reply_to=message)  # type: ignore[method-assign]
     with pytest.raises(FedLoraError):
-        found.gather(Patience(slow, int, 0.01))  # type: ignore[arg-type]
+        found.gather(PollingGrid(slow, int, 0.01))  # type: ignore[arg-type]
     assert len(said) == 1
 
 
@@ -235,5 +236,5 @@ def test_the_plan_goes_to_whoever_is_met(roster: Any) -> None:
     seen: list[Any] = []
     real = slow.reply
     slow.reply = lambda message: (seen.append(dict(message.content["plan"])), real(message))[1]  # type: ignore
-    found.gather(Patience(slow, int, 0.01))  # type: ignore[arg-type]
+    found.gather(PollingGrid(slow, int, 0.01))  # type: ignore[arg-type]
     assert seen == [{"plan": "x"}]

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedlora.engine import Progress, megabytes
+from fedlora.callbacks.console import Progress, megabytes
 
 
 def line(round: int, **more: Any) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
 from fedlora import strategies
-from fedlora.adapter import Adapter, Pair
-from fedlora.engine import Rules
-from fedlora.engine.coordinates import Median, TrimmedMean
-from fedlora.engine.robust import Krum, NormBound, capped, krum_scores
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, Update
 from fedlora.errors import ConfigError
 from fedlora.privacy import ClientLevel
-from fedlora.protocol import Peer, Update
+from fedlora.robust.base import Krum, NormBound, capped, krum_scores
+from fedlora.robust.coordinatewise import Median, TrimmedMean
+from fedlora.rounds.round_config import RoundConfig
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
 GLOBAL = [n for n in strategies.__all__ if not getattr(strategies, n).personal]
@@ -178,7 +178,7 @@ def test_weights_are_cut_at_the_lower_median():
 
 
 def rules(**more):
-    return Rules(1, 0, **{"clients": 8, **more})
+    return RoundConfig(1, 0, **{"clients": 8, **more})
 
 
 @pytest.mark.parametrize(

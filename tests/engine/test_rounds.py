@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from fedlora.engine import Rules
+from fedlora.core.messages import Task
 from fedlora.errors import ConfigError
-from fedlora.protocol import Task
+from fedlora.rounds.round_config import RoundConfig
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
 
@@ -116,4 +116,4 @@ def test_the_result_follows_the_seed_alone(lab: Any, strategy: Any) -> None:
 )
 def test_rules_that_cannot_work_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong)).replace("evaluate_", "evaluate.")):
-        Rules(**({"rounds": 1, "seed": 0} | wrong))
+        RoundConfig(**({"rounds": 1, "seed": 0} | wrong))

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from fedlora.engine import Rules
 from fedlora.errors import ConfigError
+from fedlora.rounds.round_config import RoundConfig
 
 
-def rules(**more: Any) -> Rules:
-    return Rules(rounds=1, seed=0, **more)
+def rules(**more: Any) -> RoundConfig:
+    return RoundConfig(rounds=1, seed=0, **more)
 
 
 @pytest.mark.parametrize("n", [1, 7, 10])

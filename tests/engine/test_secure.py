@@ -10,10 +10,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
-from fedlora.engine import masks, secure
-from fedlora.engine.masks import KEY, Words
-from fedlora.engine.secure import RECORD, SecureRound, threshold
 from fedlora.errors import ConfigError, IncompatibleUpdates
+from fedlora.secure_aggregation import crypto, protocol
+from fedlora.secure_aggregation.crypto import KEY, Words
+from fedlora.secure_aggregation.protocol import RECORD, SecureRound, threshold
 
 NODES = [2**63 + 9, 17, 5, 2**40, 2**62 + 1, 1, 99, 2**64 - 1]  # as Flower draws them, in no order
 LENGTH = 9
@@ -44,7 +44,11 @@ class Post:
         self.contexts = {n: Context(7, n, {}, RecordDict(), {}) for n in self.nodes}
         self.seen: list[str] = []
         self.app = ClientApp()
-        for name, work in {"keys": secure.keys, "shares": secure.shares, "unmask": secure.unmask}.items():
+        for name, work in {
+            "keys": protocol.keys,
+            "shares": protocol.shares,
+            "unmask": protocol.unmask,
+        }.items():
             self.app.query(name)(work)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None) -> Iterator[Message]:
@@ -72,7 +76,7 @@ class Post:
 
     def mask(self, node: int, vector: Words, attachment: ConfigRecord) -> Words:
         secure_record = travelled(RecordDict({RECORD: attachment})).config_records[RECORD]
-        return secure.mask(vector, secure_record, self.context(node))
+        return protocol.mask(vector, secure_record, self.context(node))
 
     def deliver(self, server: SecureRound, vectors: Mapping[int, Words]) -> dict[int, Words]:
         """Open the round and let those mask their vectors that are in and not lost."""
@@ -211,7 +215,7 @@ def test_a_malformed_reply_drops_its_client(step: str, change: Change) -> None:
 @pytest.mark.parametrize("key", [bytes(KEY), bytes([1]) + bytes(KEY - 1)])
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_key_of_small_order_drops_its_client(key: bytes, half: int) -> None:
-    other = masks.public(masks.new_key())
+    other = crypto.public(crypto.new_key())
     post = Post(4)
     keys = [key + other if half == 0 else other + key]
     post.change = first(lambda record: {**record, "keys": keys} if "keys" in record else record)
@@ -222,7 +226,7 @@ def test_a_key_of_small_order_drops_its_client(key: bytes, half: int) -> None:
 
 def test_clients_with_the_same_keys_are_dropped() -> None:
     post = Post(5)
-    same = [masks.public(masks.new_key()) + masks.public(masks.new_key())]
+    same = [crypto.public(crypto.new_key()) + crypto.public(crypto.new_key())]
 
     def change(step: str, node: int, content: RecordDict) -> RecordDict:
         if step == "keys" and node in NODES[:2]:

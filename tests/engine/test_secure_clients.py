@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedlora.engine import masks, secure
-from fedlora.engine.masks import KEY, SHARE
-from fedlora.engine.secure import RECORD, threshold
 from fedlora.errors import IncompatibleUpdates
+from fedlora.secure_aggregation import crypto, protocol
+from fedlora.secure_aggregation.crypto import KEY, SHARE
+from fedlora.secure_aggregation.protocol import RECORD, threshold
 
 NODES = [5, 17, 99, 2**40, 2**63 + 9]
 LENGTH = 8192
@@ -29,11 +29,11 @@ class Clients:
     def __init__(self, step: str, nodes: list[int] = NODES, run: int = 7, round: int = 1) -> None:
         self.round, self.contexts = round, {n: Context(run, n, {}, RecordDict(), {}) for n in nodes}
         self.vectors = {n: np.arange(LENGTH, dtype=np.uint64) for n in nodes}
-        keys = [self.ask(secure.keys, n)["keys"][0] for n in nodes]
+        keys = [self.ask(protocol.keys, n)["keys"][0] for n in nodes]
         self.peers: dict[str, Any] = {"nodes": nodes, "keys": keys}
         if step == "keys":
             return
-        self.sent = {n: self.ask(secure.shares, n, **self.peers) for n in nodes}
+        self.sent = {n: self.ask(protocol.shares, n, **self.peers) for n in nodes}
         self.secrets = {n: self.held(n) for n in nodes}
         if step == "mask":
             self.masked = {n: self.mask(n) for n in nodes}
@@ -49,7 +49,7 @@ class Clients:
         nodes = self.peers["nodes"]
         letters = [self.sent[n]["letters"][nodes.index(node)] for n in nodes]
         record = ConfigRecord({"round": self.round, "nodes": nodes, "letters": letters, **change})
-        return secure.mask(self.vectors[node], record, self.contexts[node])
+        return protocol.mask(self.vectors[node], record, self.contexts[node])
 
     def held(self, node: int) -> dict[str, Any]:
         return dict(self.contexts[node].state.config_records.get(RECORD, {}))
@@ -71,8 +71,8 @@ def test_who_lacks_one_of_a_client_s_secrets_sees_noise() -> None:
     clients = Clients("mask", NODES[:3])
     me, held = 17, clients.secrets[17]
     keys = {n: key[KEY:] for n, key in zip(held["nodes"], held["keys"], strict=True) if n != me}
-    known = [masks.pairwise_mask(held["mask"], key, me, n, 1, LENGTH) for n, key in keys.items()]
-    known.append(masks.self_mask(held["seed"], 1, LENGTH))
+    known = [crypto.pairwise_mask(held["mask"], key, me, n, 1, LENGTH) for n, key in keys.items()]
+    known.append(crypto.self_mask(held["seed"], 1, LENGTH))
     assert np.array_equal(clients.masked[me] - sum(known), clients.vectors[me])
     for mask in known:
         assert chi_square(clients.masked[me] - (sum(known) - mask)) < 400
@@ -83,9 +83,9 @@ def test_what_clients_send_holds_none_of_their_secrets() -> None:
     seen = blobs(clients.sent) + b"|" + blobs({0: clients.peers})
     for held in clients.secrets.values():
         assert not [name for name in ("seed", "mask", "channel") if held[name] in seen]
-        own = masks.self_mask(held["seed"], 1, 8)
+        own = crypto.self_mask(held["seed"], 1, 8)
         tried = [seen[i : i + KEY] for i in range(len(seen) - KEY + 1)]
-        assert not any(np.array_equal(masks.self_mask(blob, 1, 8), own) for blob in tried[::8])
+        assert not any(np.array_equal(crypto.self_mask(blob, 1, 8), own) for blob in tried[::8])
     secrets = {held[name] for held in clients.secrets.values() for name in ("seed", "mask", "channel")}
     assert len(secrets) == 9
 
@@ -94,10 +94,10 @@ def test_a_letter_is_bound_to_its_run_round_sender_and_receiver() -> None:
     clients = Clients("shares", run=11, round=6)
     sender, (letter, *_) = clients.peers["keys"][1][:KEY], clients.sent[17]["letters"]
     channel, route = clients.secrets[5]["channel"], "run {}, round {}, from node {} to node {}"
-    assert len(masks.unseal(channel, sender, letter, route.format(11, 6, 17, 5))) == 2 * SHARE
+    assert len(crypto.unseal(channel, sender, letter, route.format(11, 6, 17, 5))) == 2 * SHARE
     for other in ((8, 6, 17, 5), (11, 2, 17, 5), (11, 6, 5, 17), (11, 6, 17, 99)):
         with pytest.raises(IncompatibleUpdates, match="changed on their way"):
-            masks.unseal(channel, sender, letter, route.format(*other))
+            crypto.unseal(channel, sender, letter, route.format(*other))
 
 
 def test_the_threshold_is_of_those_who_sent_keys_and_fewer_shares_give_no_secret() -> None:
@@ -108,9 +108,9 @@ def test_the_threshold_is_of_those_who_sent_keys_and_fewer_shares_give_no_secret
         for name, part in (("seed", slice(0, SHARE)), ("mask", slice(SHARE, None))):
             shares = {place: pair[part] for place, pair in pairs.items()}
             secret = clients.secrets[owner][name]
-            assert masks.join({place: shares[place] for place in (0, 1, 2, 4)}) == secret
+            assert crypto.join({place: shares[place] for place in (0, 1, 2, 4)}) == secret
             try:
-                assert masks.join({place: shares[place] for place in (0, 2, 4)}) != secret
+                assert crypto.join({place: shares[place] for place in (0, 2, 4)}) != secret
             except ValueError:
                 continue
 
@@ -134,19 +134,19 @@ def test_a_client_refuses_keys_that_cannot_be(change: dict[str, Any]) -> None:
     asked = clients.peers | change | {"keys": told}
     node = NODES[-1] if 7 in asked["nodes"] else NODES[0]
     with pytest.raises(IncompatibleUpdates, match="expected"):
-        clients.ask(secure.shares, node, **asked)
+        clients.ask(protocol.shares, node, **asked)
     assert "seed" not in clients.held(node)
 
 
 def test_a_client_draws_its_secrets_once_and_takes_none_from_the_server() -> None:
     clients = Clients("keys")
     before = clients.held(5)
-    clients.ask(secure.shares, 5, **clients.peers, channel=bytes(KEY), mask=bytes(KEY), seed=bytes(KEY))
+    clients.ask(protocol.shares, 5, **clients.peers, channel=bytes(KEY), mask=bytes(KEY), seed=bytes(KEY))
     after = clients.held(5)
     assert [after[name] for name in ("channel", "mask")] == [before["channel"], before["mask"]]
     assert after["seed"] != bytes(KEY)
     with pytest.raises(IncompatibleUpdates, match="after step 'keys' of round 1"):
-        clients.ask(secure.shares, 5, **clients.peers)
+        clients.ask(protocol.shares, 5, **clients.peers)
 
 
 @pytest.mark.parametrize(
@@ -197,33 +197,33 @@ REFUSED = {
 def test_a_client_refuses_survivors_that_cannot_be(survivors: list[int]) -> None:
     clients = Clients("mask")
     with pytest.raises(IncompatibleUpdates, match="expected at least 4 survivors"):
-        clients.ask(secure.unmask, 5, survivors=survivors)
+        clients.ask(protocol.unmask, 5, survivors=survivors)
     with pytest.raises(IncompatibleUpdates, match="after step 'masked' of round 2"):
-        clients.ask(secure.unmask, 5, round=2, survivors=NODES)
-    clients.ask(secure.unmask, 5, survivors=NODES)  # a refusal costs nothing
+        clients.ask(protocol.unmask, 5, round=2, survivors=NODES)
+    clients.ask(protocol.unmask, 5, survivors=NODES)  # a refusal costs nothing
 
 
 def test_a_client_that_has_sent_no_vector_reveals_nothing() -> None:
     for step in ("keys", "shares"):
         with pytest.raises(IncompatibleUpdates, match="after step 'masked' of round 1"):
-            Clients(step).ask(secure.unmask, 5, survivors=NODES)
+            Clients(step).ask(protocol.unmask, 5, survivors=NODES)
 
 
 def test_a_client_reveals_one_share_a_peer_and_once() -> None:
     clients = Clients("mask")
     pairs = clients.held(5)["pairs"]
-    found = clients.ask(secure.unmask, 5, survivors=NODES[:4])["shares"]
+    found = clients.ask(protocol.unmask, 5, survivors=NODES[:4])["shares"]
     assert found == [pair[:SHARE] for pair in pairs[:4]] + [pairs[4][SHARE:]]
     assert RECORD not in clients.contexts[5].state
     for again in (NODES[:4], NODES, [5, *NODES[2:]]):
         with pytest.raises(IncompatibleUpdates, match="a step is done once"):
-            clients.ask(secure.unmask, 5, survivors=again)
+            clients.ask(protocol.unmask, 5, survivors=again)
 
 
 @pytest.mark.parametrize("step", ["keys", "shares", "mask"])
 def test_a_new_round_deletes_what_is_left_of_the_one_before(step: str) -> None:
     clients = Clients(step)
     before = blobs({5: clients.held(5)}).split(b"|")
-    clients.ask(secure.keys, 5, round=2)
+    clients.ask(protocol.keys, 5, round=2)
     assert clients.held(5).keys() == {"step", "round", "channel", "mask"}
     assert not [x for x in blobs({5: clients.held(5)}).split(b"|") if x in before]

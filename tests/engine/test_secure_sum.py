@@ -10,13 +10,13 @@ import torch
 from flwr.app import Array, ArrayRecord, Message
 
 from fedlora import strategies
-from fedlora.adapter import Adapter
-from fedlora.engine import InProcessGrid
-from fedlora.engine.masks import decode
-from fedlora.engine.secure_sum import Terms
-from fedlora.engine.wire import size
-from fedlora.linear import form
-from fedlora.protocol import Task
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Task
+from fedlora.core.vectors import form
+from fedlora.engines.in_process import InProcessGrid
+from fedlora.rounds.codec import size
+from fedlora.secure_aggregation.crypto import decode
+from fedlora.secure_aggregation.masked_round import Terms
 
 LINEAR = ["FedIT", "FFALoRA", "RoLoRA", "FedSVD", "FeDeRA", "SLoRA", "PrivateLoRA"]
 
@@ -59,7 +59,7 @@ def test_a_client_that_fails_is_left_out_of_the_sum(lab: Any, noise: Any, fuse: 
 
 
 def test_no_reply_holds_anything_but_a_vector_that_says_nothing(lab: Any, monkeypatch: Any) -> None:
-    import fedlora.engine.federation as module
+    import fedlora.rounds.loop as module
 
     seen: list[Message] = []
     read = module.SecureSum.read

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.engine.certificate import tail_kept
-from fedlora.protocol import State, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import State, Update
+from fedlora.rounds.aggregation_error import tail_kept
 
 
 def pair(*sigma):

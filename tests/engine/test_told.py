@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.engine import Listener, Teller
-from fedlora.engine.told import MARK
+from fedlora.callbacks.remote import MARK, ProgressReceiver, ProgressSender
 from fedlora.errors import CheckpointError
 
 
@@ -20,14 +19,14 @@ class Shown:
 
 
 def test_a_display_over_a_log_is_told_the_same(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    teller, shown = Teller(), Shown()
+    teller, shown = ProgressSender(), Shown()
     teller.begin(1, 3)
     print("INFO :  something of Flower's own")
     teller.advance(1)
     teller.warn("round 1: client 2 dropped: 'ä' \n is no line")
     teller.end({"round": 1, "loss": 0.5, "epsilon": None})
     teller.tell("done")
-    listener = Listener(tmp_path)
+    listener = ProgressReceiver(tmp_path)
     heard = [listener.hear(line, shown) for line in capsys.readouterr().out.splitlines()]
     assert shown.calls == [
         ("begin", 1, 3),
@@ -39,7 +38,7 @@ def test_a_display_over_a_log_is_told_the_same(capsys: pytest.CaptureFixture[str
 
 
 def test_a_log_that_is_read_again_says_nothing_twice(capsys: Any, tmp_path: Path) -> None:
-    teller, shown, listener = Teller(), Shown(), Listener(tmp_path)
+    teller, shown, listener = ProgressSender(), Shown(), ProgressReceiver(tmp_path)
     for clients in (1, 2, 3):
         teller.advance(clients)
     lines = capsys.readouterr().out.splitlines()
@@ -55,8 +54,8 @@ def test_files_come_as_they_were(capsys: Any, tmp_path: Path) -> None:
     (source / "adapter" / "weights").write_bytes(big)
     (source / "summary.json").write_text('{"a": 1}')
     (source / "secret").write_text("stays")
-    Teller().bring(source, ["summary.json", "adapter", "missing"])
-    listener = Listener(target)
+    ProgressSender().bring(source, ["summary.json", "adapter", "missing"])
+    listener = ProgressReceiver(target)
     for line in capsys.readouterr().out.splitlines():
         assert len(line) < 100_000
         listener.hear(line, Shown())
@@ -71,8 +70,8 @@ def test_a_summary_is_there_only_once_all_else_is(capsys: Any, tmp_path: Path, m
     (source / "adapter").mkdir(parents=True)
     (source / "adapter" / "weights").write_text("w")
     (source / "summary.json").write_text("{}")
-    Teller().bring(source, ["summary.json", "adapter"])
-    listener, replace = Listener(target), Path.replace
+    ProgressSender().bring(source, ["summary.json", "adapter"])
+    listener, replace = ProgressReceiver(target), Path.replace
 
     def full(path: Path, to: Path) -> Path:
         if path.name == "weights":
@@ -90,9 +89,9 @@ def test_a_summary_is_there_only_once_all_else_is(capsys: Any, tmp_path: Path, m
 
 def test_a_piece_that_came_damaged_is_noticed(capsys: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x" * 5000)
-    Teller().bring(tmp_path, ["file"])
+    ProgressSender().bring(tmp_path, ["file"])
     piece, end = capsys.readouterr().out.splitlines()
-    listener = Listener(tmp_path / "to")
+    listener = ProgressReceiver(tmp_path / "to")
     number, what, i, n, data = json.loads(piece.removeprefix(MARK))
     listener.hear(MARK + json.dumps([number, what, i, n, data[:-8]]), Shown())
     with pytest.raises(CheckpointError, match="damaged"):
@@ -109,7 +108,7 @@ def test_names_lead_nowhere_else(capsys: Any, tmp_path: Path) -> None:
     with zipfile.ZipFile(packed, "w") as archive:
         archive.writestr("../../escaped", "x")
         archive.writestr("/absolute", "x")
-    data, teller, listener = packed.getvalue(), Teller(), Listener(tmp_path / "a" / "b")
+    data, teller, listener = packed.getvalue(), ProgressSender(), ProgressReceiver(tmp_path / "a" / "b")
     teller.tell("piece", 0, 1, base64.b64encode(data).decode())
     teller.tell("brought", zlib.crc32(data))
     for line in capsys.readouterr().out.splitlines():

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.engine import RunFolder
-from fedlora.engine.track import CSV, MLflow, TensorBoard, Tracked, Tracker, WandB, numbers
+from fedlora.callbacks.trackers import CSV, MLflow, TensorBoard, Tracked, Tracker, WandB, numbers
+from fedlora.storage.run_folder import RunFolder
 
 CONFIG = {"strategy": {"_target_": "fedlora.strategies.FedIT"}, "seed": 0}
 

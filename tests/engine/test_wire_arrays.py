@@ -10,9 +10,9 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from fedlora.engine.wire import LARGEST, read_update
+from fedlora.core.messages import Peer, Task
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, Task
+from fedlora.rounds.codec import LARGEST, read_update
 
 NAME = "a.q.A"
 GOOD = np.ones((4, 8), np.float32)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from fedlora.adapter import Adapter
-from fedlora.algebra import truncate
-from fedlora.client import Outcome
-from fedlora.engine.wire import read_update, write_update
+from fedlora.core.adapter import Adapter
+from fedlora.core.algebra import truncate
+from fedlora.core.messages import Peer, Tail, Task
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, Tail, Task
+from fedlora.rounds.codec import read_update, write_update
+from fedlora.training.client import TrainResult
 
 TAIL = Tail(0.5, 0.0, 2)
 
@@ -15,7 +15,7 @@ TAIL = Tail(0.5, 0.0, 2)
 def answered(respond, task, ranks):
     """What the server reads of a client that has cut its modules to these ranks."""
     pairs = {m: truncate(p, ranks[m]) for m, p in task.adapter.pairs.items()}
-    reply = write_update(Outcome(Adapter(pairs, task.adapter.extra), {}), task, 1, 5)
+    reply = write_update(TrainResult(Adapter(pairs, task.adapter.extra), {}), task, 1, 5)
     return {m: p.rank for m, p in read_update(respond(reply), task, Peer(5, 8), 1).adapter.pairs.items()}
 
 

@@ -7,9 +7,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedlora.engine.wire import read_update
+from fedlora.core.messages import Peer, Task
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, Task
+from fedlora.rounds.codec import read_update
 
 NAME = "a.q.A"
 

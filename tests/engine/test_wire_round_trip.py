@@ -6,11 +6,11 @@ import torch
 from flwr.app import Message, RecordDict
 
 import fedlora.strategies
-from fedlora import adapter
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Outcome
-from fedlora.engine.wire import read_task, read_update, size, write_task, write_update
-from fedlora.protocol import Peer, Task
+from fedlora.core import adapter
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, Task
+from fedlora.rounds.codec import read_task, read_update, size, write_task, write_update
+from fedlora.training.client import TrainResult
 
 STRATEGIES = [getattr(fedlora.strategies, name)() for name in fedlora.strategies.__all__]
 NAME = "a.q.A"
@@ -53,7 +53,7 @@ def test_a_message_says_how_large_its_task_is_whatever_the_node_holds(strategy: 
 def test_a_parameter_without_dimensions_survives_the_wire(respond: Any) -> None:
     task = Task(Adapter({}, {"scale": torch.tensor(0.5)}))
     assert read_task(write_task(task, 1, 0)[0])[0].adapter.digest() == task.adapter.digest()
-    read_update(respond(write_update(Outcome(task.adapter, {}), task, 1, 5)), task, Peer(0, 4), 1)
+    read_update(respond(write_update(TrainResult(task.adapter, {}), task, 1, 5)), task, Peer(0, 4), 1)
 
 
 def test_a_head_alone_survives_the_wire(respond: Any) -> None:
@@ -61,7 +61,7 @@ def test_a_head_alone_survives_the_wire(respond: Any) -> None:
     content, _ = write_task(task, 1, 0)
     assert size(content) > 24
     assert read_task(content)[0].adapter.digest() == task.adapter.digest()
-    reply = write_update(Outcome(task.adapter, {}), task, 1, 5)
+    reply = write_update(TrainResult(task.adapter, {}), task, 1, 5)
     assert size(reply) > 24
     assert read_update(respond(reply), task, Peer(0, 4), 1).adapter.digest() == task.adapter.digest()
 

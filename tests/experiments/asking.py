@@ -8,10 +8,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
-from fedlora.engine.wire import write_task
-from fedlora.experiments.build import build
-from fedlora.experiments.node import Plan
-from fedlora.experiments.worker import Worker
+from fedlora.deploy.site_config import Invitation
+from fedlora.deploy.worker import Worker
+from fedlora.rounds.codec import write_task
+from fedlora.runner.assemble import assemble
 
 JOB = (
     "engine=deploy",
@@ -38,7 +38,7 @@ def rows(path: Path, count: int = 24, label: str = "label", extra: str | None = 
 class Asked:
     """A worker, and messages to it as Flower would bring them."""
 
-    def __init__(self, worker: Worker, config: DictConfig, site: dict[str, Any], plan: Plan) -> None:
+    def __init__(self, worker: Worker, config: DictConfig, site: dict[str, Any], plan: Invitation) -> None:
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 7, 1, 1
         self.worker, self.plan = worker, plan
         run = {"config": OmegaConf.to_yaml(config), "verb": "run"}
@@ -60,7 +60,7 @@ class Asked:
         honest = OmegaConf.create(str(self.context.run_config["config"]))
         assert isinstance(honest, DictConfig)
         honest.privacy, honest.secure_sum = {"name": "none"}, False
-        job = build(honest)
+        job = assemble(honest)
         return write_task(job.strategy.task(job.start, job.peer(0, 2)), round, 0)[0]
 
     def why(self, reply: Message | None = None) -> str:

@@ -7,11 +7,11 @@ import pytest
 from asking import JOB, SITES, Asked, rows
 from omegaconf import DictConfig
 
-from fedlora.experiments.bases import heads_of
-from fedlora.experiments.build import build
-from fedlora.experiments.node import Plan
-from fedlora.experiments.settings import compose
-from fedlora.experiments.worker import Worker
+from fedlora.config.composition import compose
+from fedlora.deploy.site_config import Invitation
+from fedlora.deploy.worker import Worker
+from fedlora.runner.assemble import assemble
+from fedlora.runner.load_models import heads_of
 
 SMALL = ("model=tiny", "data=tiny", "clients=3", "rounds=1", "ranks=4", "+data.source.rows=48")
 
@@ -36,7 +36,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """The one line of an error that the user made."""
 
     def go(*words: str, code: int = 2) -> str:
-        from fedlora.experiments.run import main
+        from fedlora.cli.main import main
 
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
@@ -66,7 +66,7 @@ def no_run(refused: Callable[..., str], tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; tests copy it before they change it."""
-    from fedlora.experiments.run import main
+    from fedlora.cli.main import main
 
     out = tmp_path_factory.mktemp("finished") / "run"
     main(["run", *SMALL, "strategy=flexlora", "ranks=[2,4]", f"out={out}"])
@@ -76,7 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A deployment behind a proxy, moved after it was made; tests only read it."""
-    from fedlora.experiments.run import main
+    from fedlora.cli.main import main
 
     at = tmp_path_factory.mktemp("a b")
     servers = [word for name in ("fl.example.org", "192.0.2.7", "2001:db8::7") for word in ("--server", name)]
@@ -87,7 +87,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A deployment on one machine."""
-    from fedlora.experiments.run import main
+    from fedlora.cli.main import main
 
     folder = tmp_path_factory.mktemp("trial") / "lab"
     main(["deploy", "init", str(folder), "--sites", "2", "--port", "18000"])
@@ -117,7 +117,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DictConf
 @pytest.fixture(scope="session")
 def model(composed: Any) -> str:
     """The fingerprint of the server's model."""
-    job = build(composed())
+    job = assemble(composed())
     return job.base.fingerprint(heads_of(composed(), job.base))
 
 
@@ -133,6 +133,6 @@ def ask(model: str) -> Callable[..., Asked]:
 
     def make(config: DictConfig, site: dict[str, Any], **plan: Any) -> Asked:
         known = {"experiment": "trial", "labels": ("a", "b"), "model": model, **plan}
-        return Asked(Worker(), config, site, Plan(**known))
+        return Asked(Worker(), config, site, Invitation(**known))
 
     return make

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from fedlora.config.composition import compose
 from fedlora.data import Dataset
-from fedlora.experiments.bases import load_base
-from fedlora.experiments.settings import compose
+from fedlora.runner.load_models import load_base
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from fedlora.config.composition import compose
 from fedlora.data import collate
-from fedlora.experiments.build import Job, build
-from fedlora.experiments.settings import compose
-from fedlora.models import Bank, save_adapter
+from fedlora.models import MultiAdapterModel, save_adapter
 from fedlora.models.dora import split
+from fedlora.runner.assemble import Assembly, assemble
 
 from .conftest import SMALL
 
@@ -24,8 +24,8 @@ def words(value: Any) -> str:
     return " ".join(value) if isinstance(value, list) else ""
 
 
-def job(*overrides: str) -> Job:
-    return build(compose([*SMALL, *overrides]))
+def job(*overrides: str) -> Assembly:
+    return assemble(compose([*SMALL, *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_every_client_starts_from_the_function_of_the_base(overrides: list[str],
         plain = found.base.logits(batch)
         for rank in set(found.ranks):
             task = found.strategy.task(found.start, found.peer(0, rank))
-            with Bank(found.base, [task]):
+            with MultiAdapterModel(found.base, [task]):
                 assert (found.base.logits(batch) - plain).abs().max() < 1e-5
     magnitudes = split(found.start.adapter)[0]
     assert magnitudes.keys() == (found.start.adapter.pairs.keys() if "lora.dora=true" in overrides else set())

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.engine import Memory
+from fedlora.cli.main import main
+from fedlora.config.composition import compose
+from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import CheckpointError, ConfigError
-from fedlora.experiments import audit as audit_module
-from fedlora.experiments.budget import _moved, ledgers, plan
-from fedlora.experiments.build import build
-from fedlora.experiments.run import main
-from fedlora.experiments.settings import compose
 from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger
+from fedlora.runner import audit as audit_module
+from fedlora.runner.assemble import assemble
+from fedlora.runner.forecast import _moved, ledgers, plan
+from fedlora.storage.client_state import ClientStore
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,7 @@ def test_a_plan_of_clients_has_one_ledger_and_the_server_s_noise() -> None:
 
 def test_noise_in_the_weights_is_measured_against_them() -> None:
     """‖ΔW_now − ΔW_start‖ / ‖W‖ over all adapted modules, by plain dense matrices."""
-    job = build(compose(["model=tiny", "data=tiny", "clients=3", "ranks=4"]))
+    job = assemble(compose(["model=tiny", "data=tiny", "clients=3", "ranks=4"]))
     rng = np.random.default_rng(5)
     pairs = {
         m: Pair(*(torch.from_numpy(rng.normal(size=tuple(t.shape))).float() for t in (p.A, p.B)), p.scale)
@@ -122,7 +122,7 @@ def test_show_has_every_client_and_the_kinds_of_its_steps(tmp_path: Path) -> Non
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     with pytest.raises(CheckpointError, match="it ran without privacy"):
         ledgers(tmp_path)
-    memory = Memory(tmp_path / "checkpoint" / "clients")
+    memory = ClientStore(tmp_path / "checkpoint" / "clients")
     first = Ledger(1e-5, accountant="rdp").plus(Entry(1.5, 0.1, 20))
     memory.spend(0, None, first)
     memory.spend(3, None, first.plus(Entry(2.0, 0.1, 5)))

@@ -4,15 +4,15 @@ from typing import Any
 import pytest
 
 from fedlora.errors import ConfigError
-from fedlora.experiments.ranks import deal_ranks
+from fedlora.runner.assign_ranks import assign_ranks
 
 
 def test_one_rank_for_all() -> None:
-    assert deal_ranks(8, 3, 0) == [8, 8, 8]
+    assert assign_ranks(8, 3, 0) == [8, 8, 8]
 
 
 def test_a_list_goes_round() -> None:
-    assert deal_ranks([2, 4, 8], 7, 0) == [2, 4, 8, 2, 4, 8, 2]
+    assert assign_ranks([2, 4, 8], 7, 0) == [2, 4, 8, 2, 4, 8, 2]
 
 
 @pytest.mark.parametrize(
@@ -26,20 +26,20 @@ def test_a_list_goes_round() -> None:
     ],
 )
 def test_shares_give_exact_counts(shares: Any, clients: int, counts: dict[int, int]) -> None:
-    dealt = deal_ranks(shares, clients, 3)
+    dealt = assign_ranks(shares, clients, 3)
     assert Counter(dealt) == counts
-    assert dealt == deal_ranks(shares, clients, 3)
+    assert dealt == assign_ranks(shares, clients, 3)
 
 
 @pytest.mark.parametrize("clients", range(1, 30))
 def test_shares_deal_every_client_within_one(clients: int) -> None:
-    counts = Counter(deal_ranks({2: 0.31, 4: 0.27, 8: 0.42}, clients, 0))
+    counts = Counter(assign_ranks({2: 0.31, 4: 0.27, 8: 0.42}, clients, 0))
     assert sum(counts.values()) == clients
     assert all(abs(counts[r] - s * clients) <= 1 for r, s in {2: 0.31, 4: 0.27, 8: 0.42}.items())
 
 
 def test_the_deal_follows_the_seed() -> None:
-    deals = {tuple(deal_ranks({8: 0.5, 2: 0.5}, 20, seed)) for seed in range(5)}
+    deals = {tuple(assign_ranks({8: 0.5, 2: 0.5}, 20, seed)) for seed in range(5)}
     assert len(deals) > 1
 
 
@@ -50,4 +50,4 @@ WRONG += [{8: "x"}, {8: None}, float("inf"), float("nan"), {8: float("nan")}, {8
 @pytest.mark.parametrize("wrong", WRONG, ids=str)
 def test_what_is_no_rank_is_named(wrong: Any) -> None:
     with pytest.raises(ConfigError, match="ranks"):
-        deal_ranks(wrong, 4, 0)
+        assign_ranks(wrong, 4, 0)

@@ -8,8 +8,8 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from fedlora.clients import GatedExperts, SlicedTraining, TwoPhase
-from fedlora.experiments.build import build
-from fedlora.experiments.settings import compose
+from fedlora.config.composition import compose
+from fedlora.runner.assemble import assemble
 
 SMALL = ("model=tiny", "data=tiny", "clients=3", "ranks=4", "+data.source.rows=48")
 
@@ -40,7 +40,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(*overrides: str) -> Any:
-    return build(compose([*SMALL, *overrides]))
+    return assemble(compose([*SMALL, *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_without_models_there_is_one(narrow: Path) -> None:
 def test_a_run_over_two_models(narrow: Path, tmp_path: Path) -> None:
     import json
 
-    from fedlora.experiments.run import main
+    from fedlora.cli.main import main
 
     models = f"models=[tiny,'{narrow}']"
     main(["run", *SMALL, "strategy=pfedlora", models, "rounds=2", f"out={tmp_path / 'run'}"])

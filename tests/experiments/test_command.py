@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 Refused = Callable[..., str]
 
@@ -104,7 +104,7 @@ def test_a_wrong_file_is_one_line(
 def test_an_out_that_is_there_is_refused_before_anything_is_loaded(
     refused: Refused, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedlora.experiments.job as job
+    import fedlora.runner.run as job
 
     monkeypatch.setattr(job, "build", lambda config: pytest.fail("it was loaded"))
     assert "resume=" in refused("run", "model=tiny", "data=tiny", f"out={finished}")
@@ -140,7 +140,7 @@ def test_other_verbs_errors(refused: Refused, tmp_path: Path, finished: Path) ->
 def test_the_unexpected_exits_1_and_leaves_its_traceback(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedlora.experiments.job as job
+    import fedlora.runner.run as job
 
     def broken(config: Any) -> None:
         raise ZeroDivisionError("deep\ninside")
@@ -157,7 +157,7 @@ def test_the_unexpected_exits_1_and_leaves_its_traceback(
 def test_the_unexpected_where_no_log_can_be_written(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedlora.experiments.job as job
+    import fedlora.runner.run as job
 
     def broken(config: Any) -> None:
         raise ZeroDivisionError("deep")
@@ -196,7 +196,7 @@ def test_version(capsys: Any) -> None:
 
 @pytest.mark.parametrize("name", ["a b", "é ü 日本", "lr=0.1", "x (1)", "a,b", "[bold]x[/y]"])
 def test_odd_names_can_be_quoted(name: str) -> None:
-    from fedlora.experiments.settings import compose
+    from fedlora.config.composition import compose
 
     assert compose([f"out='/tmp/{name}'"]).out == f"/tmp/{name}"
 
@@ -206,7 +206,7 @@ def test_a_path_needs_no_quotes(name: str) -> None:
     """A shell's user cannot know Hydra's grammar."""
     from omegaconf import OmegaConf
 
-    from fedlora.experiments.settings import compose
+    from fedlora.config.composition import compose
 
     keys = ("out", "resume", "data.train", "data.test", "model.path", "lora.adapter")
     config = compose(["data=files", *(f"{key}=/tmp/{name}" for key in keys)])
@@ -227,12 +227,12 @@ def test_a_sweep_over_a_choice_that_does_not_exist_is_refused_in_one_line(refuse
 
 
 def test_a_sweep_knows_the_keys_of_what_it_chooses() -> None:
-    from fedlora.experiments import settings
+    from fedlora.config import composition
 
-    settings.register()
-    settings.check_keys(["strategy=fedfold,fedsvd", "strategy.fresh=0.2"])
-    with pytest.raises(settings.ConfigError, match="fersh"):
-        settings.check_keys(["strategy=fedfold,fedsvd", "strategy.fersh=0.2"])
+    composition.register()
+    composition.check_keys(["strategy=fedfold,fedsvd", "strategy.fresh=0.2"])
+    with pytest.raises(composition.ConfigError, match="fersh"):
+        composition.check_keys(["strategy=fedfold,fedsvd", "strategy.fersh=0.2"])
 
 
 @pytest.mark.parametrize("name", ["", "page", "new/page", "page.html"])

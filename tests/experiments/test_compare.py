@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from fedlora.cli.statistics import Comparison, Score, at_bytes, lines_of, sent
 from fedlora.errors import ConfigError
-from fedlora.experiments.comparison import Comparison, Score, at_bytes, lines_of, sent
 from fedlora.report.read import Run
 
 pytestmark = pytest.mark.slow
@@ -97,9 +97,9 @@ def test_a_comparison_searches_on_validation_rows_then_runs_and_goes_on(
 ) -> None:
     from omegaconf import OmegaConf
 
-    import fedlora.experiments.compare as module
+    import fedlora.cli.compare as module
     import fedlora.report
-    from fedlora.experiments.run import main
+    from fedlora.cli.main import main
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(fedlora.report, "write_report", lambda runs, to, *more: to)  # pictures are slow

@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 NAMES = ("fl.example.org", "192.0.2.7", "2001:db8::7")
 

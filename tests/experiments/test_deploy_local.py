@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 
 @pytest.fixture

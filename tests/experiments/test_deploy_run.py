@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fedlora.engine import Progress
-from fedlora.experiments.job import continued, run_job
-from fedlora.experiments.run import main
-from fedlora.experiments.settings import compose
+from fedlora.callbacks.console import Progress
+from fedlora.cli.main import main
+from fedlora.config.composition import compose
+from fedlora.runner.run import continued, run_job
 
 DEPLOY = ("engine=deploy", "engine.superlink=lab", "model=tiny", "clients=2")
 SITES = ("data=sites", "data.test=test.csv", "data.text=question", "data.label=topic")

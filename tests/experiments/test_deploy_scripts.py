@@ -91,15 +91,15 @@ def test_flower_takes_a_site_s_words_and_settings(
 
 
 def test_every_setting_of_a_site_is_there_to_be_uncommented(lab: Path) -> None:
-    from fedlora.experiments.node import Node
+    from fedlora.deploy.site_config import SiteConfig
 
     text = (lab / "sites" / "ward-3" / "node.toml").read_text()
     found = tomllib.loads(re.sub(r"^# (\S+ = )", r"\1", text, flags=re.MULTILINE))
-    assert found.keys() == {field.name.replace("_", "-") for field in fields(Node)}
+    assert found.keys() == {field.name.replace("_", "-") for field in fields(SiteConfig)}
     assert all(isinstance(value, bool | int | float | str) for value in found.values())
-    node = Node.read(found)
+    node = SiteConfig.read(found)
     assert (node.client, node.rank, node.allow, node.warm) == (0, 4, "my_module", True)
-    assert Node.read(tomllib.loads(text)).epsilon is None  # no limit until the site sets one
+    assert SiteConfig.read(tomllib.loads(text)).epsilon is None  # no limit until the site sets one
 
 
 def test_what_is_moved_finds_itself_again_and_leaves_the_rest_alone(lab: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.experiments import flower_app
+from fedlora.deploy import flower_app
 
 
 def test_callers_who_race_make_one_secret(tmp_path: Path) -> None:
@@ -22,7 +22,7 @@ def test_callers_who_race_make_one_secret(tmp_path: Path) -> None:
 
 
 def test_the_apps_module_needs_no_torch() -> None:
-    code = "import sys, fedlora.experiments.flower_app; sys.exit('torch' in sys.modules)"
+    code = "import sys, fedlora.deploy.flower_app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

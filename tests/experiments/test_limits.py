@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from fedlora.deploy.limits import Limits, Promise
 from fedlora.errors import CheckpointError, ConfigError
-from fedlora.experiments.limits import Limits, Promise
 from fedlora.privacy import DPSGD
 
 

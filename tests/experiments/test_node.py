@@ -14,10 +14,10 @@ import pytest
 from asking import rows
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from fedlora.deploy import flower_app
+from fedlora.deploy.site import rank_of
+from fedlora.deploy.site_config import Invitation, SiteConfig, check_name
 from fedlora.errors import ConfigError
-from fedlora.experiments import flower_app
-from fedlora.experiments.node import Node, Plan, check_name
-from fedlora.experiments.site import rank_of
 
 
 def test_a_site_says_who_it_is(ask: Any, composed: Any, site: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ def test_a_site_says_who_it_is(ask: Any, composed: Any, site: dict[str, Any]) ->
 
 def test_a_site_without_a_rank_takes_the_runs(composed: Any, site: dict[str, Any]) -> None:
     for client, rank in ((0, 2), (1, 4), (2, 2)):
-        assert rank_of(composed(), Node.read(site | {"client": client})) == rank
+        assert rank_of(composed(), SiteConfig.read(site | {"client": client})) == rank
 
 
 def test_what_is_wrong_with_its_rows_stays_at_the_site(
@@ -183,7 +183,7 @@ def test_an_experiments_name_leads_nowhere(name: str) -> None:
     with pytest.raises(ConfigError, match=r"engine\.experiment"):
         check_name(name)
     with pytest.raises(ConfigError):
-        Plan.read(Plan(name, (), "x").record())
+        Invitation.read(Invitation(name, (), "x").record())
 
 
 @pytest.mark.parametrize(
@@ -210,21 +210,21 @@ def test_an_experiments_name_leads_nowhere(name: str) -> None:
 )
 def test_a_word_that_cannot_be_switches_no_limit_off(words: dict[str, Any], site: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--node-config"):
-        Node.read(site | words)
+        SiteConfig.read(site | words)
 
 
 def test_every_word_of_a_site_is_in_the_file_that_it_is_given(trial: Path) -> None:
     text = (next((trial / "sites").iterdir()) / "node.toml").read_text()
     lines = [line.removeprefix("# ") for line in text.splitlines() if re.match(r"(# )?[a-z-]+ = ", line)]
     said = tomllib.loads("\n".join(lines))
-    assert {key.replace("-", "_") for key in said} == {field.name for field in fields(Node)}
-    Node.read(said)  # and each may be said as it stands there
+    assert {key.replace("-", "_") for key in said} == {field.name for field in fields(SiteConfig)}
+    SiteConfig.read(said)  # and each may be said as it stands there
 
 
 def test_what_must_be_said_is_asked_for(site: dict[str, Any]) -> None:
     for key in ("client", "data", "state"):
         with pytest.raises(ConfigError, match=f"{key}=..."):
-            Node.read({k: v for k, v in site.items() if k != key})
+            SiteConfig.read({k: v for k, v in site.items() if k != key})
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 Refused = Callable[..., str]
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from fedlora.config.composition import compose
 from fedlora.errors import ConfigError
-from fedlora.experiments.build import build
-from fedlora.experiments.private import told_ledgers
-from fedlora.experiments.settings import compose
 from fedlora.privacy import DPSGD, Entry, Ledger
+from fedlora.runner.assemble import assemble
+from fedlora.runner.privacy_checks import told_ledgers
 
 ENTRY = Entry(0.9, 0.1, 8)
 
@@ -80,7 +80,7 @@ def test_a_refusal_tells_numbers_only_where_counts_are_public(public: bool) -> N
 
 def test_a_round_waits_for_all_of_a_poisson_sample_whatever_its_size() -> None:
     words = ["model=tiny", "data=tiny", "clients=6", "clients_per_round=2"]
-    plain = build(compose(words))
-    whole = build(compose([*words, "privacy=client_level", "privacy.accountant=rdp"]))
+    plain = assemble(compose(words))
+    whole = assemble(compose([*words, "privacy=client_level", "privacy.accountant=rdp"]))
     assert [plain.enough(n) for n in (1, 2, 5)] == [1, 2, 2]
     assert [whole.enough(n) for n in (0, 1, 2, 5)] == [0, 1, 2, 5]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

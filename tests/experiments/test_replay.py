@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from fedlora.engine import RunFolder
-from fedlora.engine.recording import Recording
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
+from fedlora.storage.run_folder import RunFolder
+from fedlora.storage.update_log import UpdateLog
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def test_the_same_strategy_gives_the_run_s_own_states_to_the_bit(name: str, requ
     run = request.getfixturevalue(name)
     main(["replay", str(run)])
     rounds = replayed(run, "flexlora" if name == "flex" else "fedit")
-    before = [Recording(run).read(round)[0].digest() for round in (2, 3)]
+    before = [UpdateLog(run).read(round)[0].digest() for round in (2, 3)]
     last = RunFolder(run).read_state()[1].digest()
     assert [line["state"] for line in rounds] == [*before, last]
     for line in rounds:

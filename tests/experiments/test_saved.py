@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 # peft and transformers warn about each other; the command hides that, pytest's filters undo it.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -97,17 +97,17 @@ def test_a_client_s_own_adapter_is_what_it_evaluated(personal: Path, tmp_path: P
 
     from omegaconf import DictConfig, OmegaConf
 
-    from fedlora.adapter import Adapter
-    from fedlora.evaluation import evaluate
-    from fedlora.experiments.bases import load_base
-    from fedlora.experiments.build import build
+    from fedlora.core.adapter import Adapter
+    from fedlora.core.messages import Task
     from fedlora.models import by_peft
-    from fedlora.protocol import Task
+    from fedlora.runner.assemble import assemble
+    from fedlora.runner.load_models import load_base
+    from fedlora.training.evaluation import evaluate
 
     main(["export", str(personal), "--client", "1", "--to", str(tmp_path / "one")])
     config = OmegaConf.load(personal / "config.yaml")
     assert isinstance(config, DictConfig)
-    job = build(config)
+    job = assemble(config)
     kept = job.site._split(1)[1]
     plain = by_peft(load_base(config, job.dataset), tmp_path / "one")
     [(loss, right)] = evaluate(plain, [Task(Adapter({}))], [kept])

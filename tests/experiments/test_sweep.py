@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-import fedlora.experiments.swept as swept
+import fedlora.cli.sweep_job as swept
+from fedlora.cli.main import main
+from fedlora.cli.sweep_job import Sweep
+from fedlora.config.composition import compose
+from fedlora.config.instantiate import Trust, read
 from fedlora.errors import ConfigError
-from fedlora.experiments.run import main
-from fedlora.experiments.settings import compose
-from fedlora.experiments.swept import Sweep
-from fedlora.experiments.targets import Trust, read
 
 pytestmark = pytest.mark.slow
 
@@ -93,14 +93,14 @@ def test_an_interrupted_sweep_goes_on(tmp_path: Path, capsys: Any, monkeypatch: 
 
 
 def test_a_warm_run_s_adapter_is_a_cold_one_s(tmp_path: Path) -> None:
-    from fedlora.experiments import bases, rows
+    from fedlora.runner import load_data, load_models
 
     sweep("seed=0,1", "strategy=flexlora,fedit", f"out={tmp_path / 'warm'}")
     warm = shas(tmp_path / "warm")
-    hits = rows._encoded.cache_info().hits
+    hits = load_data._encoded.cache_info().hits
     for seed in (1, 0):
-        bases.shared.cache_clear()
-        rows._encoded.cache_clear()
+        load_models.shared.cache_clear()
+        load_data._encoded.cache_clear()
         main(["run", *JOB, f"seed={seed}", "strategy=fedit", f"out={tmp_path / f'cold/{seed}'}"])
         assert shas(tmp_path / "cold")[str(seed)] == warm[f"seed={seed},strategy=fedit"]
     assert hits
@@ -126,10 +126,10 @@ def test_pairs_are_jobs_of_their_own_times_what_is_swept(
 
 
 def test_an_experiment_lists_pairs() -> None:
-    from fedlora.experiments import settings
-    from fedlora.experiments.sweep import _plan
+    from fedlora.cli.sweep import _plan
+    from fedlora.config import composition
 
-    settings.register()
+    composition.register()
     pairs, jobs = _plan(["experiment=ranks", "seed=0,1,2"])
     assert [pair["strategy"] for pair in pairs] == ["fedit", "fedit", "flexlora", "hetlora"]
     assert jobs is not None
@@ -210,7 +210,7 @@ def test_a_kept_sweep_says_neither_how_it_is_launched_nor_what_is_trusted(tmp_pa
 
 
 def test_a_job_returns_the_headline_metric_which_an_optimiser_needs(tmp_path: Path) -> None:
-    from fedlora.experiments.settings import compose
+    from fedlora.config.composition import compose
 
     config = compose([*JOB, "evaluate.every=1"])
     this = Sweep(tmp_path, fixed=frozenset({"rounds"}))

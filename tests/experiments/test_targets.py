@@ -11,12 +11,12 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from fedlora.client import Client
+from fedlora.cli.main import main
+from fedlora.config.instantiate import Trust, kept, make, named, received
+from fedlora.core.strategy import Strategy
 from fedlora.errors import ConfigError
-from fedlora.experiments.run import main
-from fedlora.experiments.targets import Trust, kept, make, named, received
 from fedlora.privacy import Privacy
-from fedlora.strategy import Strategy
+from fedlora.training.client import Client
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -24,14 +24,14 @@ HOSTILE = {
     "os.system": "os",
     "builtins.eval": "builtins",
     "subprocess.run": "subprocess",
-    "fedlora.experiments.run.os.system": "fedlora.experiments.run.os",
+    "fedlora.cli.main.os.system": "fedlora.cli.main.os",
     "fedlora.data.records.json.loads": "json.decoder",
     "fedlora.data.records.csv.reader": "_csv",
     "fedlora.data.packaged.Path": "pathlib",
     "fedlora.data.files.load.__class__": "fedlora.data.files.load",
     "fedlora.strategies.FedIT.__subclasses__": "fedlora.strategies.FedIT",
-    "fedlora.engine.files.remove": "fedlora.engine.files",
-    "fedlora.experiments.run.main": "fedlora.experiments.run",
+    "fedlora.storage.atomic.remove": "fedlora.storage.atomic",
+    "fedlora.cli.main.main": "fedlora.cli.main",
     "fedlora.models.load": "fedlora.models",
     "fedlora.models.packaged._cached": "fedlora.models.packaged",
     "torch.load": "torch",
@@ -118,7 +118,7 @@ ELSEWHERE = {
     "fedlora.models.packaged.tiny": "model",
     "fedlora.strategies.FedIT": "strategy",
     "fedlora.privacy.DPSGD": "privacy",
-    "fedlora.engine.robust.Krum": "robust",
+    "fedlora.robust.base.Krum": "robust",
 }
 
 
@@ -284,12 +284,12 @@ def test_what_is_kept_grants_nothing_whatever_it_said() -> None:
 
 
 def test_a_site_listens_to_its_own_word_alone(tmp_path: Path) -> None:
-    from fedlora.experiments.node import Node, Plan
-    from fedlora.experiments.settings import compose
-    from fedlora.experiments.site import site_of
+    from fedlora.config.composition import compose
+    from fedlora.deploy.site import make_runtime
+    from fedlora.deploy.site_config import Invitation, SiteConfig
 
     deployed = ("engine=deploy", "engine.superlink=s", "engine.experiment=x")
     config = compose([*SMALL, *deployed, "strategy._target_=my_module.Mine", "allow=[my_module]"])
-    node = Node.read({"client": 0, "data": "run", "state": str(tmp_path)})
+    node = SiteConfig.read({"client": 0, "data": "run", "state": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"allow=\[my_module\]"):
-        site_of(config, node, Plan("x", ("a", "b"), ""))
+        make_runtime(config, node, Invitation("x", ("a", "b"), ""))

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 KEPT = Path(__file__).with_name("help.json")
 VERBS = ["", "run", "report", "export", "verify", "replay", "compare", "demo"]

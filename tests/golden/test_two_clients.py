@@ -35,9 +35,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import compress, error_and_norm, singular_values, stack
-from fedlora.protocol import Peer, State, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import compress, error_and_norm, singular_values, stack
+from fedlora.core.messages import Peer, State, Update
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
 IDEAL = [[1.0, 3.0, 2.0], [0.0, 9.0, 0.0]]

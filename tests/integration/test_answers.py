@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.answers import exact, rouge_l
+from fedlora.training.generation import exact, rouge_l
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft and transformers about each other
 TASKS = {"upper": "OK", "lower": "no"}  # and what is always answered
@@ -87,7 +87,7 @@ def test_the_answers_are_those_of_plain_peft_with_the_runs_adapter(asked: Any, l
 
 
 def test_the_closing_words_name_both_scores_and_the_file(asked: Any) -> None:
-    from fedlora.experiments.ends import closing
+    from fedlora.runner.results import closing
 
     said = closing(asked.path)
     assert f"exact match {asked.summary['exact_match']:.3f} (base 0.000), ROUGE-L" in said
@@ -95,14 +95,14 @@ def test_the_closing_words_name_both_scores_and_the_file(asked: Any) -> None:
 
 
 def test_a_deployment_brings_home_all_of_the_result(asked: Any) -> None:
-    from fedlora.experiments.deployed import BROUGHT
+    from fedlora.deploy.server import BROUGHT
 
     ours = {"config.yaml", "data.json", "checkpoint"}  # the user's own, what sites know, and brought apart
     assert {path.name for path in asked.path.iterdir()} - ours <= {*BROUGHT}
 
 
 def test_a_run_that_goes_on_answers_anew(asked: Any, result: Any, tmp_path: Path, capsys: Any) -> None:
-    from fedlora.experiments.run import main
+    from fedlora.cli.main import main
 
     copy = shutil.copytree(asked.path, tmp_path / "copy")
     (copy / "answers.jsonl").write_text("stale")
@@ -129,7 +129,7 @@ def test_without_answers_nothing_is_said(run: Callable[..., Any], words: list[st
 def test_answers_that_nobody_could_give_are_refused(
     words: list[str], more: tuple[str, ...], why: str, tmp_path: Path, capsys: Any
 ) -> None:
-    from fedlora.experiments.run import main
+    from fedlora.cli.main import main
 
     given = [word for word in words if not (more[0] == "data=tiny" and word.startswith(("data", "model")))]
     with pytest.raises(SystemExit) as caught:

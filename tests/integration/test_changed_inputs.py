@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from fedlora.engine import RunFolder
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
+from fedlora.storage.run_folder import RunFolder
 
 FILES = ("data=files", "data.text=text", "data.label=label")
 JOB = ("model=tiny", *FILES, "clients=2", "rounds=1", "ranks=2")

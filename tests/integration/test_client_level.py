@@ -61,7 +61,7 @@ def test_a_round_that_is_done_again_is_paid_again_and_the_budget_ends_the_run(
 ) -> None:
     from rich.console import Console
 
-    from fedlora.experiments.job import continued, run_job
+    from fedlora.runner.run import continued, run_job
 
     path = tmp_path / "killed"
     shutil.copytree(central.path, path)
@@ -116,7 +116,7 @@ def test_what_epsilon_would_not_cover_is_refused_before_the_first_round(
 
 
 def test_a_run_takes_no_more_rounds_than_its_noise_is_for(central: Any) -> None:
-    from fedlora.experiments.job import continued
+    from fedlora.runner.run import continued
 
     with pytest.raises(ConfigError, match="noise of this run is for 2 rounds"):
         continued(central.path, ["rounds=3"])
@@ -142,8 +142,8 @@ def test_a_round_whose_sum_cannot_be_known_releases_nothing_and_costs_nothing(
     run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str, came: int
 ) -> None:
     """Noise in its place would be a second kind of release, and one client could decide which it is."""
-    from fedlora.engine.secure_sum import SecureSum
     from fedlora.errors import IncompatibleUpdates
+    from fedlora.secure_aggregation.masked_round import SecureSum
 
     done, whole = [], getattr(SecureSum, step)
 
@@ -170,8 +170,8 @@ def test_a_round_whose_sum_cannot_be_known_releases_nothing_and_costs_nothing(
 
 
 def test_a_run_that_released_nothing_says_so(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedlora.engine.secure_sum import SecureSum
     from fedlora.errors import FedLoraError, IncompatibleUpdates
+    from fedlora.secure_aggregation.masked_round import SecureSum
 
     def torn(self: SecureSum) -> Any:
         raise IncompatibleUpdates("shares are wrong")

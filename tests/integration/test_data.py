@@ -54,7 +54,7 @@ def test_one_client(run: Callable[..., Any], tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft and transformers about each other
 def test_instructions_on_a_decoder(run: Callable[..., Any], llama: Path, tmp_path: Path, capsys: Any) -> None:
-    from fedlora.experiments.run import main
+    from fedlora.cli.main import main
 
     rows = [{"frage": f"what is {row['satz']}?", "antwort": row["art"]} for row in ROWS]
     train = write(tmp_path / "rows.jsonl", rows)

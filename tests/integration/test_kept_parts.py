@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora.engine import Memory, RunFolder
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
+from fedlora.storage.client_state import ClientStore
+from fedlora.storage.run_folder import RunFolder
 
 ROUNDS = ("rounds=4", "clients_per_round=2", "evaluate.clients=true")
 JOBS = {"own parts": "strategy=fedsalora", "a fold": "strategy=flora"}
@@ -33,7 +34,7 @@ def same(got: Any, want: Any) -> None:
     assert [m.get("local_loss") for m in got.metrics] == [m.get("local_loss") for m in want.metrics]
     states = [RunFolder(one.path).read_state()[1].digest() for one in (got, want)]
     assert states[0] == states[1]
-    memories = [Memory(one.path / "checkpoint" / "clients") for one in (got, want)]
+    memories = [ClientStore(one.path / "checkpoint" / "clients") for one in (got, want)]
     for client in range(3):
         mine, theirs = (memory.read(client, 5) for memory in memories)
         assert mine.keys() == theirs.keys()

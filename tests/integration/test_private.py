@@ -80,7 +80,7 @@ def test_a_killed_run_pays_for_the_round_that_is_done_again_and_stops_at_the_bud
 ) -> None:
     from rich.console import Console
 
-    from fedlora.experiments.job import continued, run_job
+    from fedlora.runner.run import continued, run_job
 
     path = tmp_path / "killed"
     shutil.copytree(private.path, path)
@@ -101,7 +101,7 @@ def test_a_killed_run_pays_for_the_round_that_is_done_again_and_stops_at_the_bud
 
 
 def test_a_private_run_takes_no_more_rounds_than_its_noise_is_for(private: Any) -> None:
-    from fedlora.experiments.job import continued
+    from fedlora.runner.run import continued
 
     with pytest.raises(ConfigError, match="noise of this run is for 2 rounds"):
         continued(private.path, ["rounds=3"])
@@ -169,7 +169,7 @@ def test_a_resumed_run_notices_a_ledger_that_is_gone_or_older(private: Any, tmp_
     from rich.console import Console
 
     from fedlora.errors import CheckpointError
-    from fedlora.experiments.job import continued, run_job
+    from fedlora.runner.run import continued, run_job
 
     for name, text in (("gone", None), ("older", Ledger(1e-5).plus(Entry(1.0, 0.1, 1)).dump())):
         path = tmp_path / name

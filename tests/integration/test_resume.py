@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.engine import RunFolder
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
+from fedlora.storage.run_folder import RunFolder
 
 JOB = ("strategy=flexlora", "ranks=[2,4]", "rounds=4", "clients_per_round=2", "evaluate.clients=true")
 
@@ -27,7 +27,7 @@ def whole(run: Callable[..., Any]) -> Any:
 
 def killed_at(call: str, number: int, before: bool, patch: pytest.MonkeyPatch) -> None:
     """Die at the n-th call of a function that writes, before it or after it."""
-    import fedlora.engine.folder as module
+    import fedlora.storage.run_folder as module
 
     owner: Any = module if hasattr(module, call) else RunFolder
     real, calls = getattr(owner, call), [0]
@@ -171,7 +171,7 @@ def test_control_c_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        import fedlora.engine.federation as module
+        import fedlora.rounds.loop as module
 
         real, calls = module.read_update, [0]
 
@@ -196,7 +196,7 @@ def test_control_c_says_how_to_go_on(
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_kill_9(whole: Any, base: tuple[str, ...], result: Any, tmp_path: Path, share: float) -> None:
     out = tmp_path / "run"
-    words = [sys.executable, "-m", "fedlora.experiments.run", "run"]
+    words = [sys.executable, "-m", "fedlora.cli.main", "run"]
     process = subprocess.Popen(
         [*words, *base, *JOB, f"out={out}"], stdout=subprocess.DEVNULL, env={**os.environ}
     )

@@ -122,7 +122,7 @@ def test_grouping_changes_rounding_only(flex: Any, run: Callable[..., Any]) -> N
 
 
 def test_the_config_alone_gives_the_run_again(flex: Any, result: Any, tmp_path: Path) -> None:
-    from fedlora.experiments.job import run_job
+    from fedlora.runner.run import run_job
 
     config = OmegaConf.load(flex.path / "config.yaml")
     config.out = str(tmp_path / "again")
@@ -146,7 +146,7 @@ def test_ffalora_sends_no_a_and_keeps_it(run: Callable[..., Any]) -> None:
 @pytest.fixture
 def payloads(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The names of what each reply carries."""
-    import fedlora.engine.federation as module
+    import fedlora.rounds.loop as module
 
     seen: list[set[str]] = []
     read = module.read_update
@@ -243,7 +243,7 @@ def test_mixed_ranks_larger_than_the_layers(run: Callable[..., Any]) -> None:
 
 def command(words: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "fedlora.experiments.run", *words],
+        [sys.executable, "-m", "fedlora.cli.main", *words],
         capture_output=True,
         text=True,
         env={**os.environ, **env},

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-import fedlora.experiments.tracking as tracking
-from fedlora.engine.track import CSV
+import fedlora.runner.tracking as tracking
+from fedlora.callbacks.trackers import CSV
+from fedlora.config.composition import compose
 from fedlora.errors import ConfigError
-from fedlora.experiments.settings import compose
 
 
 class Full(CSV):

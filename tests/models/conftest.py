@@ -26,10 +26,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Batch, Example, collate
-from fedlora.models import Bank, Base, load, targets
-from fedlora.protocol import Task
+from fedlora.models import Base, MultiAdapterModel, load, targets
 
 LABELS = ("a", "b", "c")
 VOCABULARY = 60
@@ -183,7 +183,7 @@ class Zoo:
         return collate(self.rows(base, 5, 3), base.tokenizer.pad_token_id)
 
     def ours(self, base: Base, adapter: Adapter) -> torch.Tensor:
-        with torch.no_grad(), Bank(base, [Task(adapter)]):
+        with torch.no_grad(), MultiAdapterModel(base, [Task(adapter)]):
             return base.logits(self.batch(base))
 
     def theirs(self, base: Base, model: Any) -> torch.Tensor:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from fedlora import answers
-from fedlora.adapter import Adapter
-from fedlora.answers import answer
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Task
 from fedlora.models import save_adapter
-from fedlora.protocol import Task
+from fedlora.training import generation
+from fedlora.training.generation import answer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -69,7 +69,7 @@ def test_an_answer_is_no_longer_than_the_longest_expected_nor_than_the_cap(
     base, rows = zoo.base("llama"), zoo.rows(zoo.base("llama"), 12, 5)
     longest = max(len(row.input_ids) - row.target.count(-100) for row in rows)
     assert max(len(text.split()) for text in answer(base, Task(Adapter({})), rows)) == longest
-    monkeypatch.setattr(answers, "LONGEST", 2)
+    monkeypatch.setattr(generation, "LONGEST", 2)
     assert {len(text.split()) for text in answer(base, Task(Adapter({})), rows)} <= {0, 1, 2}
     strange = Adapter({"no.such.module": next(iter(zoo.adapter(base, 2).pairs.values()))})
     assert answer(base, Task(strange), []) == []  # as that of strategies beside the model

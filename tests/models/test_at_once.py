@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 
-from fedlora.adapter import Adapter
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.models import Base, load_adapter, save_adapter
-from fedlora.protocol import Task
-from fedlora.trainer import Job, Parameters, fit
+from fedlora.training.trainer import FitJob, Parameters, fit
 
 # PEFT 0.21 asks transformers 5.23 for a property that it renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -42,7 +42,7 @@ def linear(step: int, steps: int) -> float:
     return (step + 1) / 3 if step < 2 else 1 - (step - 2) / max(1, steps - 2)
 
 
-def jobs(zoo: Any, base: Base, head: bool = True, train: frozenset[str] = frozenset("AB")) -> list[Job]:
+def jobs(zoo: Any, base: Base, head: bool = True, train: frozenset[str] = frozenset("AB")) -> list[FitJob]:
     found = []
     for client, (rank, scale) in enumerate(zip(RANKS, SCALES, strict=True)):
         rows = zoo.rows(base, BATCHES[client] * SIZES[client], seed=client)
@@ -50,7 +50,7 @@ def jobs(zoo: Any, base: Base, head: bool = True, train: frozenset[str] = frozen
         batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         batches[-1] = batches[-1][: max(1, size - 2)]  # the last batch is smaller
         task = Task(zoo.adapter(base, rank, scale, seed=client, head=head), train)
-        found.append(Job(task, batches))
+        found.append(FitJob(task, batches))
     return found
 
 
@@ -73,7 +73,7 @@ def test_k_at_once_equals_one_by_one_in_float64(zoo: Any, name: str, optimizer: 
 @pytest.mark.parametrize("name", ALL)
 def test_one_step_at_once_equals_one_by_one_in_float32(zoo: Any, name: str, optimizer: str) -> None:
     base = zoo.base(name)
-    work = [Job(job.task, job.batches[:1]) for job in jobs(zoo, base)]
+    work = [FitJob(job.task, job.batches[:1]) for job in jobs(zoo, base)]
     train = partial(fit, base, make_optimizer=make(optimizer), clip=CLIP)
     for job, fused in zip(work, train(jobs=work), strict=True):
         [alone] = train(jobs=[job])
@@ -91,7 +91,7 @@ def test_other_heads_at_once_equal_one_by_one(zoo: Any, name: str) -> None:
 
 def test_the_clipping_of_these_tests_clips_and_does_so_for_each_client(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
-    work = [Job(job.task, job.batches[:1]) for job in jobs(zoo, base)]
+    work = [FitJob(job.task, job.batches[:1]) for job in jobs(zoo, base)]
     plain = partial(torch.optim.SGD, lr=1.0)
 
     def lengths(clip: float | None) -> list[float]:
@@ -121,7 +121,7 @@ def test_the_size_of_a_micro_batch_changes_nothing(zoo: Any, name: str) -> None:
 
 
 def reference(
-    zoo: Any, base: Base, job: Job, folder: Path, optimizer: str, clip: float, double: bool
+    zoo: Any, base: Base, job: FitJob, folder: Path, optimizer: str, clip: float, double: bool
 ) -> tuple[Adapter, float]:
     """The same training by plain PEFT and torch: one unpadded row at a time, their mean a step."""
     save_adapter(job.task.adapter, base, folder / "start")
@@ -187,7 +187,7 @@ def test_a_frozen_head_stays_out_and_the_base_head_is_used(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
     work = jobs(zoo, base, head=False)
     fitted = fit(base, work, make("sgd"))
-    full = [Job(Task(Adapter(job.task.adapter.pairs, base.head_state())), job.batches) for job in work]
+    full = [FitJob(Task(Adapter(job.task.adapter.pairs, base.head_state())), job.batches) for job in work]
     frozen = fit(base, full, lambda groups: OPTIMIZERS["sgd"](groups["A"] + groups["B"]))
     for job, one, other in zip(work, fitted, frozen, strict=True):
         assert one.adapter.extra == {}
@@ -200,7 +200,7 @@ def test_another_client_s_rows_have_no_influence(zoo: Any) -> None:
     work = jobs(zoo, base)
     before = fit(base, work, make("adamw"), clip=CLIP)
     rows = zoo.rows(base, 30, seed=77, longest=20)
-    work[1] = Job(Task(zoo.adapter(base, 7, 9.0, seed=77)), [rows[i : i + 6] for i in range(0, 30, 6)])
+    work[1] = FitJob(Task(zoo.adapter(base, 7, 9.0, seed=77)), [rows[i : i + 6] for i in range(0, 30, 6)])
     after = fit(base, work, make("adamw"), clip=CLIP)
     for client in (0, 2, 3):
         assert zoo.gap(before[client].adapter, after[client].adapter) < 1e-9
@@ -214,7 +214,7 @@ def test_a_client_of_nan_poisons_only_itself(zoo: Any, name: str) -> None:
     before = fit(base, work, make("adamw"), clip=CLIP)
     bad = zoo.adapter(base, 2, 1.0, seed=1)
     next(iter(bad.pairs.values())).A.fill_(torch.nan)
-    work[1] = Job(Task(bad), work[1].batches)
+    work[1] = FitJob(Task(bad), work[1].batches)
     after = fit(base, work, make("adamw"), clip=CLIP)
     assert not torch.isfinite(next(iter(after[1].adapter.pairs.values())).A).any()
     for client in (0, 2, 3):
@@ -224,7 +224,7 @@ def test_a_client_of_nan_poisons_only_itself(zoo: Any, name: str) -> None:
 def test_a_client_without_batches_comes_back_as_it_went(zoo: Any) -> None:
     base = zoo.base("bert")
     work = jobs(zoo, base)
-    work[2] = Job(work[2].task, [])
+    work[2] = FitJob(work[2].task, [])
     fitted = fit(base, work, make("adamw"))
     assert fitted[2].adapter.digest() == work[2].task.adapter.digest()
     assert fitted[2].steps == 0

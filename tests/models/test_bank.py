@@ -4,12 +4,12 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import collate
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base
-from fedlora.protocol import Task
-from fedlora.trainer import Job, fit
+from fedlora.models import Base, MultiAdapterModel
+from fedlora.training.trainer import FitJob, fit
 
 
 def seal(base: Base) -> str:
@@ -33,7 +33,7 @@ def test_the_base_is_bit_identical_before_during_and_after(zoo: Any, name: str) 
         made.register_step_post_hook(lambda *_: seen.append(seal(base)))
         return made
 
-    fit(base, [Job(Task(adapter), [rows[:4], rows[4:]]) for adapter in adapters], optimizer)
+    fit(base, [FitJob(Task(adapter), [rows[:4], rows[4:]]) for adapter in adapters], optimizer)
     assert set(seen) == {before}
     assert seal(base) == before
     assert zoo.clean(base)
@@ -44,11 +44,11 @@ def test_the_base_is_bit_identical_before_during_and_after(zoo: Any, name: str) 
 def test_an_error_inside_leaves_the_base_as_it_was(zoo: Any) -> None:
     base = zoo.base("bert")
     before = seal(base)
-    with pytest.raises(ZeroDivisionError), Bank(base, [Task(zoo.adapter(base, 2))]):
+    with pytest.raises(ZeroDivisionError), MultiAdapterModel(base, [Task(zoo.adapter(base, 2))]):
         1 / (0 if not zoo.clean(base) else 1)
     assert zoo.clean(base)
     with pytest.raises(RuntimeError, match="stop"):
-        fit(base, [Job(Task(zoo.adapter(base, 2)), [zoo.rows(base, 2, 0)])], failing)
+        fit(base, [FitJob(Task(zoo.adapter(base, 2)), [zoo.rows(base, 2, 0)])], failing)
     assert zoo.clean(base)
     assert seal(base) == before
 
@@ -63,11 +63,11 @@ def test_the_bank_never_writes_to_the_adapters_it_was_given(zoo: Any) -> None:
     before = adapter.digest()
     [one] = fit(
         base,
-        [Job(Task(adapter), [zoo.rows(base, 4, 0)])],
+        [FitJob(Task(adapter), [zoo.rows(base, 4, 0)])],
         lambda g: torch.optim.SGD([p for found in g.values() for p in found], lr=1.0),
     )
     assert adapter.digest() == before
-    with Bank(base, [Task(adapter)], train=True) as bank:
+    with MultiAdapterModel(base, [Task(adapter)], train=True) as bank:
         copy = bank.adapter(0)
         assert copy.digest() == before
         bank.factors(0)["A"][0].data.zero_()
@@ -84,14 +84,14 @@ def test_the_groups_of_parameters_are_those_that_are_trained(zoo: Any) -> None:
         ("B", {"B", "head"}),
         ("", {"head"}),
     ):
-        with Bank(base, [Task(adapter, frozenset(train))] * 2, train=True) as bank:
+        with MultiAdapterModel(base, [Task(adapter, frozenset(train))] * 2, train=True) as bank:
             assert set(bank.factors(1)) == expected
             assert not {p for g in bank.factors(0).values() for p in g} & {
                 p for g in bank.factors(1).values() for p in g
             }
-    with Bank(base, [Task(zoo.adapter(base, 2, head=False))], train=True) as bank:
+    with MultiAdapterModel(base, [Task(zoo.adapter(base, 2, head=False))], train=True) as bank:
         assert set(bank.factors(0)) == {"A", "B"}
-    with Bank(base, [Task(adapter)]) as bank:
+    with MultiAdapterModel(base, [Task(adapter)]) as bank:
         assert bank.factors(0) == {}
 
 
@@ -102,21 +102,24 @@ def test_an_adapter_of_another_model_is_refused(zoo: Any) -> None:
     unknown = Adapter({"bert.nowhere": pair})
     with (
         pytest.raises(ModelError, match=r"'bert\.nowhere', a module that the model lacks"),
-        Bank(base, [Task(unknown)]),
+        MultiAdapterModel(base, [Task(unknown)]),
     ):
         pass
     wrong = Adapter({**good.pairs, name: Pair(torch.zeros(2, 7), torch.zeros(9, 2))})
-    with pytest.raises(ModelError, match=rf"{name}' is \(9, 7\), the layer"), Bank(base, [Task(wrong)]):
+    with (
+        pytest.raises(ModelError, match=rf"{name}' is \(9, 7\), the layer"),
+        MultiAdapterModel(base, [Task(wrong)]),
+    ):
         pass
     norm = Adapter({"bert.embeddings.LayerNorm": pair})
-    with pytest.raises(ModelError, match="needs a linear layer"), Bank(base, [Task(norm)]):
+    with pytest.raises(ModelError, match="needs a linear layer"), MultiAdapterModel(base, [Task(norm)]):
         pass
     short = Adapter(good.pairs, {"classifier.weight": good.extra["classifier.weight"]})
     with pytest.raises(ModelError, match=r"classifier\.bias' is None"):
-        Bank(base, [Task(short)])
+        MultiAdapterModel(base, [Task(short)])
     more = Adapter(good.pairs, {**good.extra, "scorer.weight": torch.zeros(1)})
     with pytest.raises(ModelError, match=r"no head of the model owns: \['scorer\.weight'\]"):
-        Bank(base, [Task(more)])
+        MultiAdapterModel(base, [Task(more)])
     assert zoo.clean(base)
 
 
@@ -128,8 +131,8 @@ def test_the_second_adapter_is_checked_like_the_first(zoo: Any) -> None:
     wrong = Adapter({**good.pairs, name: Pair(torch.zeros(2, 7), torch.zeros(9, 2))}, good.extra)
     headless = Adapter(good.pairs)
     for other in (fewer, wrong, headless):
-        with pytest.raises(ModelError), Bank(base, [Task(good), Task(other)]):
+        with pytest.raises(ModelError), MultiAdapterModel(base, [Task(good), Task(other)]):
             pass
     # Else the second's head is left out.
-    with pytest.raises(ModelError), Bank(base, [Task(headless), Task(good)]):
+    with pytest.raises(ModelError), MultiAdapterModel(base, [Task(headless), Task(good)]):
         pass

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import collate
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base, Traits, fresh_adapter, merge, targets
+from fedlora.models import Base, MultiAdapterModel, Traits, fresh_adapter, merge, targets
 from fedlora.models.lora import LoRA
-from fedlora.protocol import Task
-from fedlora.trainer import Job, fit
+from fedlora.training.trainer import FitJob, fit
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -20,7 +20,7 @@ def test_a_bfloat16_base_trains_float32_adapters(zoo: Any, name: str) -> None:
     base = zoo.base(name, dtype="bfloat16")
     shapes = targets(base, "all-linear")
     start = fresh_adapter(base, shapes, LoRA().peer(0, 3, shapes), base.heads)
-    jobs = [Job(Task(start), [zoo.rows(base, 4, seed)]) for seed in range(2)]
+    jobs = [FitJob(Task(start), [zoo.rows(base, 4, seed)]) for seed in range(2)]
     for one in fit(
         base, jobs, lambda groups: torch.optim.SGD([p for found in groups.values() for p in found], lr=0.1)
     ):
@@ -30,7 +30,7 @@ def test_a_bfloat16_base_trains_float32_adapters(zoo: Any, name: str) -> None:
 
 
 def logits(base: Base, adapter: Adapter, rows: Any) -> Tensor:
-    with torch.no_grad(), Bank(base, [Task(adapter)]):
+    with torch.no_grad(), MultiAdapterModel(base, [Task(adapter)]):
         return base.logits(collate(rows, base.tokenizer.pad_token_id))
 
 
@@ -40,7 +40,7 @@ def test_slots_of_one_batch_each_see_their_own_adapter_and_head(zoo: Any) -> Non
         adapters = [zoo.adapter(base, r, s, seed=r) for r, s in ((1, 2.0), (4, 0.7), (2, 1.0))]
         rows = [zoo.rows(base, 2, 1, 5)[:1] * 3, [], zoo.rows(base, 2, 1, 5)[:1] * 2]
         batch = collate([row for own in rows for row in own], base.tokenizer.pad_token_id)
-        with torch.no_grad(), Bank(base, [Task(adapter) for adapter in adapters]) as bank:
+        with torch.no_grad(), MultiAdapterModel(base, [Task(adapter) for adapter in adapters]) as bank:
             bank.route([3, 0, 2])
             got = base.logits(batch)
         torch.testing.assert_close(got[:3], logits(base, adapters[0], rows[0]), rtol=1e-10, atol=1e-10)
@@ -84,7 +84,7 @@ def test_inputs_that_are_not_contiguous(zoo: Any) -> None:
         torch.manual_seed(k)
         query = Pair(torch.randn(2, 8).double(), torch.randn(8, 2).double())
         mix = Pair(torch.randn(1, 4).double(), torch.randn(4, 1).double(), 0.5)
-        jobs.append(Job(Task(Adapter({"query": query, "mix": mix})), [rows[4 * k : 4 * k + 4]]))
+        jobs.append(FitJob(Task(Adapter({"query": query, "mix": mix})), [rows[4 * k : 4 * k + 4]]))
     plain = [logits(base, job.task.adapter, job.batches[0]) for job in jobs]
     for job, got in zip(jobs, plain, strict=True):
         merged = dataclasses.replace(base, model=Crossed().double())
@@ -130,7 +130,7 @@ def test_rows_that_cannot_be_told_apart_are_refused_by_name_and_work_alone(zoo: 
         traits=Traits(),
     )
     pair = Pair(torch.randn(2, 8), torch.randn(8, 2))
-    job = Job(Task(Adapter({"query": pair})), [zoo.rows(real, 4, 0)])
+    job = FitJob(Task(Adapter({"query": pair})), [zoo.rows(real, 4, 0)])
 
     def sgd(groups: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for found in groups.values() for p in found], lr=0.1)

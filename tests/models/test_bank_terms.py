@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import of_dense
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import of_dense
+from fedlora.core.messages import Task
+from fedlora.core.sparse import places, spread
 from fedlora.data import collate
 from fedlora.errors import ModelError
-from fedlora.evaluation import evaluate
-from fedlora.models import Bank, Base, targets
-from fedlora.protocol import Task
-from fedlora.sparse import places, spread
-from fedlora.trainer import Job, fit
+from fedlora.models import Base, MultiAdapterModel, targets
+from fedlora.training.evaluation import evaluate
+from fedlora.training.trainer import FitJob, fit
 
 NAMES = ["bert", "gpt2"]  # linear layers, and Conv1D, whose weight is transposed
 
@@ -89,7 +89,7 @@ def check(
     base = zoo.base(name, double=True)
     before = seal(base)
     rows = [zoo.rows(base, 4, 7 + i) for i in range(len(tasks))]
-    work = [Job(task, [own]) for task, own in zip(tasks, rows, strict=True)]
+    work = [FitJob(task, [own]) for task, own in zip(tasks, rows, strict=True)]
     fitted = fit(base, work, sgd, tokens=60)
     scores = evaluate(base, tasks, rows)
     for task, own_rows, one, (told, _) in zip(tasks, rows, fitted, scores, strict=True):
@@ -142,7 +142,7 @@ def test_a_fold_that_all_slots_share_is_added_once(zoo: Any, name: str) -> None:
         Task(zoo.adapter(base, r, seed=r, head=False), fold=f) for r, f in ((1, one), (2, copies), (3, one))
     ]
     check(zoo, name, tasks)
-    with Bank(base, tasks) as bank:
+    with MultiAdapterModel(base, tasks) as bank:
         assert all(len(pairs) == 1 for pairs in bank._folds.values())
 
 
@@ -177,7 +177,7 @@ def test_a_core_between_the_factors(zoo: Any, name: str, train: str) -> None:
         }
         tasks.append(Task(Adapter(pairs), frozenset(train), frozenset(train)))
     check(zoo, name, tasks)
-    with Bank(base, tasks, train=True) as bank:
+    with MultiAdapterModel(base, tasks, train=True) as bank:
         assert set(bank.factors(0)) == set(train)
 
 
@@ -213,7 +213,7 @@ def test_inactive_modules_work_as_they_are_and_do_not_move(zoo: Any, name: str) 
     adapter = zoo.adapter(base, 2, head=False)
     few, first = frozenset(list(adapter.pairs)[1:4]), frozenset(list(adapter.pairs)[:1])
     check(zoo, name, [Task(adapter, active=few), Task(adapter, active=first), Task(adapter)])
-    with Bank(base, [Task(adapter, active=few)], train=True) as bank:
+    with MultiAdapterModel(base, [Task(adapter, active=few)], train=True) as bank:
         assert {group: len(found) for group, found in bank.factors(0).items()} == {"A": 3, "B": 3}
 
 
@@ -233,6 +233,9 @@ def test_a_fold_of_another_shape_or_of_no_module_is_refused(zoo: Any) -> None:
         ({m: Pair(torch.zeros(2, 7), torch.zeros(9, 2))}, rf"{m}' is \(9, 7\), the layer"),
         ({"bert.nowhere": good.pairs[m]}, r"'bert\.nowhere', a module that the model lacks"),
     ):
-        with pytest.raises(ModelError, match=said), Bank(base, [Task(good), Task(good, fold=bad)]):
+        with (
+            pytest.raises(ModelError, match=said),
+            MultiAdapterModel(base, [Task(good), Task(good, fold=bad)]),
+        ):
             pass
     assert zoo.clean(base)

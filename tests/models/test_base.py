@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedlora.adapter import Adapter
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Task
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError, ModelError
-from fedlora.evaluation import evaluate
 from fedlora.models import load, packaged
-from fedlora.protocol import Task
+from fedlora.training.evaluation import evaluate
 
 LABELS = ("a", "b", "c")
 

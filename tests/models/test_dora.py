@@ -9,13 +9,21 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.models import Bank, load_adapter, merge, save_adapter, taken_out, targets, with_magnitudes
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import State, Task
+from fedlora.core.sparse import SPARSE, places
+from fedlora.models import (
+    MultiAdapterModel,
+    load_adapter,
+    merge,
+    save_adapter,
+    take_out_of_base,
+    targets,
+    with_magnitudes,
+)
 from fedlora.models.dora import MAGNITUDE, split
 from fedlora.models.lora import layer_weight
-from fedlora.protocol import State, Task
-from fedlora.sparse import SPARSE, places
-from fedlora.trainer import Job, fit
+from fedlora.training.trainer import FitJob, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -39,7 +47,7 @@ def random(zoo: Any, base: Any, rank: Any = (3, 1, 5), scale: Any = (2.0, 0.3), 
 
 
 def logits(zoo: Any, base: Any, task: Task) -> torch.Tensor:
-    with torch.no_grad(), Bank(base, [task]):
+    with torch.no_grad(), MultiAdapterModel(base, [task]):
         return base.logits(zoo.batch(base))
 
 
@@ -60,7 +68,7 @@ def test_a_layer_does_what_the_paper_says(zoo: Any, name: str) -> None:
     V = layer_weight(module, m).numpy() + pair.scale * pair.B.numpy() @ pair.A.numpy()
     W = adapter.extra[m + MAGNITUDE].numpy()[:, None] * V / np.linalg.norm(V, axis=1)[:, None]
     x = torch.randn(2, 5, pair.shape[1], dtype=torch.float64)
-    with torch.no_grad(), Bank(base, [Task(adapter)]):
+    with torch.no_grad(), MultiAdapterModel(base, [Task(adapter)]):
         got = module(x)
     np.testing.assert_allclose(got, x.numpy() @ W.T + module.bias.detach().numpy(), atol=1e-12)
 
@@ -114,7 +122,7 @@ def test_loss_and_gradients_are_peft_s(zoo: Any, tmp_path: Path, name: str, m: s
         0
     ].sum().backward()
     wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and ".lora_" in n}
-    with Bank(base, [Task(ours)], train=True) as bank:
+    with MultiAdapterModel(base, [Task(ours)], train=True) as bank:
         base.losses(rows)[0].sum().backward()
         groups = bank.factors(0)
     named = {"A": "lora_A", "B": "lora_B", "magnitude": "lora_magnitude"}
@@ -134,7 +142,7 @@ def test_k_at_once_equals_one_by_one_in_float64(zoo: Any, name: str) -> None:
         rows = zoo.rows(base, 7, seed=k)
         fold = {m: Pair(0.1 * p.A, p.B) for m, p in zoo.adapter(base, 2, seed=9).pairs.items()}
         task = Task(random(zoo, base, rank, scale, seed=k), fold=fold if k else {})
-        work.append(Job(task, [rows[:3], rows[3:5], rows[5:]][: 3 - (k == 1)]))
+        work.append(FitJob(task, [rows[:3], rows[3:5], rows[5:]][: 3 - (k == 1)]))
 
     def make(groups: Any) -> torch.optim.Optimizer:
         return torch.optim.SGD([{"params": found} for found in groups.values()], lr=0.1)
@@ -161,7 +169,7 @@ def test_a_merged_model_gives_the_adapter_s_logits(zoo: Any, name: str) -> None:
 def test_a_fold_counts_to_the_direction_and_is_exported_with_it(zoo: Any, tmp_path: Path) -> None:
     base = zoo.base("bert")
     fresh = zoo.adapter(base, 3)
-    adapter, fold = taken_out(base, fresh, "pissa")
+    adapter, fold = take_out_of_base(base, fresh, "pissa")
     plain = logits(zoo, base, Task(Adapter({}, fresh.extra)))
     neutral = with_magnitudes(base, adapter, fold)
     assert zoo.same(base, plain, logits(zoo, base, Task(neutral, fold=fold)), zoo.batch(base), 1e-5)
@@ -186,7 +194,7 @@ def test_sparse_values_count_to_the_direction_too(zoo: Any) -> None:
     V.reshape(-1)[places(3, m, (d_out, d_in), 40).numpy()] += values.numpy()
     W = magnitudes.numpy()[:, None] * V / np.linalg.norm(V, axis=1)[:, None]
     extra = {m + SPARSE: values, m + MAGNITUDE: magnitudes}
-    with torch.no_grad(), Bank(base, [Task(Adapter({}, extra), mask=3)]):
+    with torch.no_grad(), MultiAdapterModel(base, [Task(Adapter({}, extra), mask=3)]):
         got = module(x)
     np.testing.assert_allclose(got, x.numpy() @ W.T + module.bias.detach().numpy(), atol=1e-12)
 
@@ -204,7 +212,7 @@ def test_a_module_without_magnitudes_is_plain_lora_also_for_peft(zoo: Any, tmp_p
 def test_a_bfloat16_base_works_in_the_precision_of_the_adapter(zoo: Any) -> None:
     whole, half = zoo.base("bert"), zoo.base("bert", dtype="bfloat16")
     adapter = random(zoo, whole)
-    with torch.no_grad(), Bank(half, [Task(adapter)]):
+    with torch.no_grad(), MultiAdapterModel(half, [Task(adapter)]):
         got = half.logits(zoo.batch(half))
     assert got.dtype == torch.float32
     assert zoo.same(whole, logits(zoo, whole, Task(adapter)), got, zoo.batch(whole), 0.05)
@@ -223,11 +231,11 @@ def test_a_row_of_zeros_stays_one(zoo: Any) -> None:
 
 def test_magnitudes_are_an_optimizer_group_of_their_own(zoo: Any) -> None:
     base = zoo.base("bert")
-    with Bank(base, [Task(random(zoo, base), frozenset("B"))], train=True) as bank:
+    with MultiAdapterModel(base, [Task(random(zoo, base), frozenset("B"))], train=True) as bank:
         assert list(bank.factors(0)) == ["B", "magnitude", "head"]
     make = partial(torch.optim.SGD, lr=0.1)
     rows = zoo.rows(base, 4, 1)
-    job = Job(Task(random(zoo, base)), [rows])
+    job = FitJob(Task(random(zoo, base)), [rows])
     found = fit(base, [job], lambda groups: make(groups["magnitude"]))[0].adapter
     moved = {n for n, t in found.tensors() if not torch.equal(t, dict(job.task.adapter.tensors())[n])}
     assert moved == {m + MAGNITUDE for m in found.pairs}

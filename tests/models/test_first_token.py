@@ -7,13 +7,13 @@ import torch
 import transformers
 from torch import nn
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Batch
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base, targets
+from fedlora.models import Base, MultiAdapterModel, targets
 from fedlora.models.first_token import only_first_token
-from fedlora.models.tap import Tap
-from fedlora.protocol import Task
+from fedlora.models.hidden_states import HiddenStateHook
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -49,7 +49,9 @@ def gradients(base: Base, every_token: bool) -> dict[str, torch.Tensor]:
         n: Pair(*(torch.randn(s, generator=draw, dtype=torch.float64) for s in ((2, i), (o, 2))), 0.3)
         for n, (o, i) in shapes
     }
-    with Bank(base, [Task(Adapter(pairs, base.head_state()))], train=True, every_token=every_token) as bank:
+    with MultiAdapterModel(
+        base, [Task(Adapter(pairs, base.head_state()))], train=True, every_token=every_token
+    ) as bank:
         leaves = [p for found in bank.factors(0).values() for p in found]
         logits = base.logits(batch())
         loss = base.losses(batch())[0].sum()
@@ -75,9 +77,9 @@ def test_the_rest_of_the_layer_is_left_out_while_a_bank_is_open_and_no_longer() 
     seen: list[int] = []
     model.bert.encoder.layer[-1].output.register_forward_pre_hook(lambda m, x: seen.append(x[0].shape[1]))
     base.logits(batch())
-    with Bank(base, [Task(Adapter({}))]):
+    with MultiAdapterModel(base, [Task(Adapter({}))]):
         base.logits(batch())
-    with Bank(base, [Task(Adapter({}))], every_token=True):
+    with MultiAdapterModel(base, [Task(Adapter({}))], every_token=True):
         base.logits(batch())
     base.logits(batch())
     assert seen == [7, 1, 7, 7]
@@ -115,7 +117,10 @@ def test_a_tap_does_not_take_one_token_for_all() -> None:
     model = made("Bert")
     base = Base(model, None, "classification", (), "bert", only_first_token(model))
     for every_token in (True, False):
-        with Bank(base, [Task(Adapter({}))], every_token=every_token), Tap(base) as tap:
+        with (
+            MultiAdapterModel(base, [Task(Adapter({}))], every_token=every_token),
+            HiddenStateHook(base) as tap,
+        ):
             base.logits(batch())
             if every_token:
                 assert tap.pooled(batch().attention_mask).shape == (4, 16)

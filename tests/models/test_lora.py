@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.adapter import Adapter
-from fedlora.algebra import truncate
+from fedlora.core.adapter import Adapter
+from fedlora.core.algebra import truncate
 from fedlora.errors import ConfigError, FedLoraError, ModelError
 from fedlora.models import LoRA, fresh_adapter, targets
 from fedlora.models.lora import by_pattern

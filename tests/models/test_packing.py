@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
+from fedlora.core.sparse import SPARSE
 from fedlora.data import Example
-from fedlora.evaluation import losses_of
-from fedlora.models import Bank, Base, targets
+from fedlora.models import Base, MultiAdapterModel, targets
 from fedlora.models.attention import OURS, Pack, attend_our_way
 from fedlora.models.first_token import only_first_token
 from fedlora.models.packing import offset_of
-from fedlora.protocol import Task
-from fedlora.sparse import SPARSE
+from fedlora.training.evaluation import losses_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -83,7 +83,7 @@ def task_of(base: Base, seed: int, rank: int, sparse: bool = False, fold: bool =
 
 def results(base: Base, tasks: list[Task], micro: list[tuple[int, Example]]) -> list[torch.Tensor]:
     """Losses, shares, and the gradient of a weighted sum of losses by all that is trained."""
-    with Bank(base, tasks, train=True) as bank:
+    with MultiAdapterModel(base, tasks, train=True) as bank:
         each, right = losses_of(base, bank, micro, len(tasks))
         leaves = [p for slot in range(len(tasks)) for found in bank.factors(slot).values() for p in found]
         weights = torch.arange(1, 1 + len(each), dtype=each.dtype)
@@ -129,9 +129,9 @@ def test_in_bfloat16_too_up_to_its_rounding(family: str) -> None:
     assert base.offset == 0
     batch = rows(base.kind, [5, 1, 7, 3])
     micro = [(0, row) for row in batch]
-    with torch.no_grad(), Bank(base, [Task(Adapter({}))]) as bank:
+    with torch.no_grad(), MultiAdapterModel(base, [Task(Adapter({}))]) as bank:
         unpadded, _ = losses_of(base, bank, micro, 1)
-        with Bank(other := dataclasses.replace(base, offset=None), [Task(Adapter({}))]) as plain:
+        with MultiAdapterModel(other := dataclasses.replace(base, offset=None), [Task(Adapter({}))]) as plain:
             padded, _ = losses_of(other, plain, micro, 1)
     torch.testing.assert_close(unpadded, padded, rtol=2e-2, atol=2e-2)
 
@@ -139,7 +139,7 @@ def test_in_bfloat16_too_up_to_its_rounding(family: str) -> None:
 def test_a_decoder_makes_logits_of_the_tokens_before_the_response_s_and_of_no_others() -> None:
     base, seen = base_of("Llama"), list[tuple[int, ...]]()
     base.model.lm_head.register_forward_hook(lambda m, x, y: seen.append(tuple(y.shape)))
-    with torch.no_grad(), Bank(base, [Task(Adapter({}))]) as bank:
+    with torch.no_grad(), MultiAdapterModel(base, [Task(Adapter({}))]) as bank:
         losses_of(base, bank, [(0, row) for row in rows("instruction", [5, 4, 7, 3])], 1)
     assert seen == [(1, 0 + 1 + 2 + 2, 60)]  # the last row's first token is foretold by nothing
 
@@ -150,7 +150,7 @@ def test_where_the_vocabulary_s_layer_is_adapted_batches_are_padded() -> None:
     A, B = torch.randn(2, 16, generator=draw).double(), torch.randn(60, 2, generator=draw).double()
     tasks = [Task(Adapter({"lm_head": Pair(s * A, B, 0.3)})) for s in (1.0, -1.0)]
     micro = [(i // 2, row) for i, row in enumerate(rows("instruction", [5, 4, 7, 3]))]
-    with Bank(base, tasks) as bank:
+    with MultiAdapterModel(base, tasks) as bank:
         assert not bank.unpadded
     unpadded, padded = (results(b, tasks, micro) for b in (base, dataclasses.replace(base, offset=None)))
     for one, other in zip(unpadded, padded, strict=True):

@@ -8,10 +8,10 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from fedlora.core.messages import Task
 from fedlora.errors import ModelError
-from fedlora.evaluation import evaluate
 from fedlora.models import Base, load_adapter, save_adapter
-from fedlora.protocol import Task
+from fedlora.training.evaluation import evaluate
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models import LoRA, fresh_adapter, load_adapter, merge, save_adapter, targets
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Example, collate
 from fedlora.errors import ModelError
-from fedlora.models import Bank, Base
+from fedlora.models import Base, MultiAdapterModel
 from fedlora.models.per_row import call_rows
 from fedlora.privacy import self_test
 from fedlora.privacy import selftest as module
-from fedlora.protocol import Task
 
 RANKS, COUNTS, SCALES = (1, 3, 20), (3, 1, 4), (2.0, 0.7, 1.3)
 MODELS = ("bert", "roberta", "distilbert", "bert-mlm", "llama", "gpt2", "llama-cls", "gpt2-cls")
@@ -34,7 +34,7 @@ def tasks(
 
 def together(base: Base, work: Sequence[Task], rows: Sequence[Sequence[Example]]) -> list[list[Tensor]]:
     """For each slot its parameters' gradients, (rows, *shape)."""
-    with Bank(base, work, train=True, per_row=True) as bank:
+    with MultiAdapterModel(base, work, train=True, per_row=True) as bank:
         bank.route([len(own) for own in rows])
         losses, _ = base.losses(collate([row for own in rows for row in own], base.pad_id))
         found = []
@@ -48,7 +48,7 @@ def together(base: Base, work: Sequence[Task], rows: Sequence[Sequence[Example]]
 
 def alone(base: Base, task: Task, row: Example) -> list[Tensor]:
     """One row, unpadded, by the ordinary path."""
-    with Bank(base, [task], train=True) as bank:
+    with MultiAdapterModel(base, [task], train=True) as bank:
         losses, _ = base.losses(collate([row], base.pad_id))
         parameters = [p for group in bank.factors(0).values() for p in group]
         return list(torch.autograd.grad(losses.sum(), parameters))
@@ -101,7 +101,7 @@ def test_a_client_without_rows_has_no_gradients_and_the_others_have_theirs(zoo: 
     base = zoo.base("bert", double=True)
     work = tasks(zoo, base)
     rows = [zoo.rows(base, n, seed=k) for k, n in enumerate((2, 0, 3))]
-    with Bank(base, work, train=True, per_row=True) as bank:
+    with MultiAdapterModel(base, work, train=True, per_row=True) as bank:
         bank.route([2, 0, 3])
         losses, _ = base.losses(collate([row for own in rows for row in own], base.pad_id))
         for slot, count in ((0, 2), (2, 3)):
@@ -115,7 +115,7 @@ def test_the_sum_over_rows_is_the_ordinary_gradient_in_float32_too(zoo: Any) -> 
     [task] = tasks(zoo, base)[:1]
     rows = zoo.rows(base, 5, seed=1)
     [found] = together(base, [task], [rows])
-    with Bank(base, [task], train=True) as bank:
+    with MultiAdapterModel(base, [task], train=True) as bank:
         losses, _ = base.losses(collate(rows, base.pad_id))
         plain = torch.autograd.grad(losses.sum(), [p for g in bank.factors(0).values() for p in g])
     for want, got in zip(plain, found, strict=True):
@@ -186,10 +186,10 @@ def test_what_has_no_gradient_of_rows_is_refused(zoo: Any) -> None:
     name = next(iter(adapter.pairs))
     lengths = Adapter(adapter.pairs, {**adapter.extra, f"{name}.magnitude": torch.ones(16)})
     with pytest.raises(ModelError, match="no gradient for each row"):
-        Bank(base, [Task(lengths)], train=True, per_row=True)
+        MultiAdapterModel(base, [Task(lengths)], train=True, per_row=True)
     values = Adapter({}, {f"{name}.sparse": torch.ones(4)})
     with pytest.raises(ModelError, match="no gradient for each row"):
-        Bank(base, [Task(values, mask=3)], train=True, per_row=True)
+        MultiAdapterModel(base, [Task(values, mask=3)], train=True, per_row=True)
 
 
 class Slow(nn.Linear):

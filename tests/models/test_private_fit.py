@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Tail, Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base
 from fedlora.privacy import Mechanism, Source
-from fedlora.protocol import Tail, Task
-from fedlora.trainer import Job, Parameters, fit
+from fedlora.training.trainer import FitJob, Parameters, fit
 
 from_sgd = partial(torch.optim.SGD, lr=1.0)
 
@@ -40,7 +40,7 @@ def moved(before: Adapter, after: Adapter) -> Tensor:
 
 
 def one_step(base: Base, task: Task, rows: Sequence[Example], mech: Mechanism, tokens: int = 512) -> Tensor:
-    [found] = fit(base, [Job(task, [rows], mech)], sgd, tokens=tokens)
+    [found] = fit(base, [FitJob(task, [rows], mech)], sgd, tokens=tokens)
     return moved(task.adapter, found.adapter)
 
 
@@ -53,7 +53,7 @@ def test_a_step_is_the_sum_of_each_record_s_clipped_gradient(zoo: Any, name: str
     clip = 0.5
     want = 0.0
     for row in rows:
-        [found] = fit(base, [Job(task, [[row]])], sgd)  # the ordinary path, a row by itself
+        [found] = fit(base, [FitJob(task, [[row]])], sgd)  # the ordinary path, a row by itself
         own = moved(task.adapter, found.adapter)
         assert float(own.norm()) > clip  # all are clipped
         want = want + own * clip / float(own.norm())
@@ -74,14 +74,14 @@ def test_a_record_more_or_less_moves_a_step_by_at_most_the_clip(zoo: Any, name: 
         assert 0.9 * clip / size < float((more - less).norm()) <= clip / size * (1 + 1e-4)
 
 
-def jobs(zoo: Any, base: Base, sigma: float) -> list[Job]:
+def jobs(zoo: Any, base: Base, sigma: float) -> list[FitJob]:
     """Four clients of other ranks, batches, clips and noise; some batches are empty, one client has one."""
     found = []
     for k, (rank, sizes) in enumerate(((1, (3, 0, 2, 4)), (5, (0, 5)), (20, (2, 2, 0)), (2, (0,)))):
         rows = zoo.rows(base, sum(sizes), seed=k)
         batches = [[rows.pop() for _ in range(size)] for size in sizes]
         own = Mechanism(sigma * (k + 1), 0.3 + k / 10, 3 + k, Source(f"client {k}"))
-        found.append(Job(Task(zoo.adapter(base, rank, 1.0 + k, seed=k)), batches, own))
+        found.append(FitJob(Task(zoo.adapter(base, rank, 1.0 + k, seed=k)), batches, own))
     return found
 
 
@@ -119,7 +119,7 @@ def test_every_released_tensor_has_the_noise_of_theory_after_empty_and_full_batc
     found: dict[str, list[Tensor]] = {}
     for turn in range(12):
         mech = Mechanism(sigma, clip, size, Source(f"turn {turn}"))
-        [one] = fit(base, [Job(task, [rows, [], rows[:1]], mech)], sgd)
+        [one] = fit(base, [FitJob(task, [rows, [], rows[:1]], mech)], sgd)
         old = dict(task.adapter.tensors())
         for name, new in one.adapter.tensors():
             found.setdefault(name, []).append((new - old[name]).double().reshape(-1))
@@ -132,7 +132,7 @@ def test_every_released_tensor_has_the_noise_of_theory_after_empty_and_full_batc
 def test_a_frozen_factor_gets_no_noise(zoo: Any) -> None:
     base = zoo.base("bert")
     task = Task(zoo.adapter(base, 3), frozenset("B"))
-    [one] = fit(base, [Job(task, [[], []], mechanism(sigma=1.0))], sgd)
+    [one] = fit(base, [FitJob(task, [[], []], mechanism(sigma=1.0))], sgd)
     after = dict(one.adapter.tensors())
     for name, tensor in task.adapter.tensors():
         assert torch.equal(tensor, after[name]) == name.endswith(".A")
@@ -141,7 +141,7 @@ def test_a_frozen_factor_gets_no_noise(zoo: Any) -> None:
 def test_only_empty_batches_are_steps_of_noise(zoo: Any) -> None:
     base = zoo.base("bert")
     task = Task(zoo.adapter(base, 2))
-    [one] = fit(base, [Job(task, [[], [], []], mechanism(sigma=1.0))], sgd)
+    [one] = fit(base, [FitJob(task, [[], [], []], mechanism(sigma=1.0))], sgd)
     assert one.steps == 3
     assert float(moved(task.adapter, one.adapter).std()) == pytest.approx(0.5 / 4 * math.sqrt(3), rel=0.1)
 
@@ -169,9 +169,9 @@ def test_the_penalty_of_a_tail_comes_after_the_noise(zoo: Any) -> None:
     """It follows from what is released already, so that it may be as large as it likes."""
     base = zoo.base("bert", double=True)
     adapter = Adapter(zoo.adapter(base, 4, head=False).pairs)
-    [plain] = fit(base, [Job(Task(adapter), [[]], mechanism(0.0))], sgd)
+    [plain] = fit(base, [FitJob(Task(adapter), [[]], mechanism(0.0))], sgd)
     tail = Tail(0.5, 10.0, 1)
-    [pressed] = fit(base, [Job(Task(adapter, tail=tail), [[]], mechanism(0.0))], sgd)
+    [pressed] = fit(base, [FitJob(Task(adapter, tail=tail), [[]], mechanism(0.0))], sgd)
     assert float(moved(adapter, plain.adapter).norm()) == 0
     assert float(moved(adapter, pressed.adapter).norm()) > 0.5  # not clipped
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import State, Task
 from fedlora.errors import ConfigError, ModelError
-from fedlora.models import Bank, LoRA, fresh_adapter, save_adapter, taken_out, targets
+from fedlora.models import LoRA, MultiAdapterModel, fresh_adapter, save_adapter, take_out_of_base, targets
 from fedlora.models.lora import layer_weight
-from fedlora.protocol import State, Task
 from fedlora.strategies import FeDeRA
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -24,7 +24,7 @@ STARTS = ("pissa", "olora")
 def start(base: Any, init: str, rank: int = 3, alpha: float = 5.0, head: bool = True) -> Any:
     shapes = targets(base, "all-linear")
     fresh = fresh_adapter(base, shapes, LoRA(alpha=alpha).peer(0, rank, shapes), base.heads if head else ())
-    return taken_out(base, fresh, init)
+    return take_out_of_base(base, fresh, init)
 
 
 def dense(pair: Pair) -> np.ndarray:
@@ -39,9 +39,9 @@ def test_the_model_starts_as_the_plain_base(zoo: Any, name: str, init: str) -> N
     rows = zoo.batch(base)
     with torch.no_grad():
         plain = base.logits(rows)
-        with Bank(base, [Task(adapter, fold=fold)]):
+        with MultiAdapterModel(base, [Task(adapter, fold=fold)]):
             got = base.logits(rows)
-        with Bank(base, [Task(adapter)]):  # the part that was taken out counts
+        with MultiAdapterModel(base, [Task(adapter)]):  # the part that was taken out counts
             doubled = base.logits(rows)
     assert zoo.same(base, plain, got, rows, 1e-5)
     assert not zoo.same(base, plain, doubled, rows, 1e-2)
@@ -132,7 +132,7 @@ def test_what_is_trained_from_it_is_a_delta_of_twice_the_rank_for_plain_peft(
     save_adapter(whole, base, tmp_path)
     theirs = zoo.theirs(base, PeftModel.from_pretrained(zoo.plain(base), str(tmp_path)))
     rows = zoo.batch(base)
-    with torch.no_grad(), Bank(base, [Task(state.adapter, fold=fold)]):
+    with torch.no_grad(), MultiAdapterModel(base, [Task(state.adapter, fold=fold)]):
         ours = base.logits(rows)
     assert zoo.same(base, theirs, ours, rows, 1e-5)
     for pair in whole.pairs.values():
@@ -151,7 +151,7 @@ def test_a_bfloat16_base_is_taken_apart_in_higher_precision(zoo: Any) -> None:
     rows = zoo.batch(base)
     with torch.no_grad():
         plain = base.logits(rows)
-        with Bank(base, [Task(adapter, fold=fold)]):
+        with MultiAdapterModel(base, [Task(adapter, fold=fold)]):
             assert zoo.same(base, plain, base.logits(rows), rows, 0.05)
 
 

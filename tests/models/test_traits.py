@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedlora.batches import micro_batches
 from fedlora.data import Example
 from fedlora.models import Traits
 from fedlora.models.state import put_back
+from fedlora.training.batches import micro_batches
 
 
 class Keeps(nn.Module):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fedlora.errors import ConfigError
-from fedlora.experiments.audit import Audit, Reading, _guess, audit, report
-from fedlora.experiments.one_run import lower_bound, p_value
 from fedlora.privacy import Plan, Source
+from fedlora.privacy.audit_bound import lower_bound, p_value
 from fedlora.privacy.optimizer import PrivateOptimizer
+from fedlora.runner.audit import Audit, Reading, _guess, audit, report
 
 Patch = pytest.MonkeyPatch
 

@@ -1,6 +1,6 @@
 import pytest
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 from fedlora.report import read_run, read_runs, seeds_table
 from fedlora.report.html import write_report
 from fedlora.report.seeds import groups

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.engine.wire import read_task, write_task
-from fedlora.protocol import Peer
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer
+from fedlora.rounds.codec import read_task, write_task
 from fedlora.strategies import FedExLoRA, FedIT, FedRotLoRA, FedSVD, FFALoRA, FLoRA, RoLoRA
 
 OUT, IN, RANK, CLIENTS, BYTES = 40, 60, 2, 3, 8

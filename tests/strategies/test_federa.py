@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import negative
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import negative
+from fedlora.core.messages import Peer, Update
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, Update
 from fedlora.strategies import FeDeRA, FedIT
 
 seeds = st.integers(0, 2**32 - 1)

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import dense
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import dense
+from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import ConfigError
-from fedlora.protocol import Peer, State, Update
 from fedlora.strategies import FedFold
 
 seeds, dims = st.integers(0, 2**32 - 1), st.integers(1, 9)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import ConfigError, IncompatibleUpdates
-from fedlora.protocol import Peer, State, Update
 from fedlora.strategies import FedIT, FedMS
 
 LAYERS = {

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Assignment, Outcome
-from fedlora.engine.wire import read_task, write_task, write_update
-from fedlora.protocol import Peer, State, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
+from fedlora.rounds.codec import read_task, write_task, write_update
 from fedlora.strategies import FedSALoRA
+from fedlora.training.client import TrainRequest, TrainResult
 
 seeds, dims = st.integers(0, 2**32 - 1), st.integers(1, 9)
 held = st.lists(st.tuples(st.integers(1, 8), st.floats(0.1, 9), st.floats(0.1, 9)), min_size=1, max_size=5)
@@ -97,7 +97,7 @@ def test_only_a_travels_up_and_after_the_first_time_down(make, rng):
     sa, state = FedSALoRA(), State(make.adapter(rng, LAYERS, 8, 2.0, torch.float32))
     first, held = write_task(sa.task(state, Peer(0, 4)), 1, 0)
     task, _, _, has = read_task(first)
-    reply = write_update(Outcome(task.adapter, {}), task, 1, 5)
+    reply = write_update(TrainResult(task.adapter, {}), task, 1, 5)
     assert set(reply.array_records["arrays"]) == {"m.A", "n.A"}
     assert sum(a.numpy().nbytes for a in reply.array_records["arrays"].values()) == 4 * 4 * (9 + 3)
     again, _ = write_task(sa.task(state, Peer(0, 4)), 2, 0, held)
@@ -109,7 +109,7 @@ def test_a_client_goes_on_from_its_own_b_on_the_new_a(make, rng):
     sa, state = FedSALoRA(), State(make.adapter(rng, LAYERS, 8, 2.0))
     new = dataclasses.replace(state, adapter=make.adapter(rng, LAYERS, 8, 2.0))
     own = {"m.B": make.tensor(rng, 7, 4), "head.bias": torch.tensor(9.0, dtype=torch.float64)}
-    start = Assignment(0, 5, 0, sa.task(new, Peer(0, 4)), [], own).start
+    start = TrainRequest(0, 5, 0, sa.task(new, Peer(0, 4)), [], own).start
     assert torch.equal(start.pairs["m"].A, new.adapter.pairs["m"].A[:4])
     assert torch.equal(start.pairs["m"].B, own["m.B"])
     assert torch.equal(start.pairs["n"].B, new.adapter.pairs["n"].B[:, :4])  # it has none of its own yet

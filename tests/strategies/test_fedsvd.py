@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import ConfigError, IncompatibleUpdates
-from fedlora.protocol import Peer, State, Update
 from fedlora.strategies import FedSVD, FFALoRA
 
 held = st.lists(st.tuples(st.integers(1, 12), st.floats(0.1, 9)), min_size=1, max_size=5)

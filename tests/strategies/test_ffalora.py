@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, State, Update
 from fedlora.strategies import FFALoRA
 
 

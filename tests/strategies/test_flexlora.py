@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import singular_values, truncate
-from fedlora.protocol import Peer, State, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import singular_values, truncate
+from fedlora.core.messages import Peer, State, Update
 from fedlora.strategies import FlexLoRA
 
 seeds, dims = st.integers(0, 2**32 - 1), st.integers(1, 9)

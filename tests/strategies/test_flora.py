@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.algebra import accumulate
-from fedlora.protocol import Peer, State, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import accumulate
+from fedlora.core.messages import Peer, State, Update
 from fedlora.strategies import FLoRA
 
 dims = st.integers(1, 9)

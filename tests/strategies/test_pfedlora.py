@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.adapter import Adapter
-from fedlora.protocol import Peer, Update
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Peer, Update
 from fedlora.strategies import PFedLoRA
 
 

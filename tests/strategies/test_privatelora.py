@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.client import Outcome
-from fedlora.engine.wire import read_task, write_task, write_update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import IncompatibleUpdates
-from fedlora.protocol import Peer, State, Update
+from fedlora.rounds.codec import read_task, write_task, write_update
 from fedlora.strategies import PrivateLoRA
+from fedlora.training.client import TrainResult
 
 seeds, dims = st.integers(0, 2**32 - 1), st.integers(1, 9)
 held = st.lists(st.tuples(st.integers(1, 8), st.floats(0.1, 9), st.floats(0.1, 9)), min_size=1, max_size=5)
@@ -124,7 +124,7 @@ def test_r_squared_numbers_travel_and_the_frozen_factors_once(make, rng):
     first, held = write_task(private.task(state, Peer(0, 5)), 1, 0)
     task, _, _, has = read_task(first)
     assert "adapter/m.A" in first.array_records["arrays"]
-    reply = write_update(Outcome(task.adapter, {}), task, 1, 5).array_records["arrays"]
+    reply = write_update(TrainResult(task.adapter, {}), task, 1, 5).array_records["arrays"]
     assert {n: tuple(a.shape) for n, a in reply.items() if "head" not in n} == {"m.M": (5, 5), "n.M": (5, 5)}
     again = write_task(private.task(state, Peer(0, 5)), 2, 0, held)[0]
     names = {"adapter/m.M", "adapter/n.M", "adapter/head.weight", "adapter/head.bias"}

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.protocol import Peer, State, Update
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
 from fedlora.strategies import RaFLoRA
 
 seeds, dims = st.integers(0, 2**32 - 1), st.integers(1, 9)

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
+from fedlora.core.sparse import places
 from fedlora.errors import ConfigError, IncompatibleUpdates
-from fedlora.protocol import Peer, State, Update
-from fedlora.sparse import places
 from fedlora.strategies import FedIT, FlexLoRA, SLoRA
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
@@ -88,7 +88,7 @@ def test_the_server_takes_the_weighted_mean_and_nothing_moves_off_the_mask(make,
 
 
 def test_the_mask_is_the_same_in_another_process_and_another_for_another_seed():
-    code = "from fedlora.sparse import places; print(places(5, 'wide', (5, 9), 12).tolist())"
+    code = "from fedlora.core.sparse import places; print(places(5, 'wide', (5, 9), 12).tolist())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     found = places(5, "wide", (5, 9), 12)
     assert told.strip() == str(found.tolist())

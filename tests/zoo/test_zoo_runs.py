@@ -9,7 +9,7 @@ import pytest
 from zoo_models import checkpoint, lines
 from zoo_table import ZOO
 
-from fedlora.experiments.run import main
+from fedlora.cli.main import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),

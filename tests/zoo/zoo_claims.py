@@ -17,15 +17,15 @@ from zoo_entry import Entry
 from zoo_models import LABELS, LONG, checkpoint, rows
 from zoo_plain import adapted, generated, gradients, logits, loss, plain
 
-from fedlora.adapter import Adapter, Pair
-from fedlora.answers import answer, answer_ends
-from fedlora.batches import micro_batches
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Task
 from fedlora.data import Example
-from fedlora.evaluation import evaluate
-from fedlora.models import Bank, Base, load, merge, save_adapter, targets
+from fedlora.models import Base, MultiAdapterModel, load, merge, save_adapter, targets
 from fedlora.privacy import self_test
-from fedlora.protocol import Task
-from fedlora.trainer import Job, fit
+from fedlora.training.batches import micro_batches
+from fedlora.training.evaluation import evaluate
+from fedlora.training.generation import answer, answer_ends
+from fedlora.training.trainer import FitJob, fit
 
 RATE = 0.1
 ANY = 10**6  # tokens of a micro-batch: whatever the model lets be together is
@@ -113,14 +113,14 @@ class Case:
 
     def fit_rows(self, held: dict[int, list[Example]], tokens: int | None = None) -> list[dict[str, Tensor]]:
         """One SGD step of clients with these rows in one pass, by fedlora."""
-        jobs = [Job(Task(self.adapter(client)), [own]) for client, own in held.items()]
+        jobs = [FitJob(Task(self.adapter(client)), [own]) for client, own in held.items()]
         found = fit(self.base, jobs, _sgd, tokens=tokens)
         return [dict(one.adapter.tensors()) for one in found]
 
     def ours(self, base: Base, adapter: Adapter | None) -> list[Tensor]:
         """fedlora's logits of client 0's rows, without the padding's; of the model alone without adapter."""
         found: dict[int, Tensor] = {}
-        with torch.no_grad(), Bank(base, [Task(adapter)]) if adapter else nullcontext():
+        with torch.no_grad(), MultiAdapterModel(base, [Task(adapter)]) if adapter else nullcontext():
             for numbers, own in self.together(base, self.clients[0]):
                 batch = base.collate(own)
                 for number, one, real in zip(numbers, base.logits(batch), batch.attention_mask, strict=True):
@@ -184,7 +184,7 @@ def private(case: Case) -> None:
     names += case.base.head_state()
     for held, alone in ((case.clients[0], case.gradients), (case.long, case.long_gradients)):
         for numbers, own in case.together(case.base, held):
-            with Bank(case.base, [task], train=True, per_row=True) as bank:
+            with MultiAdapterModel(case.base, [task], train=True, per_row=True) as bank:
                 bank.route([len(own)])
                 parameters = [p for found in bank.factors(0).values() for p in found]
                 losses, _ = case.base.losses(case.base.collate(own))

@@ -65,7 +65,7 @@ def _peer(*words: str, launcher: Sequence[str] = ()) -> Command:
 
 
 def _fedlora(*words: str) -> Command:
-    run = [sys.executable, "-m", "fedlora.experiments.run", "run"]
+    run = [sys.executable, "-m", "fedlora.cli.main", "run"]
     return lambda size, job, out: [*run, *size.words(), *words, f"out='{out}'"]
 
 

@@ -1,11 +1,13 @@
 """The one job: how `fedlora run` is told of it, and the same written down for the peers."""
 
 from dataclasses import dataclass
+from typing import cast
 
-from fedlora.client import Assignment
-from fedlora.experiments.build import build
-from fedlora.experiments.settings import compose
-from fedlora.protocol import Task
+from fedlora.clients import LocalTraining
+from fedlora.config.composition import compose
+from fedlora.core.messages import Task
+from fedlora.runner.assemble import assemble
+from fedlora.training.client import TrainRequest
 
 from .shared import Job
 
@@ -38,12 +40,13 @@ class Size:
 
 def written(size: Size) -> Job:
     """The job as fedlora makes it, with every batch that it will draw."""
-    made = build(compose(size.words()))
+    made = assemble(compose(size.words()))
     client, adapter = made.site.client, made.start.adapter
+    assert isinstance(client, LocalTraining)
     rows = [list(made.site.rows(k)) for k in range(size.clients)]
     orders = []
     for round in range(1, size.rounds + 1):
-        drawn = [client.batches(Assignment(k, round, 0, Task(adapter), own)) for k, own in enumerate(rows)]
+        drawn = [client.batches(TrainRequest(k, round, 0, Task(adapter), own)) for k, own in enumerate(rows)]
         places = [{id(row): i for i, row in enumerate(own)} for own in rows]
         orders.append(
             [[[at[id(row)] for row in batch] for batch in own] for at, own in zip(places, drawn, strict=True)]
@@ -65,8 +68,8 @@ def written(size: Size) -> Job:
         lr=client.lr,
         head_lr=client.head_lr or client.lr,
         clip=client.clip,
-        rows=[[(row.input_ids, row.target) for row in own] for own in rows],
+        rows=[[(list(row.input_ids), cast("int", row.target)) for row in own] for own in rows],
         orders=orders,
-        test=[(row.input_ids, row.target) for row in made.test],
+        test=[(list(row.input_ids), cast("int", row.target)) for row in made.test],
         start=start | {f"{PREFIX}{name}": value for name, value in adapter.extra.items()},
     )

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
 
-from fedlora.client import Outcome
-from fedlora.engine.inbox import Inbox
-from fedlora.engine.wire import read_update, write_update
-from fedlora.protocol import Peer, State, Task
+from fedlora.core.messages import Peer, State, Task
+from fedlora.rounds.codec import read_update, write_update
+from fedlora.rounds.exchange import MessageExchange
+from fedlora.training.client import TrainResult
 
 
 @dataclass
@@ -33,7 +33,7 @@ class World:
     def receive(self, answers: Callable[[list[Message]], list[Message]]) -> Any:
         """What the inbox makes of the replies to a round; how they find their task is its business."""
         warned: list[str] = []
-        inbox, asked = Inbox(warned.append), []
+        inbox, asked = MessageExchange(warned.append), []
         for k, (peer, task) in enumerate(zip(self.peers, self.tasks, strict=True)):
             message = inbox.send(1000 + k, peer, task, self.ROUND, 0, 0, {})
             message.metadata.__dict__["_message_id"] = f"message-{k}"
@@ -75,7 +75,7 @@ def make_world(strategy: Any, wire: Any) -> World:
     tasks = [strategy.task(state, peer) for peer in peers]
     made = [wire.moved(task, own=True) for task in tasks]
     honest = [
-        write_update(Outcome(a, {"loss": 0.5}), t, World.ROUND, 10 + k)
+        write_update(TrainResult(a, {"loss": 0.5}), t, World.ROUND, 10 + k)
         for k, (a, t) in enumerate(zip(made, tasks, strict=True))
     ]
     return World(state, peers, tasks, honest)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora import strategies
-from fedlora.engine.canaries import of_updates
+from fedlora.rounds.sanity_checks import check_updates
 
 pytestmark = pytest.mark.slow
 
@@ -174,5 +174,5 @@ def test_a_copy_of_a_client_of_the_same_rank_is_told(world: Any) -> None:
             Message(found.reply(2), reply_to=asked[1]),
         ],
     )
-    (said,) = of_updates(updates, tasks)
+    (said,) = check_updates(updates, tasks)
     assert said.startswith("client 1, client 2 sent the same update, bit for bit")

@@ -1,0 +1,1 @@
+"""The configuration groups of `fedlora run`, one folder each."""

@@ -1,0 +1,272 @@
+"""The interface of a federated LoRA algorithm: how client updates become the next global state."""
+
+import math
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import (
+    compress,
+    mean_extras,
+    mean_factors,
+    mean_tensors,
+    normalised,
+    pad,
+    refill,
+    rescale,
+    truncate,
+)
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.errors import IncompatibleUpdates
+from fedlora.seeds import generator
+
+
+class Strategy(ABC):
+    """How client updates become the next global state, and nothing else.
+
+    Subclasses are frozen dataclasses; their fields are the paper's hyper-parameters. Methods are pure: no
+    mutation, no input or output, no randomness but the generator they are handed. Sampling, weights,
+    evaluation, checkpoints and byte counts are the engine's.
+
+    Facts that the engine and the documentation read off the class:
+        mixed_ranks: may clients hold different ranks?
+        linear: does the new state depend on the updates through their weighted mean alone, so that a server
+            which sees nothing but a sum could run it?
+        products: is the weighted mean of the products s·B·A, and of the extras, enough for it?
+        exact: is the new ΔW the weighted mean of the clients' own, fold and s_k B_k A_k together?
+        personal: do clients keep a trained part, so that the global state alone is nobody's model?
+        start: the initial adapter that the paper asks for, a value of `lora.init`.
+        client: the name of the client class that it needs; empty where ordinary local training does.
+    """
+
+    mixed_ranks: ClassVar[bool]
+    linear: ClassVar[bool]
+    exact: ClassVar[bool]
+    products: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
+    start: ClassVar[str] = "lora"
+    client: ClassVar[str] = ""
+
+    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+        """The state before round 1.
+
+        Where ranks may differ, an adapter that has learned something is put in the order of its singular
+        values, so that the first r directions, which a client of rank r gets, are its best approximation.
+        A pair that was taken out of the base stays as it is: a client needs all of it, since what a cut
+        leaves out would be missing in its base.
+
+        Args:
+            adapter: of the largest rank any client has.
+            fold: what is added to the frozen base from the start, such as minus an adapter taken out of it.
+            seed: of the strategy's own random choices.
+        """
+        fold = fold or {}
+        given = {m: pair for m, pair in adapter.pairs.items() if m not in fold}
+        if self.mixed_ranks:
+            adapter = Adapter({**adapter.pairs, **ordered(given, seed)}, adapter.extra)
+        return State(adapter, fold=fold, seed=seed)
+
+    def task(self, state: State, peer: Peer) -> Task:
+        """What `peer` downloads, trains and shares: by default its cut of both factors, all of it trained."""
+        return Task(slice_to_rank(state.adapter, peer), fold=state.fold)
+
+    @abstractmethod
+    def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
+        """The next state, from this round's updates in any order.
+
+        Raises:
+            IncompatibleUpdates: modules, shapes, ranks or weights that this algorithm cannot combine.
+        """
+
+    def admit(
+        self, state: State, updates: Sequence[Update], expected: Adapter | None = None
+    ) -> tuple[list[Update], list[float]]:
+        """The updates in the order of their clients' ids, and their weights with sum 1.
+
+        Sums of floats depend on their order; sorting here makes the result independent of who answered
+        first. Updates lose their autograd graphs and are lifted to the state's precision. Every `aggregate`
+        begins with this call.
+
+        Args:
+            state: the state that the updates answer to.
+            updates: at least one.
+            expected: what clients send where it is not of the form of the state's adapter.
+
+        Raises:
+            IncompatibleUpdates: no update, or two of one client; wrong or missing modules or extras; wrong
+                shapes; different ranks where the strategy has no rule for them; numbers that are not finite.
+                Names the client and the module.
+        """
+        name, expected = type(self).__name__, expected or state.adapter
+        if not updates:
+            raise IncompatibleUpdates(f"strategy {name}: expected at least one update, got none")
+        ordered = sorted(updates, key=lambda update: -1 if update.peer is None else update.peer.id)
+        ids = [update.peer.id for update in ordered if update.peer]
+        if twice := sorted({i for i in ids if ids.count(i) > 1}):
+            raise IncompatibleUpdates(f"strategy {name}: client {twice[0]} sent more than one update")
+        for position, update in enumerate(ordered):
+            who = f"strategy {name}: {update.peer.called if update.peer else f'client #{position}'}"
+            _fits(expected, update.adapter, who)
+            for module, pair in update.adapter.pairs.items():
+                rank = expected.pairs[module].rank
+                if not self.mixed_ranks and pair.rank != rank:
+                    raise IncompatibleUpdates(
+                        f"{who} sent rank {pair.rank} for '{module}', expected {rank}, the global adapter's; "
+                        "use a strategy for mixed ranks, such as FlexLoRA"
+                    )
+            if not (math.isfinite(update.weight) and update.weight >= 0):
+                raise IncompatibleUpdates(f"{who} has weight {update.weight}, expected a finite number >= 0")
+        return [_plain(update, expected) for update in ordered], normalised(
+            [update.weight for update in ordered]
+        )
+
+    def mean_of(
+        self, factor: Literal["A", "B"], state: State, sent: Sequence[Update], weights: Sequence[float]
+    ) -> dict[str, Pair]:
+        """One factor averaged beside the other, which all clients have in common and nobody trained.
+
+        Σ_k w_k s_k B_k A_k = s B̄ A, exactly, where A_k is the first r_k rows of one A; and so with B in
+        common. A smaller rank counts as padded with zeros. A direction whose frozen half is zero carries
+        nothing, so its other half stays as it was: with both at zero it could never learn again.
+
+        Raises:
+            IncompatibleUpdates: a client sent another frozen factor than it was given, by a single bit.
+        """
+        frozen = "A" if factor == "B" else "B"
+        found = {}
+        for m, old in state.adapter.pairs.items():
+            padded = []
+            for position, update in enumerate(sent):
+                pair = update.adapter.pairs[m]
+                own, given = getattr(pair, frozen), truncate(old, pair.rank)
+                if frozen == "B":
+                    given = rescale(given, pair.scale)
+                if not torch.equal(own, getattr(given, frozen).to(own.dtype)):
+                    who = update.peer.called if update.peer else f"client #{position}"
+                    raise IncompatibleUpdates(
+                        f"strategy {type(self).__name__}: {who} sent another {frozen} for '{m}' than "
+                        f"the first {pair.rank} directions of the one that all share, frozen this round; "
+                        f"every client must keep the {frozen} it was sent"
+                    )
+                padded.append(getattr(pad(rescale(pair, old.scale), old.rank), factor))
+            mean = mean_tensors(padded, weights)
+            A, B = old.A.to(mean.dtype), old.B.to(mean.dtype)
+            if frozen == "A":
+                B = torch.where((A == 0).all(dim=1), B, mean)
+            else:
+                A = torch.where((B == 0).all(dim=0)[:, None], A, mean)
+            found[m] = Pair(A, B, old.scale)
+        return found
+
+
+def mean_adapter(state: State, sent: Sequence[Update], weights: Sequence[float]) -> Adapter:
+    """A, B and the extras averaged each by itself, Σ_k w_k A_k and Σ_k w_k B_k, in the state's scales."""
+    pairs = {
+        m: mean_factors([u.adapter.pairs[m] for u in sent], weights, old.scale)
+        for m, old in state.adapter.pairs.items()
+    }
+    return Adapter(pairs, mean_extras([u.adapter.extra for u in sent], weights))
+
+
+def ordered(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
+    """The same ΔW and ranks, every pair split as U·S | Vᵀ by falling singular values (Eckart–Young).
+
+    Directions that ΔW lacks up to the rank are random and orthonormal, with B = 0. A pair with B = 0 stays as
+    it is, since any of its cuts is exact.
+    """
+    found = dict(pairs)
+    for name, pair in pairs.items():
+        if pair.B.any():
+            rng = generator(seed, "refill", zlib.crc32(name.encode()), 0)
+            found[name] = refill(compress(pair), pair.rank, rng)
+    return found
+
+
+def slice_to_rank(adapter: Adapter, peer: Peer) -> Adapter:
+    """The part of a global adapter that a peer's ranks hold, in the peer's scales.
+
+    The first r rows of A and columns of B; a difference of scale goes on B.
+
+    Raises:
+        IncompatibleUpdates: the peer's rank is larger than what there is.
+    """
+    pairs = {}
+    for name, pair in adapter.pairs.items():
+        rank = peer.ranks.get(name, peer.rank)
+        if rank < 1:
+            raise IncompatibleUpdates(f"{peer.called} asks rank {rank} of '{name}', expected 1 or more")
+        if rank > pair.rank:
+            raise IncompatibleUpdates(
+                f"{peer.called} asks rank {rank} of '{name}', the global adapter has {pair.rank}; "
+                "start the run with the largest rank of all clients"
+            )
+        pairs[name] = rescale(truncate(pair, rank), peer.scales.get(name, pair.scale))
+    return Adapter(pairs, {name: tensor.clone() for name, tensor in adapter.extra.items()})
+
+
+def grow_rank(state: State, peer: Peer) -> Adapter:
+    """The global adapter with directions enough for a peer's ranks: fresh ones have B = 0, so ΔW stays."""
+    room = {}
+    for name, pair in state.adapter.pairs.items():
+        rng = generator(state.seed, "refill", zlib.crc32(name.encode()), state.round)
+        room[name] = refill(pair, peer.ranks.get(name, peer.rank), rng)
+    return Adapter(room, state.adapter.extra)
+
+
+def _plain(update: Update, expected: Adapter) -> Update:
+    """The update without autograd graphs, and in no lower precision than the state."""
+    pairs = {}
+    for m, pair in update.adapter.pairs.items():
+        dtype = torch.promote_types(pair.A.dtype, expected.pairs[m].A.dtype)
+        found = {factor: tensor.detach().to(dtype) for factor, tensor in pair.factors()}
+        pairs[m] = Pair(scale=pair.scale, **found)
+    extra = {
+        name: tensor.detach().to(torch.promote_types(tensor.dtype, expected.extra[name].dtype))
+        for name, tensor in update.adapter.extra.items()
+    }
+    return replace(update, adapter=Adapter(pairs, extra))
+
+
+def _fits(expected: Adapter, got: Adapter, who: str) -> None:
+    """Raise IncompatibleUpdates unless modules, extras and all shapes but the rank are the expected ones."""
+    for kind, want, have in (
+        ("modules", expected.pairs.keys(), got.pairs.keys()),
+        ("extra tensors", expected.extra.keys(), got.extra.keys()),
+    ):
+        if want != have:
+            raise IncompatibleUpdates(
+                f"{who} sent other {kind} than the global adapter has: "
+                f"missing {sorted(want - have)[:3]}, unknown {sorted(have - want)[:3]}"
+            )
+    parts = [(module, tensor) for module, pair in got.pairs.items() for _, tensor in pair.factors()]
+    for name, tensor in [*parts, *got.extra.items()]:
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise IncompatibleUpdates(f"{who} sent NaN or infinity for '{name}': its training diverged")
+    for module, pair in got.pairs.items():
+        if pair.shape != expected.pairs[module].shape:
+            raise IncompatibleUpdates(
+                f"{who} sent an update of shape {pair.shape} for '{module}', "
+                f"expected {expected.pairs[module].shape}"
+            )
+    for name, tensor in got.extra.items():
+        if tensor.shape != expected.extra[name].shape:
+            raise IncompatibleUpdates(
+                f"{who} sent shape {tuple(tensor.shape)} for '{name}', "
+                f"expected {tuple(expected.extra[name].shape)}"
+            )
+
+
+def named(suits: Callable[[type[Strategy]], bool]) -> str:
+    """The packaged strategies that suit, by the names that the command line takes: "fedit, ffalora or slora".
+
+    Messages take their lists from here, so that no list is kept by hand beside the facts of the classes.
+    """
+    ours = [cls for cls in Strategy.__subclasses__() if cls.__module__.startswith("fedlora.strategies.")]
+    *most, last = sorted(cls.__name__.lower() for cls in ours if suits(cls)) or ["none"]
+    return f"{', '.join(most)} or {last}" if most else last

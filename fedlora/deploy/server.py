@@ -1,0 +1,170 @@
+"""The server of a deployment, as Flower's SuperLink starts it: the same run over sites on other machines."""
+
+import os
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from flwr.serverapp import Grid
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.callbacks.remote import ProgressSender, files_of
+from fedlora.config.instantiate import differences, make
+from fedlora.core.messages import Peer
+from fedlora.core.strategy import Strategy
+from fedlora.deploy.known_sites import registered
+from fedlora.deploy.site_config import Invitation, check_name
+from fedlora.deploy.superlink import NOTE
+from fedlora.engines.polling import PollingGrid
+from fedlora.errors import ConfigError, FedLoraError
+from fedlora.rounds.registry import ClientRegistry
+from fedlora.runner.assemble import Assembly, assemble
+from fedlora.runner.assign_ranks import assign_ranks
+from fedlora.runner.load_data import load_dataset
+from fedlora.runner.load_models import heads_of
+from fedlora.runner.results import ANSWERS
+from fedlora.runner.run import ActiveRun
+from fedlora.runner.task_file import FILE as LEARNT
+from fedlora.storage.run_folder import RunFolder
+
+LEDGER = "checkpoint/ledger.json"  # of client-level privacy
+BROUGHT = (
+    LEARNT,
+    "metrics.jsonl",
+    "clients.jsonl",
+    "data.json",
+    "summary.json",
+    "adapter",
+    ANSWERS,
+    "report.html",
+    LEDGER,
+)
+MAY_CHANGE = ("out", "resume", "rounds", "engine")  # of a run that goes on
+SOON = 5.0  # seconds that a check waits for sites that are not connected
+LARGEST = 64 * 2**20  # bytes of files that go through the log; larger ones stay with the server
+
+
+def serve(grid: Grid, given: Mapping[str, str]) -> None:
+    """Run, or look over, a federation, and tell its user through the log.
+
+    Args:
+        grid: how the SuperLink reaches the sites.
+        given: "config", the composed configuration as YAML, and "verb", run or check.
+    """
+    teller = ProgressSender()
+    try:
+        config = OmegaConf.create(given["config"])
+        assert isinstance(config, DictConfig)
+        check_name(str(config.engine.experiment))
+        if given["verb"] == "check":
+            _check(config, grid, teller)
+        else:
+            _run(config, grid, teller)
+    except FedLoraError as error:
+        teller.tell("error", str(error), 2)
+        raise
+    except Exception as error:
+        teller.tell("error", f"unexpected {type(error).__name__} at the server: {error}", 1)
+        teller.tell("trace", traceback.format_exc())
+        raise
+
+
+def state_folder() -> Path:
+    """Where this server keeps its runs."""
+    return Path(os.environ.get("FEDLORA_STATE", "~/.local/state/fedlora")).expanduser()
+
+
+def _run(config: DictConfig, grid: Grid, teller: ProgressSender) -> None:
+    path = state_folder() / str(config.engine.experiment)
+    if (path / "config.yaml").exists():  # the server was stopped in this run before
+        if differ := differences(config, path, MAY_CHANGE):
+            raise ConfigError(
+                f"engine.experiment: '{path.name}' is another run on this server, whose {', '.join(differ)} "
+                "differ; give this one a name of its own"
+            )
+        config.resume = str(path)
+    run = ActiveRun.begin(config, path)
+    job = run.job
+    with run.held, _nothing_left(config, run.folder):
+        teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
+        run.folder.write_json(NOTE, {"run": grid.run.run_id})  # so that `deploy status` finds it
+        patient = PollingGrid(grid, job.enough, done=teller.advance, late=teller.warn)
+        run.go(patient, teller, _plan(config, job).record())
+    _bring(run.folder, teller)
+
+
+@contextmanager
+def _nothing_left(config: DictConfig, folder: RunFolder) -> Iterator[None]:
+    """Remove a new run's folder if no round of it has come to an end: there is nothing to go on with."""
+    try:
+        yield
+    except FedLoraError:
+        if config.resume is None and not folder.rounds():
+            shutil.rmtree(folder.path)
+        raise
+
+
+def _bring(folder: RunFolder, teller: ProgressSender) -> None:
+    """Send the files of a finished run to whoever follows it."""
+    last = folder.last_checkpoint
+    names = [*BROUGHT, str(last.relative_to(folder.path))]
+    if (size := sum(file.stat().st_size for file in files_of(folder.path, names))) > LARGEST:
+        teller.warn(
+            f"{size / 1e6:.0f} MB are too much for the log; adapter and checkpoint stay in {folder.path}"
+        )
+        names = [name for name in BROUGHT if name != "adapter"]
+    teller.bring(folder.path, names)
+    teller.tell("done")
+
+
+def _plan(config: DictConfig, job: Assembly) -> Invitation:
+    model = job.base.fingerprint(heads_of(config, job.base))
+    return Invitation(str(config.engine.experiment), job.dataset.labels, model)
+
+
+def _refused_early(config: DictConfig, grid: Grid, teller: ProgressSender) -> set[int]:
+    """The nodes whose settings or rows do not suit the run, which they say before anyone loads a model.
+
+    Raises:
+        FedLoraError: no node could take part, or the run's own settings cannot work.
+    """
+    labels = load_dataset(config).labels
+    strategy: Strategy = make(config, "strategy", Strategy)
+    clients = config.clients or 1  # without a number `assemble` refuses the run
+    roster = ClientRegistry(
+        Peer,
+        max(assign_ranks(config.ranks, clients, config.seed)),
+        lambda text: teller.tell("refused", text),
+        Invitation(str(config.engine.experiment), labels, "").record(),
+        registered(),
+        strategy.mixed_ranks,
+    )
+    roster.gather(PollingGrid(grid, int, poll=0.1), clients, min(config.engine.wait, SOON))
+    return roster.refused
+
+
+def _check(config: DictConfig, grid: Grid, teller: ProgressSender) -> None:
+    """Meet every site, and tell what each says of itself: first without the model, which is slow to load."""
+    refused = _refused_early(config, grid, teller)
+    job = assemble(config)
+    roster = ClientRegistry(
+        job.peer,
+        max(job.ranks),
+        lambda text: teller.tell("refused", text),
+        _plan(config, job).record(),
+        registered(),
+        job.strategy.mixed_ranks,
+    )
+    roster.refused |= refused  # they have said why
+    patient = PollingGrid(grid, job.rules.enough)
+    there = roster.gather(patient, job.rules.clients, min(config.engine.wait, SOON))
+    for node in there:
+        said, heard = roster.profiles[node], roster.heard[node]
+        more = {"ahead": float(str(said["clock"])) - heard, "server_torch": str(torch.__version__)}
+        more["name"] = roster.peers[node].called
+        teller.tell("site", {name: value for name, value in said.items() if name != "clock"} | more)
+    away = [name for name in roster.away(job.rules.clients) if len(there) < job.rules.clients]
+    teller.tell("done", len(there), job.rules.clients, away)

@@ -1,0 +1,1 @@
+"""Rules against poisoned updates, between the clients and the strategy."""

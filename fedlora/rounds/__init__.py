@@ -1,0 +1,1 @@
+"""The server's side of a run: the loop over rounds, who takes part, messages and their checks."""

@@ -1,0 +1,43 @@
+"""Messages that are out, and which of them a reply answers."""
+
+from collections import deque
+
+from flwr.app import Message
+
+SUPERLINK = 1  # the node id under which a SuperLink speaks for nodes that do not
+
+
+class PendingMessages:
+    """Which node a reply is of: errors that a SuperLink writes for a node name the SuperLink as sender."""
+
+    def __init__(self) -> None:
+        self._open: deque[Message] = deque()
+        self._nodes: dict[str, int] = {}
+
+    def note(self, message: Message) -> Message:
+        """Remember a message that is about to be sent, and hand it back; a grid gives it its id later."""
+        self._open.append(message)
+        return message
+
+    def node(self, reply: Message) -> int | None:
+        """The node whose message this answers; None if nobody asked for it, or another node answers.
+
+        Only what a SuperLink says itself, an error, may come from elsewhere.
+        """
+        if reply.metadata.reply_to_message_id not in self._nodes:
+            self._learn(reply.metadata.reply_to_message_id)
+        node = self._nodes.get(reply.metadata.reply_to_message_id)
+        senders = (node, SUPERLINK) if reply.has_error() else (node,)
+        return node if reply.metadata.src_node_id in senders else None
+
+    def _learn(self, wanted: str) -> None:
+        """Take up the ids that a grid has given since: as sent until one has none, then of all."""
+        while self._open and self._open[0].metadata.message_id:
+            self._take(self._open.popleft())
+        if wanted not in self._nodes:
+            for message in self._open:
+                self._take(message)
+
+    def _take(self, message: Message) -> None:
+        if message.metadata.message_id:
+            self._nodes[message.metadata.message_id] = message.metadata.dst_node_id

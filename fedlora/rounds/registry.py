@@ -1,0 +1,175 @@
+"""Who takes part: the nodes that are there, and which client each of them is."""
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+
+from fedlora.core.messages import Peer
+from fedlora.errors import FedLoraError, IncompatibleUpdates
+from fedlora.rounds.pending import PendingMessages
+
+AWAY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+PATIENCE = 900.0  # seconds for a node on another machine to load its model and say who it is
+PAUSE = 0.5  # seconds between two looks at who is there
+SILENT = 5.0  # seconds of waiting before anything is said of it
+
+
+class ClientRegistry:
+    """Nodes and their clients; a node says once which client it is, and again when it was away.
+
+    Args:
+        peer: from a client's id and rank to what the strategy knows of it.
+        most: the largest rank that the run can serve.
+        warn: takes a line for the user about every node that cannot take part.
+        plan: what a node has to know of the run before it can say whether it takes part.
+        names: of the sites, by their nodes, as the operator has registered them.
+        mixed: whether clients may hold smaller ranks; the strategy's `mixed_ranks`.
+    """
+
+    def __init__(
+        self,
+        peer: Callable[[int, int], Peer],
+        most: int,
+        warn: Callable[[str], None],
+        plan: Mapping[str, str | int | list[str]] | None = None,
+        names: Mapping[int, str] | None = None,
+        mixed: bool = True,
+    ) -> None:
+        self._peer, self._most, self._warn, self._mixed = peer, most, warn, mixed
+        self._plan = dict(plan or {})
+        self._patience = PATIENCE if plan else None  # in one process nobody is ever late
+        self._names = dict(names or {})
+        self._met: dict[int, Peer] = {}  # whoever was there before, by its client
+        self.refused: set[int] = set()  # nodes that are there and cannot take part
+        self.peers: dict[int, Peer] = {}
+        self.profiles: dict[int, dict[str, Any]] = {}  # what each said of itself
+        self.heard: dict[int, float] = {}  # and when, by this machine's clock
+
+    @property
+    def widest(self) -> Peer:
+        """A client of the largest rank that the run can serve, whether or not one is there.
+
+        Every sum of a round has the form of this client's task: its length must not depend on who is there.
+        """
+        return self._peer(0, self._most)
+
+    def gather(self, grid: Grid, least: int = 1, wait: float = 0.0) -> list[int]:
+        """The nodes that are there, in the order of their clients' ids.
+
+        Args:
+            grid: how they are reached.
+            least: how many it takes to begin.
+            wait: seconds to wait for that many.
+
+        Raises:
+            FedLoraError: there is none at all after that time.
+        """
+        began, said = time.monotonic(), False
+        while True:
+            there = self._known(grid)
+            waited = time.monotonic() - began
+            if len(there) >= least or waited >= wait:
+                break
+            if self._plan and len(there) + len(self.refused) >= least:
+                break  # all have come, and who was refused does not change its mind
+            if waited > SILENT and not said:
+                others = ", ".join(self.away(least)) or "the others"
+                self._warn(
+                    f"{len(there)} of {least} clients are there; waiting for {others}, {wait:g} s at most"
+                )
+                said = True
+            time.sleep(PAUSE)
+        if not there:
+            who = ", ".join(map(self.called, sorted(self.refused)))
+            why = f"{who} cannot, for the reason above" if who else "are the nodes up?"
+            raise FedLoraError(f"no client took part within {wait:g} s; {why}")
+        return sorted(there, key=lambda node: self.peers[node].id)
+
+    def called(self, node: int) -> str:
+        """What messages call a node: the name of its site, or the number of its client."""
+        return self._names.get(node) or (self.peers[node].called if node in self.peers else f"node {node}")
+
+    @property
+    def apart(self) -> bool:
+        """Whether nodes are sites on other machines, which may be away."""
+        return bool(self._plan)
+
+    def missing(self) -> list[Peer]:
+        """The clients that were there before and are not now, in the order of their ids."""
+        here = {peer.id for peer in self.peers.values()}
+        return [peer for client, peer in sorted(self._met.items()) if client not in here]
+
+    def away(self, clients: int) -> list[str]:
+        """What the clients are called that are not there, of so many; in one process nobody is away."""
+        if not self.apart:
+            return []
+        missing = self.missing()
+        never = sorted(set(range(clients)) - self._met.keys())
+        seen = {peer.name for peer in self._met.values()}
+        named = [name for name in self._names.values() if name not in seen]
+        # Who never came has told no number; the operator's names are theirs where none is left over.
+        others = named if len(named) == len(never) else [f"client {client}" for client in never]
+        return [peer.called for peer in missing] + others
+
+    def _known(self, grid: Grid) -> list[int]:
+        online = set(grid.get_node_ids())
+        if away := (self.peers.keys() | self.refused) - online:
+            self.peers = {node: peer for node, peer in self.peers.items() if node not in away}
+            self.refused = set()  # what stood in a node's way, such as another of its name, may be gone
+        if new := sorted(online - self.peers.keys() - self.refused):
+            self._meet(grid, new)
+        return [node for node in self.peers if node in online]
+
+    def _meet(self, grid: Grid, nodes: list[int]) -> None:
+        """Ask nodes which client they are, and of what rank."""
+        asked, content = (
+            PendingMessages(),
+            RecordDict({"plan": ConfigRecord(dict(self._plan))} if self._plan else {}),
+        )
+        questions = [asked.note(Message(content, n, "query.profile", ttl=self._patience)) for n in nodes]
+        taken, hoped = {peer.id for peer in self.peers.values()}, set(nodes)
+        for reply in grid.send_and_receive(questions, timeout=self._patience):
+            if (node := asked.node(reply)) is None or node not in hoped:
+                continue
+            if reply.has_error() and reply.error.code in AWAY:
+                continue  # it is asked again
+            try:
+                peer = self._read(reply, taken)
+                self.peers[node] = self._met[peer.id] = replace(peer, name=self._names.get(node, ""))
+                taken.add(peer.id)
+                self.profiles[node] = dict(reply.content.config_records["profile"])
+                self.heard[node] = time.time()
+            except IncompatibleUpdates as error:
+                self.refused.add(node)
+                self._warn(f"{self.called(node)} cannot take part: {error}")
+
+    def _read(self, reply: Message, taken: Collection[int]) -> Peer:
+        """Who a node says it is, if no other is that client.
+
+        Raises:
+            IncompatibleUpdates: it cannot take part, or what it says cannot be.
+        """
+        if reply.has_error():
+            raise IncompatibleUpdates(reply.error.reason)
+        profile = dict(reply.content.config_records.get("profile", {}))
+        client, rank = profile.get("client"), profile.get("rank")
+        if type(client) is not int or client < 0:
+            raise IncompatibleUpdates(f"expected its client's number, 0 or more, got {client!r:.40}")
+        if type(rank) is not int or not 1 <= rank <= self._most:
+            raise IncompatibleUpdates(
+                f"client {client} is of rank {rank!r:.40}, this run can serve 1 to {self._most}; start it "
+                "with ranks=... that hold the largest"
+            )
+        if not self._mixed and rank != self._most:
+            raise IncompatibleUpdates(
+                f"client {client} is of rank {rank}, and this run's strategy combines clients of one rank, "
+                f"here {self._most}; give it that rank, or start the run with a strategy of mixed ranks"
+            )
+        if client in taken:
+            raise IncompatibleUpdates(f"another node is client {client} already; give each its own number")
+        return self._peer(client, rank)

@@ -1,0 +1,73 @@
+"""How a federation is run, whatever the algorithm."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fedlora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RoundConfig:
+    """How a federation is run, whatever the algorithm.
+
+    Args:
+        rounds: in all, those before a resume included.
+        seed: of sampling, and of all that clients draw.
+        clients_per_round: how many are sampled without replacement; None takes all.
+        clients: how many there are, for whom the first round waits.
+        weights: what a client counts, "examples" or "uniform".
+        min_updates: with fewer good updates a round ends without changing the state.
+        evaluate_every: rounds between evaluations on the server's test rows; 0 never.
+        evaluate_updates: whether each client's update is also evaluated by itself on those rows, which shows
+            what the client would have reached alone.
+        evaluate_clients: whether clients evaluate their own models, before they train and at the end.
+        secure_sum: whether clients send under masks that cancel in the sum, so that the server sees no more.
+        timeout: seconds after which a round goes on without those who have not answered; None waits.
+        over_select: share of clients sampled beyond `clients_per_round`, for whose number the round waits.
+        min_replies: share of the clients waited for whose good updates a round needs to change the state.
+        wait: seconds to wait at the beginning of a round until there are nodes enough.
+    """
+
+    rounds: int
+    seed: int
+    clients_per_round: int | None = None
+    weights: Literal["examples", "uniform"] = "examples"
+    min_updates: int = 1
+    evaluate_every: int = 1
+    evaluate_updates: bool = False
+    evaluate_clients: bool = False
+    secure_sum: bool = False
+    timeout: float | None = None
+    over_select: float = 0.0
+    min_replies: float = 0.0
+    wait: float = 0.0
+    clients: int = 1
+
+    def __post_init__(self) -> None:
+        least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate.every": 0}
+        for name, low in least.items():
+            value = getattr(self, name.replace(".", "_"))
+            if value is not None and value < low:
+                raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
+        if self.weights not in ("examples", "uniform"):
+            raise ConfigError(f"weights: expected examples or uniform, got '{self.weights}'")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigError(f"engine.timeout: expected seconds above 0, or null, got {self.timeout}")
+        for name, most in (("over_select", 10.0), ("min_replies", 1.0), ("wait", math.inf)):
+            if not 0 <= (value := getattr(self, name)) <= most:
+                raise ConfigError(f"engine.{name}: expected a number from 0 to {most:g}, got {value}")
+
+    def sampled(self, there: int) -> int:
+        """How many of the clients that are there a round asks."""
+        if self.clients_per_round is None:
+            return there
+        return min(there, math.ceil(self.clients_per_round * (1 + self.over_select)))
+
+    def enough(self, sampled: int) -> int:
+        """How many of the clients that were asked a round waits for."""
+        return min(sampled, self.clients_per_round or sampled)
+
+    def least(self, sampled: int) -> int:
+        """Good updates without which a round of so many clients changes nothing."""
+        return max(self.min_updates, math.ceil(self.min_replies * self.enough(sampled)))

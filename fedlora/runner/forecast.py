@@ -1,0 +1,242 @@
+"""What a private run will cost before it spends anything, and what one has spent."""
+
+import math
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median_low
+
+from omegaconf import DictConfig
+
+from fedlora.clients import LocalTraining
+from fedlora.config.composition import compose
+from fedlora.config.instantiate import Trust, named, read
+from fedlora.core.algebra import negative, norm, stack
+from fedlora.core.messages import State, Task, Update
+from fedlora.errors import CheckpointError, ConfigError, FedLoraError
+from fedlora.models import layer_weight
+from fedlora.privacy import ADJACENCY, DPSGD, ClientLevel, Entry, Ledger, Plan, Privacy
+from fedlora.privacy.client_level import ClientLevelMechanism
+from fedlora.report import Table
+from fedlora.runner.assemble import Assembly, assemble
+from fedlora.runner.privacy_checks import planned, told_ledgers
+from fedlora.seeds import generator
+from fedlora.storage.run_folder import SERVER, RunFolder
+from fedlora.training.trainer import FitJob, fit
+
+COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
+ROUNDS = 3  # of nothing but noise; more grow alike and take longer
+# Signal over noise of a whole run, at best: what was measured is in experiments/results/privacy.
+HOPELESS, HARD = 10.0, 20.0
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What noise does to a run.
+
+    Args:
+        strategy: by its name in the configuration.
+        trained: how many numbers a client trains, every one of which gets noise.
+        signal: the run's signal over its noise, if every record, or client, pulled one way at the clip.
+        noise: ‖ΔW‖ of rounds in which nothing but noise is learned, over ‖W‖ of the adapted weights.
+    """
+
+    strategy: str
+    trained: int
+    signal: float
+    noise: float
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two, by what was measured on small models."""
+        if self.signal < HOPELESS:
+            return "hopeless"
+        return "hard" if self.signal < HARD else "worth a try"
+
+
+def plan(words: Sequence[str], records: int | None = None) -> list[Table]:
+    """Noise of every client and what it does to ΔW under several strategies, before anything is spent.
+
+    Args:
+        words: as for `fedlora run`; without a privacy=..., that of records.
+        records: of every client, in the place of the data's own numbers.
+
+    Raises:
+        FedLoraError: the run itself would be refused.
+    """
+    if not any(word.startswith("privacy=") for word in words):
+        words = [*words, "privacy=dp_sgd"]
+    config = compose(words)
+    privacy: Privacy | None = named(config, "privacy", Privacy)
+    if privacy is None:
+        raise ConfigError("privacy plan: there is nothing to plan for privacy=none; say privacy=dp_sgd")
+    job = _bare(config)
+    plans = _plans(job, privacy, records)
+    asked = next((word.partition("=")[2] for word in words if word.startswith("strategy=")), "fedit")
+    found = [_outlook(asked, job, privacy, plans)]
+    others = [word for word in words if not word.startswith(("strategy", "privacy="))]
+    group = "client_level" if isinstance(privacy, ClientLevel) else "dp_sgd"
+    for name in COMPARED:
+        if name != asked:
+            try:
+                found.append(
+                    _outlook(
+                        name,
+                        _bare(compose([*others, f"privacy={group}", f"strategy={name}"])),
+                        privacy,
+                        plans,
+                    )
+                )
+            except FedLoraError:  # it would be refused with these ranks, or this privacy
+                continue
+    return [_plans_table(privacy, plans), _outlooks_table(found, min(job.rules.rounds, ROUNDS))]
+
+
+def ledgers(path: Path) -> Table:
+    """The ledger of every client of a run, finished or not.
+
+    Raises:
+        CheckpointError: no run, or no private one.
+    """
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(f"privacy show: expected a run's folder, '{path}' has no config.yaml")
+    folder, told = RunFolder(path), ""
+    if not (found := folder.ledgers()) and (path / "clients.jsonl").exists():
+        # Clients on machines of their own keep it there.
+        accountant = read(path, Trust()).get("privacy", {}).get("accountant", "prv")
+        found, told = told_ledgers(folder.clients(), accountant), " As the sites have told."
+    if not found:
+        raise CheckpointError(
+            f"privacy show: '{path}' has no ledger: it ran without privacy, or has released nothing yet"
+        )
+    rows = []
+    for client, ledger in sorted(found.items()):
+        rows += [
+            [
+                "server" if client == SERVER else str(client),
+                f"{ledger.epsilon:.3f}" if not at else "",
+                f"{ledger.delta:g}",
+                f"{entry.sigma:.4f}",
+                f"{entry.q:.4f}",
+                str(entry.steps),
+                "" if ledger.valid else "NOT VALID",
+            ]
+            for at, entry in enumerate(ledger.entries)
+        ]
+    form = next(iter(found.values())).record()
+    header = ["client", "epsilon", "delta", "sigma", "q", "steps", ""]
+    note = f"To {form['adjacency']}; {form['mechanism'].lower()}; accountant {form['accountant']}.{told}"
+    return Table(f"What {path} has spent", header, rows, note)
+
+
+def _bare(config: DictConfig) -> Assembly:
+    """The job without its privacy, which the plan itself looks after."""
+    config = config.copy()
+    config.privacy = {}
+    return assemble(config)
+
+
+def _plans(job: Assembly, privacy: Privacy, records: int | None) -> list[tuple[int, Plan]]:
+    """(records, plan) of every client; (clients, plan) of the server."""
+    if isinstance(privacy, ClientLevel):
+        clients = len(job.parts)
+        sampled = job.rules.clients_per_round or clients
+        return [(clients, privacy.plan(clients, sampled, job.rules.secure_sum))]
+    assert isinstance(privacy, DPSGD)
+    sizes = [records or len(part.rows) for part in job.parts]
+    client = job.site.client.privately(privacy)
+    return [(size, made) for size in sizes if (made := client.plan(size)) is not None]
+
+
+def _outlook(name: str, job: Assembly, privacy: Privacy, plans: Sequence[tuple[int, Plan]]) -> Outlook:
+    tasks = [job.strategy.task(job.start, job.peer(k, rank)) for k, rank in enumerate(job.ranks)]
+    trained = max(_trained(task) for task in tasks)
+    n = min(job.rules.clients_per_round or len(tasks), len(tasks))
+    worst = max((own for _, own in plans), key=lambda own: own.sigma / own.batch_size)
+    releases = worst.steps * job.rules.rounds * (1 if isinstance(privacy, ClientLevel) else n)
+    signal = worst.batch_size * math.sqrt(releases) / (worst.sigma * math.sqrt(trained))
+    state, rng = job.start, generator(0, "plan")
+    with tempfile.TemporaryDirectory() as folder:
+        for round in range(1, min(job.rules.rounds, ROUNDS) + 1):
+            if isinstance(privacy, ClientLevel):
+                central = ClientLevelMechanism(privacy, worst, Path(folder) / "ledger.json")
+                central.sample([], round)
+                wide = job.strategy.task(state, job.peer(0, max(job.ranks)))
+                total = central.total(job.strategy, wide, [], [])
+                updates = [central.release(job.strategy, wide, total)]
+            else:
+                updates = list(_noise(job, state, [own for _, own in plans][:n], round))
+            state = job.strategy.aggregate(state, updates, rng)
+    return Outlook(name, trained, signal, _moved(job, state))
+
+
+def _noise(job: Assembly, state: State, plans: Sequence[Plan], round: int) -> Iterator[Update]:
+    """The updates of clients whose every batch is empty: their own trainer, with nothing but noise."""
+    client = job.site.client
+    if not isinstance(client, LocalTraining):
+        raise ConfigError(f"privacy plan: client {type(client).__name__} does not train privately")
+    peers = [job.peer(k, job.ranks[k]) for k in range(len(plans))]
+    jobs = [
+        FitJob(job.strategy.task(state, peer), [[]] * own.steps, own.mechanism(peer.id, round))
+        for peer, own in zip(peers, plans, strict=True)
+    ]
+    fitted = fit(job.base, jobs, client.make_optimizer, client.rate_factor)
+    for peer, found in zip(peers, fitted, strict=True):
+        yield Update(found.adapter, 1.0, peer)
+
+
+def _trained(task: Task) -> int:
+    """How many numbers a client trains."""
+    factors = [
+        tensor.numel()
+        for module, pair in task.adapter.pairs.items()
+        for factor, tensor in pair.factors()
+        if factor in task.train and task.trains(module)
+    ]
+    return sum(factors) + sum(tensor.numel() for tensor in task.adapter.extra.values())
+
+
+def _moved(job: Assembly, state: State) -> float:
+    """‖ΔW_now − ΔW_start‖ over ‖W‖, over the adapted modules; 0 without any."""
+    modules, before, after = dict(job.base.model.named_modules()), job.start.whole(), state.whole()
+    weights = math.hypot(*(float(layer_weight(modules[m], m).norm()) for m in after.pairs))
+    gaps = [norm(stack([pair, negative(before.pairs[m])], [1.0, 1.0])) for m, pair in after.pairs.items()]
+    return math.hypot(*gaps) / weights if gaps else 0.0
+
+
+def _plans_table(privacy: Privacy, plans: Sequence[tuple[int, Plan]]) -> Table:
+    """One row a number of records; of many, the least, the middle one and the most."""
+    sizes = sorted({size for size, _ in plans})
+    shown = sizes if len(sizes) <= 8 else [sizes[0], int(median_low(sizes)), sizes[-1]]
+    rows = []
+    for size in shown:
+        own = next(plan for n, plan in plans if n == size)
+        total = own.steps * planned(privacy)
+        spent = Ledger(own.delta, (Entry(own.sigma, own.q, total),), privacy.accountant).epsilon
+        count = sum(n == size for n, _ in plans)
+        cells = [str(size), str(count), f"{own.q:.4f}", str(total), f"{own.delta:g}", f"{own.sigma:.3f}"]
+        rows.append([*cells, f"{spent:.3f}"])
+    what = "records" if privacy.unit == "record" else "clients"
+    of = "clients" if privacy.unit == "record" else "servers"
+    header = [what, of, "q", "steps", "delta", "sigma", "epsilon"]
+    note = f"For the whole run, to {ADJACENCY[privacy.unit]}; clip {privacy.clip:g}."
+    return Table("Noise for a budget of epsilon " + f"{privacy.epsilon:g}", header, rows, note)
+
+
+def _outlooks_table(found: Iterable[Outlook], rounds: int) -> Table:
+    rows = [[o.strategy, f"{o.trained:,}", f"{o.signal:.2f}", f"{o.noise:.4f}", o.verdict] for o in found]
+    header = [
+        "strategy",
+        "trained",
+        "signal / noise, at best",
+        f"noise / W, {rounds} rounds",
+        "outlook",
+    ]
+    note = (
+        f"At best: every record pulls one way at the clip. Below {HOPELESS:g} nothing was learned where it "
+        f"was measured, below {HARD:g} little. Noise: ‖ΔW‖ of rounds of nothing else. What helps: more "
+        "records a client, larger batches, fewer trained numbers (smaller ranks, fewer lora.targets, "
+        "lora.head=last or freeze), more clients a round, a larger epsilon."
+    )
+    return Table("What that noise does", header, rows, note)

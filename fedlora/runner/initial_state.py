@@ -1,0 +1,99 @@
+"""The state that a run begins with: its initial adapter, and whether every client can begin from it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import norm, stack
+from fedlora.core.messages import Peer, State
+from fedlora.core.strategy import Strategy
+from fedlora.errors import ConfigError
+from fedlora.models import Base, LoRA, fresh_adapter, load_adapter, merge, take_out_of_base, with_magnitudes
+from fedlora.models.dora import MAGNITUDE, split
+
+ROUNDING = 1e-4  # of float32 factors, relative to what they were taken out of
+
+
+def initial_state(
+    config: DictConfig,
+    strategy: Strategy,
+    base: Base,
+    lora: LoRA,
+    modules: Mapping[str, tuple[int, int]],
+    ranks: Sequence[int],
+    heads: Sequence[str],
+) -> State:
+    """The state before round 1, from `lora.adapter`, or else by `lora.init` or the start of the strategy.
+
+    Args:
+        config: the run's.
+        strategy: the algorithm.
+        base: the model; a head that is given and not trained is put into it.
+        lora: the rule from rank to scales.
+        modules: what is adapted, module -> (d_out, d_in).
+        ranks: the clients' ranks.
+        heads: those that are trained.
+
+    Raises:
+        FedLoraError: settings that cannot work together, or a rank that the strategy cannot serve.
+    """
+    name, init, dora = type(strategy).__name__, config.lora.init or strategy.start, config.lora.dora
+    if strategy.client and (init != "lora" or dora):
+        raise ConfigError(
+            f"strategy {name} trains with a client of its own, which knows plain LoRA only, got "
+            f"lora.init={init} and lora.dora={dora}; use lora.init=lora lora.dora=false"
+        )
+    fold: dict[str, Pair] = {}
+    if config.lora.adapter is None:
+        fresh = fresh_adapter(base, modules, lora.peer(0, max(ranks), modules), heads, config.seed)
+        adapter, fold = take_out_of_base(base, fresh, init, config.seed)
+    elif init != "lora":
+        raise ConfigError(
+            f"lora.adapter and a start from the base, {init}, exclude each other: strategy {name} with "
+            "lora.init=lora goes on from the adapter, lora.adapter=null starts from the base"
+        )
+    else:
+        adapter = _given(Path(config.lora.adapter), base, heads, dora)
+    if not adapter.pairs and not adapter.extra:
+        raise ConfigError("lora.targets is empty and no head is trained: there is nothing to train")
+    if dora:
+        adapter = with_magnitudes(base, adapter, fold)
+    start = strategy.init(adapter, fold, config.seed)
+    _check_served(strategy, start, [lora.peer(0, rank, adapter.pairs) for rank in sorted(set(ranks))], fold)
+    return start
+
+
+def _given(folder: Path, base: Base, heads: Sequence[str], dora: bool) -> Adapter:
+    """An adapter that PEFT wrote, with a head if one is trained."""
+    adapter = load_adapter(folder, base)
+    magnitudes, head = split(adapter)
+    if magnitudes and not dora:
+        raise ConfigError(f"lora.adapter: '{folder}' is an adapter of DoRA; say lora.dora=true")
+    kept = base.head_state(heads)
+    if frozen := {name: value for name, value in head.items() if name not in kept}:
+        merge(base, Adapter({}, frozen))  # the base keeps what nobody trains or sends
+    kept |= {name: head[name] for name in kept if name in head}
+    return Adapter(adapter.pairs, kept | {name + MAGNITUDE: value for name, value in magnitudes.items()})
+
+
+def _check_served(strategy: Strategy, start: State, peers: Iterable[Peer], fold: Mapping[str, Pair]) -> None:
+    """Refuse a rank that cannot be served, and one that gets less than what was taken out of the base."""
+    name = type(strategy).__name__
+    for peer in peers:
+        task = strategy.task(start, peer)
+        if fold and task.tail is not None:
+            raise ConfigError(
+                f"lora.init: strategy {name} prunes directions, which here are a part of the base; "
+                "use lora.init=lora"
+            )
+        for m, out in fold.items():
+            parts = [pair for pair in (task.fold.get(m), task.adapter.pairs.get(m)) if pair is not None]
+            lost = norm(stack(parts, [1.0] * len(parts))) if parts else 0.0
+            if lost > ROUNDING * norm(out):
+                raise ConfigError(
+                    f"lora.init: strategy {name} gives a client of rank {peer.rank} only a part of what was "
+                    f"taken out of the base ('{m}' lacks {lost / norm(out):.0%}); use one rank, or "
+                    "lora.init=lora"
+                )

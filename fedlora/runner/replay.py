@@ -1,0 +1,165 @@
+"""`fedlora replay`: the updates that a run recorded, aggregated again by another strategy, without training.
+
+Every round is given what the recording strategy was given: the state that its clients started from, and their
+updates. So a replay says what one aggregation makes of these updates. It does not say where the other
+strategy's own run would have gone: from the second round on its clients would have started elsewhere.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.config import composition
+from fedlora.config.instantiate import Trust, make, read
+from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import Strategy
+from fedlora.errors import CheckpointError, ConfigError
+from fedlora.report import Table
+from fedlora.report.tables import score
+from fedlora.rounds.aggregation_error import aggregation_error, sizes
+from fedlora.runner.load_data import encode_rows, metrics
+from fedlora.runner.load_models import lora_of
+from fedlora.runner.task_file import TaskFile
+from fedlora.seeds import generator
+from fedlora.storage.run_folder import RunFolder
+from fedlora.storage.update_log import UpdateLog
+from fedlora.training.evaluation import evaluate
+
+MEANING = (
+    "Each round aggregates the recorded updates from the recorded state; clients trained from the recording "
+    "strategy's own states, so this is one aggregation against another, and no run of the other strategy."
+)
+SHOWN = ("aggregation_error", "delta_norm", "effective_rank", "loss", "accuracy", "perplexity")
+
+
+def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
+    """Aggregate a run's recorded updates again; what came out, beside what the run had.
+
+    Args:
+        run: the run's folder.
+        words: `strategy=NAME` and its settings; none replays the run's own strategy.
+        trust: what the command line grants.
+
+    Returns:
+        The table; the same is in `replay-STRATEGY.json` in the run's folder.
+
+    Raises:
+        FedLoraError: nothing was recorded, or the strategy cannot combine what the clients sent.
+    """
+    config, folder, recording = read(run, trust), RunFolder(run), UpdateLog(run)
+    if not (rounds := recording.rounds()):
+        raise CheckpointError(f"'{run}' has no recorded updates; run it with record_updates=true")
+    name, chosen = _chosen(words)
+    learnt, recorder = TaskFile.read(run), make(config, "strategy", Strategy)
+    other = recorder
+    if chosen is not None:
+        other = make(OmegaConf.merge(config, {"strategy": None}, {"strategy": chosen}), "strategy", Strategy)  # type: ignore[arg-type]
+    name = name or type(other).__name__.lower()
+    if other.personal:
+        raise ConfigError(
+            f"strategy {type(other).__name__} makes no global model of updates; nothing to replay"
+        )
+    dataset, base = learnt.tested(config), learnt.load_base(config)
+    test = encode_rows(config, dataset, dataset.test, base)
+    modules = recording.read(rounds[0])[0].adapter.pairs
+    widest = lora_of(config).peer(0, max(learnt.ranks), modules)
+    had = {line["round"]: line for line in folder.rounds()}
+    lines = []
+    for round in rounds:
+        before, updates = recording.read(round)
+        after, tasks = again(recorder, other, widest, config.seed, before, updates, round)
+        found = {**sizes(after), **aggregation_error(after, updates, tasks)}
+        found |= metrics(learnt.kind, *evaluate(base, [Task(after.adapter, fold=after.fold)], [test])[0])
+        kept = {key: had[round][key] for key in SHOWN if key in had.get(round, {})}
+        lines.append({"round": round, "recorded": kept, "replayed": found, "state": after.digest()})
+    said = OmegaConf.to_container(OmegaConf.create({"strategy": chosen or config.strategy}), resolve=True)
+    assert isinstance(said, dict)
+    result = {"recorded": learnt.strategy, "meaning": MEANING, **said, "rounds": lines}
+    folder.write_json(f"replay-{name}.json", {str(key): value for key, value in result.items()})
+    return _table(f"{type(other).__name__} on what clients of {learnt.strategy} sent", lines)
+
+
+def again(
+    recorder: Strategy,
+    other: Strategy,
+    widest: Peer,
+    seed: int,
+    before: State,
+    updates: Sequence[Update],
+    round: int,
+) -> tuple[State, list[Task]]:
+    """The state that a strategy makes of a recorded round, and what the clients had been asked.
+
+    Args:
+        recorder: the strategy of the run.
+        other: the one that aggregates now.
+        widest: a client of the largest rank, whose start has all of the state.
+        seed: the run's.
+        before: the state that the clients started from.
+        updates: what they sent.
+        round: its number.
+
+    Raises:
+        FedLoraError: the strategy would have asked its clients for something else.
+    """
+    peers = [update.peer for update in updates if update.peer is not None]
+    tasks = [recorder.task(before, peer) for peer in peers]
+    rng = generator(seed, "aggregate", 0, round)
+    if other == recorder:
+        return other.aggregate(before, updates, rng), tasks
+    # What the widest client starts from is the state in a form that every strategy knows.
+    start = recorder.task(before, widest)
+    made = other.init(start.adapter, start.fold, before.seed)
+    own = replace(made, adapter=start.adapter, fold=start.fold, round=before.round)
+    for peer, task in zip(peers, tasks, strict=True):
+        _check_alike(other, recorder, other.task(own, peer), task, peer, round)
+    return other.aggregate(own, updates, rng), tasks
+
+
+def _check_alike(other: Strategy, recorder: Strategy, asked: Task, was: Task, peer: Peer, round: int) -> None:
+    """Refuse updates that answer to another question."""
+    forms = [
+        (
+            "sparse values" if task.mask is not None else "factors",
+            "+".join(sorted(task.train)) + " trained",
+            "+".join(sorted(task.share)) + (" without the head" if task.own_extra else "") + " shared",
+            "all modules" if task.active is None else f"{len(task.active)} modules",
+            f"ranks {sorted({pair.rank for pair in task.adapter.pairs.values()})}",
+            f"{len(task.adapter.extra)} extras",
+        )
+        for task in (asked, was)
+    ]
+    for wants, had in zip(*forms, strict=True):
+        if wants != had:
+            raise ConfigError(
+                f"round {round}, client {peer.id}: strategy {type(other).__name__} combines updates with "
+                f"{wants}, the recorded ones of {type(recorder).__name__} are with {had}; replay another one"
+            )
+
+
+def _chosen(words: Sequence[str]) -> tuple[str | None, Any]:
+    """The name and the settings of the strategy that the command line names."""
+    for word in words:
+        if not word.lstrip("+").startswith(("strategy=", "strategy.")):
+            raise ConfigError(f"replay: only the strategy can be another one, got '{word}'")
+    if not words:
+        return None, None
+    name = next((word.partition("=")[2] for word in words if word.startswith("strategy=")), None)
+    if name is None:
+        raise ConfigError("replay: whose settings are these? say strategy=NAME first")
+    composed: DictConfig = composition.compose(list(words))
+    return name, OmegaConf.to_container(composed.strategy, resolve=True)
+
+
+def _table(title: str, lines: Sequence[dict[str, Any]]) -> Table:
+    """A row a round, a pair of columns a number: as recorded, and as replayed."""
+    keys = [key for key in SHOWN if any(key in line["replayed"] for line in lines)]
+    header = ["round", *(f"{key.replace('_', ' ')}{end}" for key in keys for end in ("", ", replayed"))]
+    rows = []
+    for line in lines:
+        cells = [score(line[side].get(key), key) for key in keys for side in ("recorded", "replayed")]
+        rows.append([str(line["round"]), *cells])
+    return Table(title, header, rows, MEANING)

@@ -1,0 +1,180 @@
+"""What a run says when it begins and when it has ended, and the files of its end."""
+
+import hashlib
+import platform
+import resource
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from omegaconf import DictConfig
+
+import fedlora
+from fedlora.callbacks.console import megabytes
+from fedlora.config.defaults import defaults
+from fedlora.core.messages import State
+from fedlora.data.dataset import counted
+from fedlora.models import save_adapter
+from fedlora.privacy import Ledger
+from fedlora.runner import privacy_report
+from fedlora.runner.assemble import Assembly
+from fedlora.storage.run_folder import RunFolder
+from fedlora.training.generation import Answer, scores
+
+ANSWERS = "answers.jsonl"  # in the folder of a run: what the model said to test rows, a line each
+
+
+def strategy_name(config: DictConfig) -> str:
+    """The strategy's name as a run's files have it."""
+    return str(config.strategy["_target_"]).rsplit(".", 1)[-1].lower()
+
+
+def _model(config: DictConfig) -> str:
+    """The name of the model, or those of several."""
+    return ", ".join(map(str, config.models)) if config.models else str(config.model.name)
+
+
+def opening(job: Assembly, config: DictConfig, path: Path, done: int) -> str:
+    """What is about to happen, in two lines."""
+    ranks = ", ".join(map(str, sorted(set(job.ranks))))
+    sizes = [len(part.rows) for part in job.parts]
+    goes = (
+        f"rounds {done + 1} to {config.rounds}"
+        if done
+        else f"{config.rounds} round{'s' * (config.rounds > 1)}"
+    )
+    who = f"{job.rules.clients} clients" if sizes else "sites' own rows"
+    if sizes and job.counts_public:
+        who += f" of {min(sizes)} to {max(sizes)} rows"
+    what = f"{type(job.strategy).__name__}: {_model(config)} on {config.data.name}"
+    if job.dataset.labels:
+        what += f", {counted(job.dataset.labels)}"
+    lines = [f"{what}, {who}, rank {ranks}, {goes}", f"-> {path}"]
+    if job.privacy is not None and job.plans:
+        lines.insert(1, privacy_report.opening(job.privacy, job.plans))
+    if job.rules.secure_sum:
+        lines.insert(1, "secure_sum: clients send under masks, the server sees their weighted sum alone")
+    return "\n".join(lines)
+
+
+def write_holdings(job: Assembly, folder: RunFolder) -> None:
+    """Write who holds how many rows of which label; never where anything about rows is protected."""
+    if not job.parts and job.dataset.labels:  # the rows are at sites; labels are the run's own
+        folder.write_json("data.json", {"labels": list(job.dataset.labels), "clients": []})
+    if job.privacy is not None or job.rules.secure_sum or not job.parts:
+        return
+    said = [[job.dataset.train[i].target for i in part.rows] for part in job.parts]
+    clients = [
+        {
+            "client": client,
+            "name": part.name,
+            "rank": rank,
+            "rows": len(part.rows),
+            "labels": [found.count(label) for label in job.dataset.labels],
+        }
+        for client, (part, rank, found) in enumerate(zip(job.parts, job.ranks, said, strict=True))
+    ]
+    folder.write_json("data.json", {"labels": list(job.dataset.labels), "clients": clients})
+
+
+def finish(
+    job: Assembly,
+    config: DictConfig,
+    folder: RunFolder,
+    state: State,
+    initial: dict[str, Any],
+    seconds: Mapping[str, float],
+    own: dict[int, dict[str, float]],
+    ledgers: Mapping[int, Ledger],
+    answers: Sequence[Answer],
+) -> None:
+    """Write the adapter, the answers, the summary and the report."""
+    if answers:
+        folder.write_lines(ANSWERS, [asdict(found) for found in answers])
+    digest = None
+    whole = state.whole()
+    if whole.pairs and not job.strategy.personal:  # a personal one's adapter is only a part of a model
+        made = folder.write("adapter", lambda to: save_adapter(whole, job.base, to))
+        digest = hashlib.sha256((made / "adapter_model.safetensors").read_bytes()).hexdigest()
+    rounds = folder.rounds()
+    evaluated = [line for line in rounds if "loss" in line]
+    last = evaluated[-1] if evaluated else {}
+    names = ("accuracy", "loss", "perplexity", "token_accuracy", "aggregation_error")
+    told = [found for found in own.values() if found.keys() >= {"local_accuracy", "local_loss"}]
+    ends = {n: fmean(found[n] for found in told) for n in ("local_accuracy", "local_loss") if told}
+    if job.strategy.personal and told:
+        ends |= job.named(ends["local_loss"], ends["local_accuracy"])
+    away = dict(Counter(name for line in rounds for name in line.get("away", [])))
+    privacy: dict[str, Any] = {}
+    if job.privacy is not None:
+        privacy = privacy_report.summary(job.privacy, ledgers, job.rules.secure_sum)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    summary = {
+        "strategy": strategy_name(config),
+        "model": _model(config),
+        "data": config.data.name,
+        "metric": job.metric,
+        **{name: last[name] for name in names if name in last},
+        **ends,
+        **scores(answers),
+        "initial": initial,
+        **({} if job.privacy else {"majority": job.majority()}),  # it follows from counts of private labels
+        "rounds": config.rounds,
+        "clients": job.rules.clients,
+        "ranks": sorted(set(job.ranks)),
+        "seed": config.seed,
+        "bytes_down": sum(line["bytes_down"] for line in rounds),
+        "bytes_up": sum(line["bytes_up"] for line in rounds),
+        "dropped": sum(line["dropped"] for line in rounds),
+        **({"away": away} if away else {}),
+        **seconds,
+        "peak_memory_mb": round(peak),
+        "adapter_sha256": digest,
+        **({"own": own} if own else {}),
+        **privacy,
+        "versions": {
+            "fedlora": fedlora.__version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft", "flwr")},
+        },
+    }
+    folder.write_json("summary.json", summary)
+    from fedlora.report import read_run, write_report  # imports matplotlib: not before round 1
+
+    write_report([read_run(folder.path)], folder.path / "report.html", defaults())
+
+
+def closing(path: Path) -> str:
+    """The result of a finished run and where it lies, for the terminal."""
+    from fedlora.report import absences, read_run
+
+    run = read_run(path)
+    best = run.summary.get(run.metric)
+    said = f"{run.metric} {best:.3f}, " if best is not None else ""
+    sent = f"{megabytes(run.summary['bytes_down'])} down, {megabytes(run.summary['bytes_up'])} up"
+    lines = [f"{said}{sent}, {run.summary['wall_seconds']:.0f} s"]
+    if "exact_match" in run.summary:
+        lines.append(_answered(run.summary))
+    if told := absences(run):
+        lines.append(f"away     {told}")
+    if "ledger" in run.summary:
+        lines.append(privacy_report.closing(run.summary))
+    files = {"adapter": "adapter", "metrics": "metrics.jsonl", "answers": ANSWERS, "report": "report.html"}
+    for what, name in files.items():
+        if (path / name).exists():
+            lines.append(f"{what:8} {path / name}")
+    return "\n".join(lines)
+
+
+def _answered(summary: Mapping[str, Any]) -> str:
+    """How right the answers are, and how right those of the base were."""
+    names = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
+    said = [
+        f"{words} {summary[key]:.3f} (base {summary['initial'][key]:.3f})" for key, words in names.items()
+    ]
+    return f"answers  {', '.join(said)}"

@@ -1,0 +1,1 @@
+"""Sums of updates under masks that cancel, so that the server sees the sum alone."""

@@ -1,0 +1,194 @@
+"""A round whose updates the server sees as a sum only, for strategies that are linear in the factors.
+
+A client sends its shared tensors times its weight, in the form of a client of the largest ranks, and the
+weight itself, all under masks (fedlora.secure_aggregation.protocol). Under client-level privacy it sends the
+change, and clips it itself: nobody else could.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Peer, Task, Update
+from fedlora.core.vectors import clipped, embed, flat, form, split, with_shared
+from fedlora.errors import IncompatibleUpdates
+from fedlora.rounds.codec import array_of, metrics_of, told
+from fedlora.rounds.exchange import line_of
+from fedlora.secure_aggregation.crypto import POINT, Words, decode, encode
+from fedlora.secure_aggregation.protocol import RECORD, SecureRound, mask
+from fedlora.training.client import TrainResult
+
+SUM = "sum"  # the record that says what is summed, beside that of the masks
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a client has to send.
+
+    Args:
+        form: name -> shape of the shared tensors, in the largest ranks.
+        scales: module -> scale, in which B is expressed.
+        clients: how many take part at most.
+        uniform: whether all weigh the same, or by their examples.
+        clip: largest norm of the change, which then is sent in the place of the values; None for values.
+        cap: with a clip, the examples from which on a client counts fully; None counts all alike.
+    """
+
+    form: Mapping[str, tuple[int, ...]]
+    scales: Mapping[str, float]
+    clients: int
+    uniform: bool = False
+    clip: float | None = None
+    cap: int | None = None
+
+    def write(self) -> ConfigRecord:
+        """As a record of a message."""
+        return ConfigRecord({"terms": json.dumps(self.__dict__)})
+
+    @classmethod
+    def read(cls, record: ConfigRecord) -> "Terms":
+        """The terms that `write` wrote."""
+        read = json.loads(str(record["terms"]))
+        return cls(**(read | {"form": {name: tuple(shape) for name, shape in read["form"].items()}}))
+
+    def vector(self, sent: Adapter, got: Adapter, examples: int) -> Tensor:
+        """What one client adds to the sum, float64: its weighted tensors or clipped change, then its weight.
+
+        Args:
+            sent: the adapter that it was sent.
+            got: the one that it has trained.
+            examples: how many rows it has.
+        """
+        values = flat(embed(got, self.form, self.scales))
+        if self.clip is None:
+            weight = 1.0 if self.uniform else float(examples)
+            return torch.cat([values * weight, torch.tensor([weight], dtype=torch.float64)])
+        weight = 1.0 if self.cap is None else min(examples / self.cap, 1.0)
+        change = clipped(values - flat(embed(sent, self.form, self.scales)), self.clip)
+        # Toward zero on the masks' grid: rounding to the nearest could make the norm larger than the clip.
+        bounded = (change * weight * POINT).trunc() / POINT
+        return torch.cat([bounded, torch.zeros(1, dtype=torch.float64)])  # how many is a secret, too
+
+
+def write_masked(
+    message: Message, task: Task, outcome: TrainResult, examples: int, context: Context
+) -> RecordDict:
+    """A client's reply: its masked vector, its round and its metrics.
+
+    Raises:
+        IncompatibleUpdates: what was trained is not finite, or this client must not send in this round.
+    """
+    records = message.content.config_records
+    terms = Terms.read(records[SUM])
+    words = encode(terms.vector(task.adapter, outcome.adapter, examples), terms.clients)
+    masked = Array(mask(words, records[RECORD], context))
+    metrics = {name: float(value) for name, value in outcome.metrics.items()}
+    numbers = MetricRecord({"round": records["config"]["round"], **metrics})  # type: ignore[dict-item]
+    return RecordDict({"arrays": ArrayRecord({"masked": masked}), "metrics": numbers})
+
+
+class SecureSum:
+    """The server's side of one such round.
+
+    Args:
+        grid: how clients are reached.
+        nodes: who was sampled.
+        round: the round, from 1.
+        wide: the task of a client of the largest ranks.
+        uniform: whether all weigh the same.
+        clip: as in `Terms`.
+        cap: as in `Terms`.
+
+    Raises:
+        ConfigError: fewer than 3 nodes.
+        IncompatibleUpdates: too few of them answered.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        nodes: Sequence[int],
+        round: int,
+        wide: Task,
+        uniform: bool = False,
+        clip: float | None = None,
+        cap: int | None = None,
+    ) -> None:
+        self.exchange = SecureRound(grid, nodes, round)
+        self.nodes = self.exchange.open()
+        scales = {name: pair.scale for name, pair in wide.adapter.pairs.items()}
+        self._terms = Terms(form(wide), scales, len(self.nodes), uniform, clip, cap)
+        self._wide, self._vectors = wide, dict[int, Words]()
+
+    def records(self, node: int) -> dict[str, ConfigRecord]:
+        """What a node needs for the sum, for its training message."""
+        return {SUM: self._terms.write(), RECORD: self.exchange.attachment(node)}
+
+    def read(self, reply: Message, task: Task, peer: Peer, round: int) -> Update:
+        """Take a node's vector; an update without tensors, since nobody knows them.
+
+        Raises:
+            IncompatibleUpdates: the client failed, or sent another round or anything but one vector.
+        """
+        metrics = metrics_of(told(reply, round))
+        length = sum(math.prod(shape) for shape in self._terms.form.values()) + 1
+        arrays = reply.content.array_records.get("arrays") or ArrayRecord()
+        if set(arrays) != {"masked"}:
+            raise IncompatibleUpdates(f"expected one masked vector, got {sorted(arrays)[:3]}")
+        vector = array_of("masked", arrays["masked"], "uint64", (length,))
+        self._vectors[reply.metadata.src_node_id] = vector
+        return Update(Adapter({}), 1.0, peer, metrics)
+
+    def count(
+        self,
+        round: int,
+        peers: Mapping[int, Peer],
+        lines: list[dict[str, Any]],
+        warn: Callable[[str], None],
+    ) -> None:
+        """Put the bytes of agreeing on masks into the clients' lines, and a line for those that did not.
+
+        Args:
+            round: the round, from 1.
+            peers: the clients, by node.
+            lines: those of clients.jsonl; changed in place, and sorted by client.
+            warn: takes a line for the user about every client that was dropped.
+        """
+        known = {line["client"]: line for line in lines}
+        for node, down in self.exchange.bytes_down.items():
+            peer, up = peers[node], self.exchange.bytes_up[node]
+            if peer.id in known:
+                known[peer.id]["bytes_down"] += down
+                known[peer.id]["bytes_up"] += up
+                continue
+            why = self.exchange.dropped.get(node, "no reply")
+            lines.append(line_of(round, peer, down, up) | {"status": "dropped", "reason": why})
+            warn(f"round {round}: {peer.called} dropped: {why}")
+        lines.sort(key=lambda line: int(line["client"]))
+
+    def total(self) -> Tensor:
+        """The sum of what came, float64, without the last number, the weight; for client-level privacy.
+
+        Raises:
+            IncompatibleUpdates: too few vectors came, or shares are wrong.
+        """
+        return decode(self.exchange.total(self._vectors))[:-1]
+
+    def mean(self) -> Update:
+        """The weighted mean of what came, as the one update that the strategy needs.
+
+        Raises:
+            IncompatibleUpdates: too few vectors came, or shares are wrong.
+        """
+        total = decode(self.exchange.total(self._vectors))
+        if not total[-1] > 0:
+            raise IncompatibleUpdates(f"secure sum: expected weights above 0 in all, got {float(total[-1])}")
+        return Update(with_shared(self._wide, split(total[:-1] / total[-1], self._terms.form)))

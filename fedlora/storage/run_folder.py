@@ -1,0 +1,237 @@
+"""The folder of a run: what is written when, so that a kill at any instant loses at most one round."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedlora.core.messages import State
+from fedlora.errors import CheckpointError, ConfigError
+from fedlora.privacy import Ledger
+from fedlora.privacy.ledger_files import LEDGER, read_ledger
+from fedlora.storage.atomic import write_whole
+from fedlora.storage.client_state import ClientStore
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+KEPT = 2  # checkpoints; the one before the last serves when the last is damaged
+SERVER = -1  # in the place of a client's id
+
+
+class RunFolder:
+    """Files of design.md §6 under one folder; nothing is pickled.
+
+    Whole files are written under a temporary name, synced and renamed. A round's lines go to the logs first
+    and its checkpoint last, so that lines without a checkpoint belong to a round that is done again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: str) -> "RunFolder":
+        """Start a new run.
+
+        Args:
+            path: a folder that holds no run yet.
+            config: the resolved configuration as YAML.
+
+        Raises:
+            ConfigError: there is a run in it, or it cannot be written.
+        """
+        folder = cls(path)
+        if (path / "config.yaml").exists():
+            raise ConfigError(
+                f"out: '{path}' holds a run already; name another folder, or continue it with resume={path}"
+            )
+        try:
+            (path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: cannot make the folder '{path}': {error.strerror}") from error
+        for log in ("metrics.jsonl", "clients.jsonl"):
+            (path / log).touch()
+        folder.write_config(config)
+        return folder
+
+    def discard(self, *more: str) -> None:
+        """Remove what `create` made, and these files, of a run that has not begun; other files stay."""
+        for name in ("config.yaml", "metrics.jsonl", "clients.jsonl", *more):
+            (self.path / name).unlink(missing_ok=True)
+        for place in (self.path / "checkpoint", self.path):
+            with suppress(OSError):  # something else is in it
+                place.rmdir()
+
+    def hold(self) -> IO[bytes]:
+        """Keep other processes from going on with this run, until the file is closed or this process ends.
+
+        Two at a time would each pay for their own noise alone, and one's entry in the ledger would be lost.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        file = (self.path / "checkpoint" / "lock").open("ab")
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise ConfigError(
+                    f"resume: another process is at work on '{self.path}'; wait for its end, or stop it"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        return file
+
+    def write_config(self, config: str) -> None:
+        """Write the resolved configuration."""
+        self.write("config.yaml", lambda file: file.write_text(config, encoding="utf-8"))
+
+    @property
+    def started(self) -> bool:
+        """Whether there is any checkpoint."""
+        return bool(self._checkpoints())
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The newest checkpoint's file."""
+        return self._checkpoints()[-1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return (self.path / "summary.json").is_file()
+
+    def summary(self) -> dict[str, Any]:
+        """What the run has come to; empty before its end."""
+        if not self.finished:
+            return {}
+        found: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return found
+
+    def write(self, name: str, make: Callable[[Path], Any]) -> Path:
+        """Make a file or folder of the run, whole or not at all."""
+        return write_whole(self.path / name, make)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write one JSON object, readable by people."""
+        text = json.dumps(value, indent=2) + "\n"
+        self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def write_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write one JSON object a line, letters as they are."""
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
+
+    def finish_round(
+        self, round: int, state: State, metrics: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Record a round: its lines in both logs, then the state after it."""
+        _append(self.path / "clients.jsonl", clients)
+        _append(self.path / "metrics.jsonl", [metrics])
+        self.save_state(round, state)
+
+    def save_state(self, round: int, state: State) -> None:
+        """Write the state after a round as one safetensors file with its own digest."""
+        tensors, header = state.pack()
+        kept = {"round": str(round), "state": header, "digest": _seal(round, header, state)}
+        self.write(f"checkpoint/round-{round:06d}.safetensors", lambda file: save_file(tensors, file, kept))
+        for old in self._checkpoints()[:-KEPT]:
+            old.unlink()
+
+    def load_state(self) -> tuple[int, State]:
+        """The last whole state and its round; logs are cut back to that round."""
+        round, state = self.read_state()
+        for log in ("metrics.jsonl", "clients.jsonl"):
+            self.write(log, partial(_cut, self.path / log, round))
+        return round, state
+
+    def read_state(self) -> tuple[int, State]:
+        """The last whole state and its round; changes nothing.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        for path in reversed(self._checkpoints()):
+            try:
+                round, state = _read_state(path)
+            except (CheckpointError, SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+                warnings.warn(f"{path.name} is damaged ({error}); using the one before it", stacklevel=2)
+                continue
+            return round, state
+        raise CheckpointError(f"'{self.path}' has no whole checkpoint to continue from; start the run again")
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return _lines(self.path / "metrics.jsonl")
+
+    @property
+    def memory(self) -> ClientStore:
+        """What clients keep, where they all live on this machine."""
+        return ClientStore(self.path / "checkpoint" / "clients")
+
+    @property
+    def ledger(self) -> Path:
+        """The file of the server's own ledger."""
+        return self.path / "checkpoint" / LEDGER
+
+    def ledgers(self) -> dict[int, Ledger]:
+        """What every client has spent, by its id; of client-level privacy the server's, as SERVER."""
+        server = read_ledger(self.ledger)
+        return self.memory.ledgers() | ({SERVER: server} if server else {})
+
+    def clients(self) -> list[dict[str, Any]]:
+        """The lines of clients.jsonl."""
+        return _lines(self.path / "clients.jsonl")
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoint").glob("round-*.safetensors"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a log; a torn last one is left out."""
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _seal(round: int, header: str, state: State) -> str:
+    """SHA-256 of all that a checkpoint says."""
+    return hashlib.sha256(f"{round};{header};{state.digest()}".encode()).hexdigest()
+
+
+def _read_state(path: Path) -> tuple[int, State]:
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    state = State.unpack(tensors, header["state"])
+    if _seal(int(header["round"]), header["state"], state) != header["digest"]:
+        raise CheckpointError("its digest does not match")
+    return int(header["round"]), state
+
+
+def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut(source: Path, round: int, target: Path) -> None:
+    """Copy the whole lines up to a round; a torn last line belongs to the round that was cut off."""
+    kept = []
+    for line in source.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["round"] > round:
+            break
+        kept.append(line)
+    target.write_text("".join(kept), encoding="utf-8")

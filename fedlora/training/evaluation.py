@@ -1,0 +1,99 @@
+"""Losses and shares of right answers on rows, of adapters as they are."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.core.messages import Task
+from fedlora.data import Example
+from fedlora.errors import ApartError
+from fedlora.models import Base, MultiAdapterModel
+from fedlora.training.batches import Micro, budget, micro_batches
+from fedlora.training.workers import Workers
+
+
+def evaluate(
+    base: Base, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], tokens: int | None = None
+) -> list[tuple[float, float]]:
+    """The mean loss and the mean share of right answers of each task's adapter, as it is, on its own rows.
+
+    Args:
+        base: the frozen model.
+        tasks: one a slot.
+        rows: the rows of each; (nan, nan) where there are none.
+        tokens: a micro-batch holds at most, padding included where the model needs it; None chooses by the
+            rows.
+    """
+    tokens = budget(tokens, base.device.type)
+    try:
+        return _together(base, tasks, rows, tokens)
+    except ApartError:
+        each = zip(tasks, rows, strict=True)
+        return [_together(base, [task], [own], tokens)[0] for task, own in each]
+
+
+def _together(
+    base: Base, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], tokens: int | None
+) -> list[tuple[float, float]]:
+    totals = [[0.0, 0.0] for _ in tasks]
+    pool = [(slot, row) for slot, own in enumerate(rows) for row in own]
+    with MultiAdapterModel(base, tasks) as bank, Workers(base) as workers:
+        micros = micro_batches(pool, tokens, base.traits, not bank.unpadded)
+
+        @torch.no_grad()
+        def measure(micro: Micro) -> tuple[list[float], list[float]]:
+            loss, right = losses_of(base, bank, micro, len(tasks))
+            return loss.tolist(), right.tolist()
+
+        for micro, found in zip(micros, workers.map(measure, micros), strict=True):
+            for (slot, _), one, hit in zip(micro, *found, strict=True):
+                totals[slot][0] += one
+                totals[slot][1] += hit
+    return [
+        (loss / len(own), right / len(own)) if own else (math.nan, math.nan)
+        for (loss, right), own in zip(totals, rows, strict=True)
+    ]
+
+
+def measure(
+    base: Base,
+    scores: Callable[[list[Example]], tuple[Tensor, Tensor]],
+    rows: Sequence[Example],
+    tokens: int | None = None,
+) -> tuple[float, float]:
+    """The means of two numbers a row, such as its loss and its share of right answers; (nan, nan) of none.
+
+    Args:
+        base: the frozen model, for its device.
+        scores: the numbers of a micro-batch's rows, both (rows,); called from several threads.
+        rows: all rows.
+        tokens: padded tokens a micro-batch holds at most; None chooses by the rows.
+    """
+    tokens = budget(tokens, base.device.type)
+
+    @torch.no_grad()
+    def sums(micro: Micro) -> list[float]:
+        return [float(found.double().sum()) for found in scores([row for _, row in micro])]
+
+    with Workers(base) as workers:
+        found = list(workers.map(sums, micro_batches([(0, row) for row in rows], tokens, base.traits)))
+    if not rows:
+        return math.nan, math.nan
+    return math.fsum(f[0] for f in found) / len(rows), math.fsum(f[1] for f in found) / len(rows)
+
+
+def losses_of(base: Base, bank: MultiAdapterModel, micro: Micro, slots: int) -> tuple[Tensor, Tensor]:
+    """Losses and shares of right answers of a micro-batch, each by its slot's adapter, (rows,) both."""
+    rows, tokens = Counter[int](), Counter[int]()
+    for slot, row in micro:
+        rows[slot] += 1
+        tokens[slot] += len(row.input_ids)
+    counts, lengths = ([held[slot] for slot in range(slots)] for held in (rows, tokens))
+    if bank.unpadded:
+        bank.route(counts, lengths)
+        return base.losses_unpadded([row for _, row in micro])
+    bank.route(counts)
+    return base.losses(base.collate([row for _, row in micro]))
