@@ -10,6 +10,7 @@ that starts anew each round: after the server has combined factors, old moments 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -51,11 +52,11 @@ class LocalTraining(Client):
 
     lr: float
     lr_ratio: float = 1.0
-    head_lr: float | None = None
+    head_lr: float | None = 1e-2
     batch_size: int = 8
     epochs: int = 1
     steps: int | None = None
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    optimizer: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, weight_decay=0.0)
     clip: float | None = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0

@@ -17,8 +17,10 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
     {"fedlora.callbacks", "fedlora.robust", "fedlora.secure_aggregation", "fedlora.rounds", "fedlora.report"},
     {"fedlora.engines"},
     {"fedlora.strategies", "fedlora.clients"},
-    {"fedlora.config"},
     {"fedlora.runner"},
+    {"fedlora.config"},
+    {"fedlora.saved_runs"},
+    {"fedlora.api"},
     {"fedlora.deploy", "fedlora.cli"},
     {"fedlora.experiments"},
 ]
@@ -32,6 +34,7 @@ FORBIDDEN = {
 WALLS = {
     "flwr": {
         "fedlora.rounds",
+        "fedlora.runner.session",
         "fedlora.engines",
         "fedlora.secure_aggregation",
         "fedlora.deploy",
@@ -39,7 +42,7 @@ WALLS = {
     "peft": {"fedlora.models"},
     "transformers": {"fedlora.models"},
     "hydra": {"fedlora.config", "fedlora.cli"},
-    "omegaconf": {"fedlora.config", "fedlora.cli", "fedlora.runner", "fedlora.deploy", "fedlora.engines.ray"},
+    "omegaconf": {"fedlora.config", "fedlora.cli", "fedlora.deploy", "fedlora.saved_runs.replay"},
     "opacus": {"fedlora.privacy"},
     "datasets": {"fedlora.data.hub"},
 }

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from fedlora.clients import LocalTraining
 from fedlora.config.composition import compose
+from fedlora.config.translate import run_spec
 from fedlora.privacy import Mechanism, Source
 from fedlora.runner.assemble import Assembly, assemble
 from fedlora.training.client import TrainRequest
@@ -26,7 +27,11 @@ def work(built: Assembly, clients: int) -> list[TrainRequest]:
     """The first round of so many clients."""
     return [
         TrainRequest(
-            k, 1, 0, built.strategy.task(built.start, built.peer(k, built.ranks[k])), built.site.rows(k)
+            k,
+            1,
+            0,
+            built.spec.strategy.task(built.start, built.peer(k, built.ranks[k])),
+            built.runtime.rows(k),
         )
         for k in range(clients)
     ]
@@ -34,7 +39,7 @@ def work(built: Assembly, clients: int) -> list[TrainRequest]:
 
 def epoch(built: Assembly, assignments: Sequence[TrainRequest], private: bool) -> None:
     """One local epoch of all of them in one pass."""
-    client = built.site.client
+    client = built.runtime.client
     assert isinstance(client, LocalTraining)
     jobs = [
         FitJob(
@@ -54,7 +59,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=40)
     parser.add_argument("--strategy", default="ffalora")
     given = parser.parse_args()
-    built = assemble(compose([f"strategy={given.strategy}", f"data.max_rows={given.rows}"]))
+    built = assemble(run_spec(compose([f"strategy={given.strategy}", f"data.max_rows={given.rows}"])))
     steps = -(-given.rows // 8)
     for clients in (1, len(built.parts)):
         assignments = work(built, clients)

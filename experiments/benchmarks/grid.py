@@ -72,16 +72,17 @@ def fedlora(words: Sequence[str]) -> Callable[[Cell], Callable[[], None]]:
     """The client of fedlora, from a cell to its pass."""
     from fedlora.clients import LocalTraining
     from fedlora.config.composition import compose
+    from fedlora.config.translate import run_spec
     from fedlora.data import Example
     from fedlora.runner.assemble import assemble
     from fedlora.training.client import TrainRequest
 
     from .peers.jobfile import Size
 
-    job = assemble(compose([*Size(clients=1, rows=8, rounds=1).words(), *words]))
-    task = job.strategy.task(job.start, job.peer(0, 8))
-    assert isinstance(job.site.client, LocalTraining)
-    local = job.site.client
+    job = assemble(run_spec(compose([*Size(clients=1, rows=8, rounds=1).words(), *words])))
+    task = job.spec.strategy.task(job.start, job.peer(0, 8))
+    assert isinstance(job.runtime.client, LocalTraining)
+    local = job.runtime.client
 
     def prepare(cell: Cell) -> Callable[[], None]:
         client = replace(local, batch_size=cell[1])

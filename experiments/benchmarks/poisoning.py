@@ -19,9 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rich.console import Console
 
+from fedlora.cli.run_job import run_job
 from fedlora.config.composition import compose
 from fedlora.report import read_run
-from fedlora.runner.run import run_job
 
 JOB = (
     "model=minilm",

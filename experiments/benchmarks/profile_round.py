@@ -22,6 +22,7 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from fedlora.config.composition import compose
+from fedlora.config.translate import run_spec
 from fedlora.core.messages import Task
 from fedlora.report import read_run
 from fedlora.runner import run as jobs
@@ -62,7 +63,7 @@ def rounds(words: list[str], count: int) -> dict[str, float]:
     made = compose([*words, f"rounds={count}"])
     with tempfile.TemporaryDirectory() as folder:
         made.out = f"{folder}/run"
-        client: type[Client] = type(assemble(made).site.client)
+        client: type[Client] = type(assemble(made).runtime.client)
         train, evaluate = client.train, Assembly.evaluate
         client.train, Assembly.evaluate = training.timed(train), evaluation.timed(evaluate)  # type: ignore[method-assign]
         try:
@@ -83,15 +84,15 @@ def rounds(words: list[str], count: int) -> dict[str, float]:
 def kinds(words: list[str]) -> dict[str, float]:
     """Seconds of one pass of training by one thread, by kind of operation; and all of it."""
     torch.set_num_threads(1)
-    job = assemble(compose(words))
+    job = assemble(run_spec(compose(words)))
     work = [
-        TrainRequest(node["client"], 1, 0, Task(job.start.adapter), job.site.rows(node["client"]))
+        TrainRequest(node["client"], 1, 0, Task(job.start.adapter), job.runtime.rows(node["client"]))
         for node in job.nodes()
     ]
-    job.site.client.train(job.base, work)
+    job.runtime.client.train(job.base, work)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         began = time.perf_counter()
-        job.site.client.train(job.base, work)
+        job.runtime.client.train(job.base, work)
         whole = time.perf_counter() - began
     found = dict.fromkeys([*KINDS, "other operations"], 0.0)
     for event in seen.key_averages():

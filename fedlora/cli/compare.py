@@ -21,13 +21,13 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
+from fedlora.cli.run_job import run_job
 from fedlora.cli.statistics import Comparison, Line, at_bytes, last, lines_of, sent, worth
 from fedlora.config.composition import compose
-from fedlora.config.instantiate import differences
+from fedlora.config.instantiate import differences, kept
 from fedlora.errors import ConfigError
 from fedlora.report import read_run, write_report
 from fedlora.report.read import Run
-from fedlora.runner.run import run_job
 from fedlora.storage.atomic import write_whole
 from fedlora.storage.run_folder import RunFolder
 
@@ -152,7 +152,7 @@ def _one(
     if not _mixes(config):
         config.ranks = what.rank
     if (out / "config.yaml").exists():
-        if names := differences(config, out, {"out", "resume"}):
+        if names := differences(kept(config), out, {"out", "resume"}):
             raise ConfigError(
                 f"--to: '{out}' holds a run with other settings ({', '.join(names)}); name another folder"
             )

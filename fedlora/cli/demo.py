@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.callbacks.console import megabytes
+from fedlora.cli.run_job import run_job
 from fedlora.config.composition import compose
 from fedlora.errors import ConfigError
 from fedlora.report import read_run, write_report
-from fedlora.runner.run import run_job
 
 # What to run, in the order of the table: three epochs over the same clients' rows at the same settings, which
 # two cores do in under four minutes. Alone, every client trains by itself; the best on the test rows counts.

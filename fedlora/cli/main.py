@@ -144,8 +144,9 @@ def _run(words: list[str]) -> None:
 
         hydra_s_own(words)
         return
+    from fedlora.cli.run_job import run_job
+    from fedlora.config.resume import continued
     from fedlora.runner.results import closing
-    from fedlora.runner.run import continued, run_job
 
     config = continued(Path(resume), words) if resume else composition.compose(words)
     path = run_job(config, Console())
@@ -192,7 +193,7 @@ def _export(words: list[str]) -> None:
         "--client", type=int, metavar="N", help="a client's own adapter (personal strategies)"
     )
     from fedlora.config.instantiate import Trust
-    from fedlora.runner.export import export, export_own
+    from fedlora.saved_runs.export import export, export_own
 
     trust, words = Trust.said(words)
     given = parser.parse_args(words)
@@ -211,7 +212,7 @@ def _verify(words: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a finished run")
     from fedlora.config.instantiate import Trust
-    from fedlora.runner.export import verify
+    from fedlora.saved_runs.export import verify
 
     trust, words = Trust.said(words)
     print(verify(parser.parse_args(words).run, trust))
@@ -233,7 +234,7 @@ def _replay(words: list[str]) -> None:
         "strategy", nargs="*", metavar="strategy=NAME", help="and its settings, strategy.KEY=VALUE"
     )
     from fedlora.config.instantiate import Trust
-    from fedlora.runner.replay import replay
+    from fedlora.saved_runs.replay import replay
 
     trust, words = Trust.said(words)
     given = parser.parse_args(words)

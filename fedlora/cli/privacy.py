@@ -37,9 +37,19 @@ def _plan(words: list[str]) -> None:
     parser.add_argument("--records", type=int, metavar="N", help="of every client, instead of the data's own")
     parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as for fedlora run")
     given = parser.parse_args(words)
+    from fedlora.config.composition import compose
+    from fedlora.config.translate import run_spec
     from fedlora.runner.forecast import plan
+    from fedlora.runner.spec import RunSpec
 
-    for table in plan(given.words, given.records):
+    said = [word for word in given.words if word.startswith("privacy=")] or ["privacy=dp_sgd"]
+    rest = [word for word in given.words if not word.startswith("privacy=")]
+
+    def other(name: str) -> RunSpec:
+        plain = [word for word in rest if not word.startswith("strategy")]
+        return run_spec(compose([*plain, *said, f"strategy={name}"]))
+
+    for table in plan(run_spec(compose([*rest, *said])), other, given.records):
         table.show()
 
 
@@ -49,7 +59,7 @@ def _show(words: list[str]) -> None:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the folder of a run, finished or not")
     given = parser.parse_args(words)
-    from fedlora.runner.forecast import ledgers
+    from fedlora.saved_runs.ledgers import ledgers
 
     ledgers(given.run).show()
 

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from fedlora.cli.run_job import run_job
 from fedlora.cli.sweep_job import ERROR, Sweep
 from fedlora.config import composition
 from fedlora.config.instantiate import Trust
@@ -31,7 +32,6 @@ from fedlora.core.natural_order import natural
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.report.read import SWEEP
 from fedlora.runner.results import closing
-from fedlora.runner.run import run_job
 from fedlora.storage.atomic import write_whole
 
 # Flags of Hydra's that a value follows.

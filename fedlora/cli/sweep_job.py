@@ -14,12 +14,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from fedlora.cli.run_job import run_job
 from fedlora.config import composition
-from fedlora.config.instantiate import Trust, differences
+from fedlora.config.instantiate import Trust, differences, kept
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.report.read import number, read_run
 from fedlora.runner.results import closing
-from fedlora.runner.run import run_job
 from fedlora.storage.atomic import write_whole
 from fedlora.storage.run_folder import RunFolder
 
@@ -66,7 +66,7 @@ class Sweep:
             config = self.trust.into(config)
             config.out, config.pairs = str(path), []
             if (path / "config.yaml").is_file():
-                if names := differences(config, path, {"out", "resume"}):
+                if names := differences(kept(config), path, {"out", "resume"}):
                     raise ConfigError(
                         f"out: '{path}' holds a run with other settings ({', '.join(names)}); name another "
                         "folder"

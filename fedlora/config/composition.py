@@ -127,7 +127,7 @@ def resolve(config: DictConfig) -> None:
     for key in config.data:
         if OmegaConf.is_missing(config.data, key):
             raise ConfigError(f"data.{key}: needs a value, got none; say data.{key}=...")
-    if config.engine.get("name") == "deploy":
+    if str(config.engine.get("_target_")).startswith("fedlora.deploy."):
         _place(config)
     OmegaConf.resolve(config)
 

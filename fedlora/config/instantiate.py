@@ -29,7 +29,8 @@ OURS = {
     "privacy": ("fedlora.privacy",),
     "data": ("fedlora.data",),
     "model": ("fedlora.models.packaged",),
-    "robust": ("fedlora.robust.base", "fedlora.robust.coordinatewise"),
+    "robust": ("fedlora.robust",),
+    "engine": ("fedlora.engines", "fedlora.deploy.engine"),
 }
 TORCH = {
     "torch.optim": optim.Optimizer,
@@ -97,6 +98,11 @@ def read(run: Path, trust: Trust) -> DictConfig:
         ) from error
     if not isinstance(config, DictConfig):
         raise CheckpointError(f"expected a run's settings in '{run / 'config.yaml'}', got a list")
+    if "_target_" not in (config.get("engine") or {}):
+        raise CheckpointError(
+            f"'{run / 'config.yaml'}' was written by an older fedlora, whose runs this one cannot read; "
+            "export its adapter with that version, and go on from it with lora.adapter=DIR"
+        )
     return trust.into(config)
 
 
@@ -141,9 +147,9 @@ def kept(config: DictConfig) -> str:
     return OmegaConf.to_yaml(Trust().into(made))
 
 
-def differences(config: DictConfig, run: Path, but: Collection[str]) -> list[str]:
-    """The settings in which a configuration differs from that in a run's folder, these left out."""
-    old, new = (dict(OmegaConf.to_container(c)) for c in (read(run, Trust()), OmegaConf.create(kept(config))))  # type: ignore[arg-type]
+def differences(settings: str, run: Path, but: Collection[str]) -> list[str]:
+    """The settings in which a run, as `kept` writes it, differs from that in a folder, these left out."""
+    old, new = (dict(OmegaConf.to_container(c)) for c in (read(run, Trust()), OmegaConf.create(settings)))  # type: ignore[arg-type]
     return sorted(str(key) for key in {*old, *new} - {*but} if old.get(key) != new.get(key))
 
 

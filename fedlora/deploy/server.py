@@ -12,21 +12,24 @@ from flwr.serverapp import Grid
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora.callbacks.remote import ProgressSender, files_of
-from fedlora.config.instantiate import differences, make
+from fedlora.config.instantiate import differences
+from fedlora.config.translate import run_spec
 from fedlora.core.messages import Peer
-from fedlora.core.strategy import Strategy
+from fedlora.deploy.engine import Deployment
 from fedlora.deploy.known_sites import registered
 from fedlora.deploy.site_config import Invitation, check_name
 from fedlora.deploy.superlink import NOTE
 from fedlora.engines.polling import PollingGrid
 from fedlora.errors import ConfigError, FedLoraError
+from fedlora.models import Base
 from fedlora.rounds.registry import ClientRegistry
-from fedlora.runner.assemble import Assembly, assemble
+from fedlora.runner.assemble import assemble
 from fedlora.runner.assign_ranks import assign_ranks
 from fedlora.runner.load_data import load_dataset
-from fedlora.runner.load_models import heads_of
+from fedlora.runner.load_models import trained_heads
 from fedlora.runner.results import ANSWERS
-from fedlora.runner.run import ActiveRun
+from fedlora.runner.session import Session, Sites
+from fedlora.runner.spec import RunSpec
 from fedlora.runner.task_file import FILE as LEARNT
 from fedlora.storage.run_folder import RunFolder
 
@@ -78,31 +81,31 @@ def state_folder() -> Path:
 
 
 def _run(config: DictConfig, grid: Grid, teller: ProgressSender) -> None:
-    path = state_folder() / str(config.engine.experiment)
-    if (path / "config.yaml").exists():  # the server was stopped in this run before
-        if differ := differences(config, path, MAY_CHANGE):
-            raise ConfigError(
-                f"engine.experiment: '{path.name}' is another run on this server, whose {', '.join(differ)} "
-                "differ; give this one a name of its own"
-            )
-        config.resume = str(path)
-    run = ActiveRun.begin(config, path)
-    job = run.job
-    with run.held, _nothing_left(config, run.folder):
-        teller.tell("opening", run.opening(), run.done, job.metric, job.privacy is not None)
-        run.folder.write_json(NOTE, {"run": grid.run.run_id})  # so that `deploy status` finds it
-        patient = PollingGrid(grid, job.enough, done=teller.advance, late=teller.warn)
-        run.go(patient, teller, _plan(config, job).record())
-    _bring(run.folder, teller)
+    path, spec = state_folder() / str(config.engine.experiment), run_spec(config)
+    resumed = (path / "config.yaml").exists()  # the server was stopped in this run before
+    if resumed and (differ := differences(spec.settings, path, MAY_CHANGE)):
+        raise ConfigError(
+            f"engine.experiment: '{path.name}' is another run on this server, whose {', '.join(differ)} "
+            "differ; give this one a name of its own"
+        )
+    session = Session.begin(spec, path, resumed, teller)
+    with session.held, _nothing_left(resumed, session.folder):
+        private = spec.privacy is not None
+        teller.tell("opening", session.opening(), session.done, session.assembly.metric, private)
+        session.folder.write_json(NOTE, {"run": grid.run.run_id})  # so that `deploy status` finds it
+        polling = PollingGrid(grid, session.enough, done=teller.advance, late=teller.warn)
+        invitation = _invitation(spec, session.assembly.base, session.assembly.dataset.labels)
+        session.run(polling, Sites(invitation.record(), registered()))
+    _bring(session.folder, teller)
 
 
 @contextmanager
-def _nothing_left(config: DictConfig, folder: RunFolder) -> Iterator[None]:
+def _nothing_left(resumed: bool, folder: RunFolder) -> Iterator[None]:
     """Remove a new run's folder if no round of it has come to an end: there is nothing to go on with."""
     try:
         yield
     except FedLoraError:
-        if config.resume is None and not folder.rounds():
+        if not resumed and not folder.rounds():
             shutil.rmtree(folder.path)
         raise
 
@@ -120,51 +123,52 @@ def _bring(folder: RunFolder, teller: ProgressSender) -> None:
     teller.tell("done")
 
 
-def _plan(config: DictConfig, job: Assembly) -> Invitation:
-    model = job.base.fingerprint(heads_of(config, job.base))
-    return Invitation(str(config.engine.experiment), job.dataset.labels, model)
+def _invitation(spec: RunSpec, base: Base | None, labels: tuple[str, ...]) -> Invitation:
+    """What a node is told of a run; without a base it is not asked about its model."""
+    model = "" if base is None else base.fingerprint(trained_heads(spec.lora, base))
+    assert isinstance(spec.engine, Deployment)
+    return Invitation(str(spec.engine.experiment), labels, model)
 
 
-def _refused_early(config: DictConfig, grid: Grid, teller: ProgressSender) -> set[int]:
+def _refused_early(spec: RunSpec, grid: Grid, teller: ProgressSender) -> set[int]:
     """The nodes whose settings or rows do not suit the run, which they say before anyone loads a model.
 
     Raises:
         FedLoraError: no node could take part, or the run's own settings cannot work.
     """
-    labels = load_dataset(config).labels
-    strategy: Strategy = make(config, "strategy", Strategy)
-    clients = config.clients or 1  # without a number `assemble` refuses the run
-    roster = ClientRegistry(
+    clients = spec.clients or 1  # without a number `assemble` refuses the run
+    registry = ClientRegistry(
         Peer,
-        max(assign_ranks(config.ranks, clients, config.seed)),
+        max(assign_ranks(spec.ranks, clients, spec.seed)),
         lambda text: teller.tell("refused", text),
-        Invitation(str(config.engine.experiment), labels, "").record(),
+        _invitation(spec, None, load_dataset(spec).labels).record(),
         registered(),
-        strategy.mixed_ranks,
+        spec.strategy.mixed_ranks,
     )
-    roster.gather(PollingGrid(grid, int, poll=0.1), clients, min(config.engine.wait, SOON))
-    return roster.refused
+    registry.gather(PollingGrid(grid, int, poll=0.1), clients, min(spec.engine.wait, SOON))
+    return registry.refused
 
 
 def _check(config: DictConfig, grid: Grid, teller: ProgressSender) -> None:
     """Meet every site, and tell what each says of itself: first without the model, which is slow to load."""
-    refused = _refused_early(config, grid, teller)
-    job = assemble(config)
-    roster = ClientRegistry(
-        job.peer,
-        max(job.ranks),
+    spec = run_spec(config)
+    refused = _refused_early(spec, grid, teller)
+    made = assemble(spec)
+    registry = ClientRegistry(
+        made.peer,
+        max(made.ranks),
         lambda text: teller.tell("refused", text),
-        _plan(config, job).record(),
+        _invitation(spec, made.base, made.dataset.labels).record(),
         registered(),
-        job.strategy.mixed_ranks,
+        spec.strategy.mixed_ranks,
     )
-    roster.refused |= refused  # they have said why
-    patient = PollingGrid(grid, job.rules.enough)
-    there = roster.gather(patient, job.rules.clients, min(config.engine.wait, SOON))
+    registry.refused |= refused  # they have said why
+    patient = PollingGrid(grid, made.rules.enough)
+    there = registry.gather(patient, made.rules.clients, min(spec.engine.wait, SOON))
     for node in there:
-        said, heard = roster.profiles[node], roster.heard[node]
+        said, heard = registry.profiles[node], registry.heard[node]
         more = {"ahead": float(str(said["clock"])) - heard, "server_torch": str(torch.__version__)}
-        more["name"] = roster.peers[node].called
+        more["name"] = registry.peers[node].called
         teller.tell("site", {name: value for name, value in said.items() if name != "clock"} | more)
-    away = [name for name in roster.away(job.rules.clients) if len(there) < job.rules.clients]
-    teller.tell("done", len(there), job.rules.clients, away)
+    away = [name for name in registry.away(made.rules.clients) if len(there) < made.rules.clients]
+    teller.tell("done", len(there), made.rules.clients, away)

@@ -15,7 +15,8 @@ from fedlora.data.fields import ColumnError
 from fedlora.data.files import rows_of
 from fedlora.deploy.limits import LOCK, PROMISED, Limits
 from fedlora.errors import ConfigError
-from fedlora.runner.load_data import at_sites, load_dataset, partition_rows
+from fedlora.runner.load_data import load_dataset, partition_rows
+from fedlora.runner.spec import RunSpec
 
 RUN = "run"  # in the place of a file: rows dealt by the run itself, for trials
 OWN = ("worker", "worker.log", PROMISED, LOCK)  # what stands beside the runs in a site's folder
@@ -186,36 +187,35 @@ class SiteConfig:
         """Those of its privacy; None where it has none."""
         return None if self.epsilon is None else Limits(self.home, self.epsilon, self.delta, self.client)
 
-    def rows(self, config: DictConfig, labels: Sequence[str]) -> list[Row]:
+    def rows(self, spec: RunSpec, labels: Sequence[str]) -> list[Row]:
         """Its rows for a run.
 
         Raises:
             FedLoraError: the run asks for a file outside the site's folder, or the file cannot be used.
         """
-        own = Path(self.data).expanduser()
+        own, data = Path(self.data).expanduser(), spec.data
         if self.data == RUN:
-            dataset = load_dataset(config)
-            parts = partition_rows(config, dataset)
+            dataset = load_dataset(spec)
+            parts = partition_rows(data, dataset, spec.clients, spec.seed)
             if self.client >= len(parts):
                 raise ConfigError(f"this site is client {self.client}, the run has only {len(parts)}")
             return [dataset.train[i] for i in parts[self.client].rows]
-        if not at_sites(config):
+        if not data.at_sites:
             raise ConfigError(
-                f"this site trains on its own file alone (data), the run brings data={config.data.name}; say "
+                f"this site trains on its own file alone (data), the run brings data={data.name}; say "
                 "data=sites"
             )
-        asked = config.data.file
         if own.is_dir():
-            if asked is None:
+            if data.file is None:
                 raise ConfigError("this site has a folder of files; say which with data.file=NAME")
-            path = (own / str(asked)).resolve()
+            path = (own / str(data.file)).resolve()
             if not path.is_relative_to(own.resolve()):
-                raise ConfigError(f"data.file: '{asked}' leads out of this site's folder")
+                raise ConfigError(f"data.file: '{data.file}' leads out of this site's folder")
             own = path
-        elif asked is not None and Path(str(asked)).name != own.name:
-            raise ConfigError(f"data.file: this site has one file for runs, which is not '{asked}'")
-        columns = {name: getattr(self, name) or config.data[name] for name in COLUMNS}
+        elif data.file is not None and Path(str(data.file)).name != own.name:
+            raise ConfigError(f"data.file: this site has one file for runs, which is not '{data.file}'")
+        columns = {name: getattr(self, name) or data.columns[name] for name in COLUMNS}
         try:
-            return rows_of(own, **columns, labels=labels, quotes=config.data.quotes)
+            return rows_of(own, **columns, labels=labels, quotes=data.quotes)
         except ColumnError as error:
             raise error.at_a_site() from None

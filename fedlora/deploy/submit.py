@@ -6,66 +6,63 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from fedlora.callbacks.console import Progress
 from fedlora.callbacks.remote import ProgressReceiver
-from fedlora.config.instantiate import kept
 from fedlora.deploy.site_config import check_name
 from fedlora.deploy.superlink import NOTE, heard, status_of, submit, superlink_of
+from fedlora.engines.base import Run
 from fedlora.errors import CheckpointError, FedLoraError
 from fedlora.storage.run_folder import RunFolder
 
 ALIVE = ("pending", "starting", "running", "finished:completed")
 
 
-def deploy(config: DictConfig, path: Path, console: Console) -> Path:
+def deploy(run: Run) -> None:
     """Run a federation over the sites behind a SuperLink, or go on with one.
 
     Args:
-        config: composed, every reference resolved.
-        path: the run's folder on this machine.
-        console: where to show progress.
-
-    Returns:
-        The folder.
+        run: what is asked for; its folder on this machine gets what the run leaves.
 
     Raises:
         FedLoraError: the SuperLink cannot be reached, or the run failed there; says why.
     """
-    superlink, note, folder = superlink_of(config), path / NOTE, RunFolder(path)
-    if fresh := config.resume is None:
-        config.engine.experiment = config.engine.experiment or _named(path)
-        check_name(str(config.engine.experiment))
-        RunFolder.create(path, kept(config))
+    path, console, fresh = run.path, run.console, not run.resumed
+    settings = OmegaConf.create(run.spec.settings)
+    assert isinstance(settings, DictConfig)
+    superlink, note, folder = superlink_of(settings), path / NOTE, RunFolder(path)
+    if fresh:
+        settings.engine.experiment = settings.engine.experiment or _named(path)
+        check_name(str(settings.engine.experiment))
+        RunFolder.create(path, OmegaConf.to_yaml(settings))
     else:
-        folder.write_config(kept(config))
+        folder.write_config(run.spec.settings)
     known = json.loads(note.read_text("utf-8")) if note.exists() else {}
-    run = known.get("run") if known.get("superlink") == superlink else None
+    number = known.get("run") if known.get("superlink") == superlink else None
     again = (path / "summary.json").exists()  # it has finished before, and has rounds added
-    follower = _Follower(config.rounds, path, console)
+    follower = _Follower(run.spec.rounds, path, console)
     try:
-        if run is None or again or status_of(superlink, run) not in ALIVE:
-            run = submit(config, "run", superlink)
-            folder.write_json(NOTE, {"superlink": superlink, "run": run})
+        if number is None or again or status_of(superlink, number) not in ALIVE:
+            number = submit(settings, "run", superlink)
+            folder.write_json(NOTE, {"superlink": superlink, "run": number})
         console.print(
-            f"run {run} on SuperLink {superlink}; its log: flwr log {run} {superlink}",
+            f"run {number} on SuperLink {superlink}; its log: flwr log {number} {superlink}",
             highlight=False,
             soft_wrap=True,
         )
-        follower.follow(superlink, run)
+        follower.follow(superlink, number)
     except KeyboardInterrupt:
-        if run is None:
+        if number is None:
             raise
         raise KeyboardInterrupt(
             f"the run goes on at the server without this command; fedlora run resume={path} follows it "
-            f"again, flwr stop {run} {superlink} ends it"
+            f"again, flwr stop {number} {superlink} ends it"
         ) from None
     finally:
-        if fresh and (follower.futile or run is None):
+        if fresh and (follower.futile or number is None):
             folder.discard(NOTE)  # nothing was done in it, and its name is free for the next try
-    return path
 
 
 def _named(path: Path) -> str:

@@ -44,7 +44,7 @@ class Worker:
     def __init__(self) -> None:
         self._of: tuple[Any, ...] | None = None
         self._log = "worker.log"
-        self._site: ClientRuntime | None = None
+        self._runtime: ClientRuntime | None = None
         self._size = 0
 
     def answer(self, message: Message, context: Context) -> Message:
@@ -74,17 +74,17 @@ class Worker:
         if message.metadata.message_type == "query.profile":
             return self._profile(message, config, node, plan)
         self._load(config, node, plan)
-        assert self._site is not None
+        assert self._runtime is not None
         limits = node.limits
         if message.metadata.message_type == "train" and limits is not None:
-            limits.promise(plan.experiment, self._site.client.plan(self._size), self._size)
+            limits.promise(plan.experiment, self._runtime.client.plan(self._size), self._size)
         if "config" in message.content.config_records:
             round = message.content.config_records["config"]["round"]
             if isinstance(round, int) and round > config.rounds + 1:  # one more, for a last evaluation
                 return Message(Error(REFUSED, f"round {round} of {config.rounds}"), reply_to=message)
         own: Mapping[str, Any] = {"client": node.client, "rank": rank_of(config, node)}
         inner = Context(context.run_id, context.node_id, dict(own), context.state, {})
-        return self._site.app()(message, inner)
+        return self._runtime.app()(message, inner)
 
     def _plan(self, message: Message, node: SiteConfig, experiment: str) -> Invitation:
         """What the server told when it met this node, now or before."""
@@ -101,8 +101,8 @@ class Worker:
     def _load(self, config: DictConfig, node: SiteConfig, plan: Invitation) -> None:
         of = (OmegaConf.to_yaml(config), node, plan)
         if self._of != of:
-            self._of = self._site = None  # frees one model before the next is loaded
-            self._site, self._size = make_runtime(config, node, plan)
+            self._of = self._runtime = None  # frees one model before the next is loaded
+            self._runtime, self._size = make_runtime(config, node, plan)
             self._of = of
 
     def _profile(self, message: Message, config: DictConfig, node: SiteConfig, plan: Invitation) -> Message:
@@ -113,8 +113,8 @@ class Worker:
         """
         if plan.model:
             self._load(config, node, plan)
-            assert self._site is not None
-            client, size = self._site.client, self._size
+            assert self._runtime is not None
+            client, size = self._runtime.client, self._size
         else:
             held = site_parts(config, node, plan)
             client, size = held.client, len(held.rows)

@@ -9,14 +9,16 @@ import logging
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedlora.engines.base import Engine, Run, Session
 from fedlora.engines.client_runtime import ClientRuntime
-from fedlora.errors import ApartError, FedLoraError
+from fedlora.errors import ApartError, ConfigError, FedLoraError
 from fedlora.rounds.codec import FAILED
 
 TOKENS = 16384  # of a step: about thirty groups of clients, one a core; more make it no faster
@@ -24,6 +26,34 @@ MEMORY = 512 * 2**20  # bytes of a group's adapters with their gradients and opt
 FIRST_NODE = 1000
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
+
+
+@dataclass(frozen=True)
+class InProcess(Engine):
+    """One process, no sockets: the clients are trained here, several of them in one pass.
+
+    Args:
+        fuse: clients that train in one pass: "auto", or a number.
+    """
+
+    fuse: int | str = "auto"
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.fuse, int) and not isinstance(self.fuse, bool) and self.fuse >= 1
+        if self.fuse != "auto" and not whole:
+            raise ConfigError(
+                f"engine.fuse: expected auto or a whole number of at least 1, got {self.fuse!r}"
+            )
+
+    def run(self, run: Run) -> None:
+        """Train the clients in this process."""
+        with run.begin() as session:
+            session.run(self.grid(session))
+
+    def grid(self, session: Session) -> "InProcessGrid":
+        """The clients of a session as a grid."""
+        fuse = self.fuse if isinstance(self.fuse, int) else None
+        return InProcessGrid(session.runtime, session.nodes, fuse, session.advance)
 
 
 class InProcessGrid(Grid):
@@ -45,7 +75,7 @@ class InProcessGrid(Grid):
     ) -> None:
         self._site, self._fuse, self._done = site, fuse, done
         self._app = site.app()
-        self._run = Run.create_empty(run_id=1)
+        self._run = FlowerRun.create_empty(run_id=1)
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self._replies: dict[str, Message] = {}
         self._contexts = {
@@ -53,12 +83,12 @@ class InProcessGrid(Grid):
             for i, node in enumerate(nodes)
         }
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, run: FlowerRun) -> None:
         """Take another run's identity."""
         self._run = run
 
     @property
-    def run(self) -> Run:
+    def run(self) -> FlowerRun:
         """The run this grid belongs to."""
         return self._run
 

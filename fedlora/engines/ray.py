@@ -6,66 +6,67 @@ On one machine the in-process engine is faster; this one is for a cluster that R
 import functools
 import importlib.util
 import os
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from omegaconf import DictConfig, OmegaConf
-
-from fedlora.callbacks.console import Display
-from fedlora.engines.client_runtime import ClientRuntime
+from fedlora.engines.base import Engine, Run
 from fedlora.engines.polling import PollingGrid
 from fedlora.engines.ray_actors import Simulated, simulation
 from fedlora.errors import ConfigError
-from fedlora.runner.assemble import assemble
-from fedlora.storage.client_state import DownloadCache
-from fedlora.storage.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from fedlora.runner.run import ActiveRun
 
 BARE = 900 * 2**20  # bytes of an actor before it loads a model: Python, torch, transformers, Ray's share
 
 
-def simulate(run: "ActiveRun", progress: Display) -> None:
-    """Run what is left of a federation on Ray.
+@dataclass(frozen=True)
+class Ray(Engine):
+    """Flower's simulation on a Ray cluster, or on the cores of this machine.
 
-    Raises:
-        ConfigError: Ray is not installed, or the memory will not do.
+    Args:
+        actors: processes that train side by side; None takes one a core.
+        gpus: share of a GPU that each takes.
+        timeout: seconds after which a round goes on without those who have not answered.
+        over_select: share of clients sampled beyond clients_per_round, for whose number a round waits.
+        min_replies: share of the sampled clients without whose good updates a round changes nothing.
+        wait: seconds to wait until Ray has made the nodes.
     """
-    config, job = run.config, run.job
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(
-            'engine=ray: Ray is not installed; pip install "fedlora[ray]", or use engine=inprocess'
-        )
-    actors = config.engine.actors
-    if actors is None:
-        actors = min(os.cpu_count() or 1, job.rules.clients)
-    if actors < 1:
-        raise ConfigError(f"engine.actors: expected a whole number of at least 1 or null, got {actors}")
-    _check_memory(actors, sum(p.nbytes for p in job.base.model.parameters()))
-    site = Simulated(
-        functools.partial(_site, OmegaConf.to_yaml(config), str(run.folder.path.absolute())), job.ranks
-    )
-    patience = functools.partial(PollingGrid, enough=job.enough, done=progress.advance, late=progress.warn)
-    simulation(
-        lambda grid, stopped: run.go(patience(grid, poll=0.1, stopped=stopped), progress),
-        site,
-        len(job.ranks),
-        actors,
-        config.engine.gpus,
-    )
 
+    actors: int | None = None
+    gpus: float = 0.0
+    timeout: float | None = None
+    over_select: float = 0.0
+    min_replies: float = 0.0
+    wait: float = 60
 
-@functools.lru_cache(maxsize=1)
-def _site(text: str, folder: str) -> ClientRuntime:
-    """The clients' side in an actor, loaded once."""
-    config = OmegaConf.create(text)
-    assert isinstance(config, DictConfig)
-    keeps = RunFolder(Path(folder)).memory
-    return replace(
-        assemble(config).site, memory=keeps, shelf=DownloadCache(Path(folder) / "checkpoint" / "clients")
-    )
+    def __post_init__(self) -> None:
+        if self.actors is not None and self.actors < 1:
+            raise ConfigError(
+                f"engine.actors: expected a whole number of at least 1 or null, got {self.actors}"
+            )
+
+    def run(self, run: Run) -> None:
+        """Run what is left of a federation on Ray's actors.
+
+        Raises:
+            ConfigError: Ray is not installed, or the memory will not do.
+        """
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError(
+                'engine=ray: Ray is not installed; pip install "fedlora[ray]", or use engine=inprocess'
+            )
+        with run.begin() as session:
+            nodes = session.nodes
+            actors = self.actors or min(os.cpu_count() or 1, len(nodes))
+            _check_memory(actors, sum(p.nbytes for p in session.runtime.base.model.parameters()))
+            client = Simulated(session.runtime_elsewhere, [node["rank"] for node in nodes])
+            polling = functools.partial(
+                PollingGrid, enough=session.enough, done=session.advance, late=session.warn
+            )
+            simulation(
+                lambda grid, stopped: session.run(polling(grid, poll=0.1, stopped=stopped)),
+                client,
+                len(nodes),
+                actors,
+                self.gpus,
+            )
 
 
 def _check_memory(actors: int, base: int) -> None:

@@ -3,6 +3,7 @@
 from fedlora.models.adaptable import targets
 from fedlora.models.base import Base
 from fedlora.models.dora import with_magnitudes
+from fedlora.models.given import load_given
 from fedlora.models.hidden_states import HiddenStateHook
 from fedlora.models.initialization import take_out_of_base
 from fedlora.models.loading import checkpoint_dtype, load
@@ -23,6 +24,7 @@ __all__ = [
     "layer_weight",
     "load",
     "load_adapter",
+    "load_given",
     "merge",
     "save_adapter",
     "take_out_of_base",

@@ -101,6 +101,35 @@ def load(
         transformers.utils.logging.set_verbosity(quiet)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one without files
         raise ModelError(NO_TOKENIZER.format(path))
+    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    return finished(model, tokenizer, kind, missing, str(path), seed, None if bits else device, plain)
+
+
+def finished(
+    model: Any,
+    tokenizer: Any,
+    kind: Kind,
+    missing: Sequence[str],
+    path: str,
+    seed: int = 0,
+    device: str | None = None,
+    plain: bool = False,
+) -> Base:
+    """The base of a model that transformers has made: padded, frozen, tried.
+
+    Args:
+        model: from transformers.
+        tokenizer: its tokenizer.
+        kind: what it will be trained for.
+        missing: names of parameters that the checkpoint lacked.
+        path: where the model came from.
+        seed: of the missing parameters.
+        device: where it goes; None leaves it where it is.
+        plain: leave the model as transformers makes it, its attention too.
+
+    Raises:
+        ModelError: no padding token, or a checkpoint that lacks what it needs.
+    """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -108,13 +137,12 @@ def load(
     text = model.config.get_text_config()  # a part of the configuration, in models of images and text
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = tokenizer.pad_token_id
-    missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    heads = _heads(model, kind, missing, str(path))
+    heads = _heads(model, kind, missing, path)
     _make_up(model, missing, seed)
     model.requires_grad_(False).eval()
-    if not bits:  # else it is there already, and bitsandbytes does not let it move
+    if device is not None:  # a quantised model is there already, and bitsandbytes does not let it move
         model.to(device)
-    base = Base(model, tokenizer, kind, heads, str(path))
+    base = Base(model, tokenizer, kind, heads, path)
     return base if plain else _tried(base)
 
 

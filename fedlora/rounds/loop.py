@@ -6,7 +6,7 @@ Which engine carries the messages is the Grid's business.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +88,11 @@ class ServerLoop(FlowerStrategy):
 
     def run(self, grid: Grid) -> None:
         """Run the rounds that are left."""
+        for _ in self.rounds(grid):
+            pass
+
+    def rounds(self, grid: Grid) -> Iterator[dict[str, Any]]:
+        """Run the rounds that are left; the line of each when it has finished."""
         logging.getLogger("flwr").setLevel(logging.WARNING)  # the run has its own display
         if isinstance(grid, PollingGrid):
             grid.called = self._roster.called
@@ -99,7 +104,11 @@ class ServerLoop(FlowerStrategy):
                 f"above; mend it there, or begin without with clients={len(there)}"
             )
         left = self._rules.rounds - self._done
-        self.start(grid, ArrayRecord(), num_rounds=left, timeout=self._rules.timeout)  # type: ignore[arg-type]
+        for number in range(1, left + 1):
+            messages = self.configure_train(number, ArrayRecord(), ConfigRecord(), grid)
+            replies = grid.send_and_receive(messages, timeout=self._rules.timeout)
+            self.aggregate_train(number, replies)
+            yield self._line
 
     def last_look(self, grid: Grid) -> dict[int, dict[str, float]]:
         """Every client's evaluation of its own model after the last round, where the rules ask for it."""
@@ -194,6 +203,7 @@ class ServerLoop(FlowerStrategy):
         metrics |= self._spent(lines)
         self._folder.finish_round(round, self.state, metrics, lines)
         self._progress.end(metrics)
+        self._line = metrics
         return ArrayRecord(), None
 
     def _combine(

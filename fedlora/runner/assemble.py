@@ -1,30 +1,26 @@
-"""From a composed configuration to the objects of a run."""
+"""From the description of a run to its parts, loaded and checked."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
-
-from fedlora.config.instantiate import make, named
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Peer, State, Task
-from fedlora.core.strategy import Strategy
 from fedlora.data import Dataset, Example, Part
 from fedlora.engines.client_runtime import ClientRuntime
-from fedlora.errors import ConfigError
-from fedlora.models import Base, LoRA, load, targets
-from fedlora.privacy import DPSGD, ClientLevel, Plan, Privacy
-from fedlora.robust.base import Robust
+from fedlora.models import Base, load, targets
+from fedlora.privacy import DPSGD, ClientLevel, Plan
 from fedlora.rounds.round_config import RoundConfig
-from fedlora.runner import privacy_checks
-from fedlora.runner.assign_ranks import assign_ranks, plain
-from fedlora.runner.initial_state import initial_state
-from fedlora.runner.load_data import encode_rows, load_dataset, metrics, partition_rows
-from fedlora.runner.load_models import heads_of, load_base, lora_of, model_choices, shared
-from fedlora.training.client import Client
+from fedlora.storage.client_state import ClientStore, DownloadCache
 from fedlora.training.evaluation import evaluate
 from fedlora.training.generation import Answer, answer, chosen
+
+from . import compatibility, privacy_checks
+from .assign_ranks import assign_ranks
+from .initial_state import initial_state
+from .load_data import encode_rows, load_dataset, metrics, partition_rows
+from .load_models import load_base, shared, trained_heads
+from .spec import Dealt, RunSpec
 
 
 @dataclass(frozen=True)
@@ -32,51 +28,45 @@ class Assembly:
     """Everything that a run needs, loaded and checked.
 
     Args:
+        spec: the description of the run.
         dataset: training and test rows.
         base: the frozen model.
         parts: the clients' rows.
         ranks: the clients' ranks.
         test: the encoded test rows.
-        site: the clients' side.
-        strategy: the algorithm.
+        runtime: the clients' side.
         start: the state before round 1.
-        lora: the rule from rank to scales.
         rules: sampling, weights, evaluation.
-        privacy: that of the clients' records, or of the clients, if any.
-        robust: the rule between the updates and the strategy, if any.
         asked: the numbers of the test rows that are answered word for word.
     """
 
+    spec: RunSpec
     dataset: Dataset
     base: Base
     parts: Sequence[Part]
     ranks: Sequence[int]
     test: Sequence[Example]
-    site: ClientRuntime
-    strategy: Strategy
+    runtime: ClientRuntime
     start: State
-    lora: LoRA
     rules: RoundConfig
-    privacy: Privacy | None = None
-    robust: Robust | None = None
     asked: Sequence[int] = ()
 
     @property
     def plans(self) -> list[Plan]:
         """How privately each client trains, or the one plan of the server; empty without privacy."""
-        if isinstance(self.privacy, ClientLevel):
+        privacy = self.spec.privacy
+        if isinstance(privacy, ClientLevel):
             clients = self.rules.clients
             sampled = self.rules.clients_per_round or clients
-            return [self.privacy.plan(clients, sampled, self.rules.secure_sum)]
+            return [privacy.plan(clients, sampled, self.rules.secure_sum)]
         sizes = [len(part.rows) for part in self.parts]
-        return [plan for size in sizes if (plan := self.site.client.plan(size)) is not None]
+        return [plan for size in sizes if (plan := self.runtime.client.plan(size)) is not None]
 
     @property
     def counts_public(self) -> bool:
         """Whether anybody may know how many rows a client has."""
-        hidden = isinstance(self.privacy, ClientLevel) or (
-            self.privacy is not None and self.privacy.hides_counts
-        )
+        privacy = self.spec.privacy
+        hidden = isinstance(privacy, ClientLevel) or (privacy is not None and privacy.hides_counts)
         return not hidden and not self.rules.secure_sum
 
     @property
@@ -90,11 +80,11 @@ class Assembly:
         Of a Poisson sample all: if it were cut at a number, whoever joins it would push another out, and a
         client would move the sum by more than epsilon counts.
         """
-        return sampled if isinstance(self.privacy, ClientLevel) else self.rules.enough(sampled)
+        return sampled if isinstance(self.spec.privacy, ClientLevel) else self.rules.enough(sampled)
 
     def peer(self, client: int, rank: int) -> Peer:
         """What the server knows of a client."""
-        return self.lora.peer(client, rank, self.start.adapter.pairs)
+        return self.spec.lora.scaling.peer(client, rank, self.start.adapter.pairs)
 
     def nodes(self) -> list[dict[str, int]]:
         """One node config a client."""
@@ -102,11 +92,12 @@ class Assembly:
 
     def evaluate(self, tasks: Sequence[Task]) -> list[tuple[float, float]]:
         """Loss and share of right answers of each task's adapter, as it is, on the test rows."""
-        return evaluate(self.base, tasks, [self.test] * len(tasks), self.site.client.micro_tokens)
+        return evaluate(self.base, tasks, [self.test] * len(tasks), self.runtime.client.micro_tokens)
 
     def answers(self, task: Task) -> list[Answer]:
         """What a task's adapter, as it is, says to the test rows that are to be answered."""
-        said = answer(self.base, task, [self.test[i] for i in self.asked], self.site.client.micro_tokens)
+        rows = [self.test[i] for i in self.asked]
+        said = answer(self.base, task, rows, self.runtime.client.micro_tokens)
         return [Answer.to(self.dataset.test[i], i, text) for i, text in zip(self.asked, said, strict=True)]
 
     def named(self, loss: float, right: float) -> dict[str, float]:
@@ -129,145 +120,86 @@ class Assembly:
         return sum(row.target == label for row in self.dataset.test) / len(self.dataset.test)
 
 
-def assemble(config: DictConfig) -> Assembly:
+def assemble(spec: RunSpec) -> Assembly:
     """Load and check everything before the first round.
 
     Raises:
         FedLoraError: a setting, a file, a model or a pairing of them cannot work.
     """
-    strategy: Strategy = make(config, "strategy", Strategy)
-    client: Client = make(config, "client", Client)
-    privacy: Privacy | None = named(config, "privacy", Privacy)
-    if strategy.client and type(client).__name__ != strategy.client:
-        raise ConfigError(
-            f"strategy {type(strategy).__name__} needs the client {strategy.client}, which does its part of "
-            f"the algorithm, got {type(client).__name__}; leave client=... out, the strategy brings its own"
-        )
-    lora = lora_of(config)
-    rules = RoundConfig(
-        config.rounds,
-        config.seed,
-        config.clients_per_round,
-        config.weights,
-        config.min_updates,
-        config.evaluate.every,
-        config.evaluate.updates,
-        config.evaluate.clients or strategy.personal,
-        config.secure_sum,
-        config.engine.get("timeout"),
-        *(config.engine.get(name, 0.0) for name in ("over_select", "min_replies", "wait")),
-    )
-    if rules.evaluate_updates and strategy.personal:
-        raise ConfigError(
-            f"evaluate.updates: what a client of {type(strategy).__name__} sends is no whole model; leave it "
-            "out, its clients evaluate their own models"
-        )
-    if config.get("record_updates") and (privacy is not None or rules.secure_sum or strategy.personal):
-        raise ConfigError(
-            "record_updates: private and secret updates must not be kept, and those of personal strategies "
-            "are no whole models; leave it out"
-        )
-    if privacy is not None:
-        privacy_checks.check(privacy, strategy, rules, bool(config.lora.get("dora")))
-    if isinstance(privacy, ClientLevel) and (config.get("track") or {}).get("clients"):
-        raise ConfigError(
-            "track.clients: what a client's training measures is not covered by the epsilon of client-level "
-            "privacy and must not go to a tracker; leave it out"
-        )
-    if isinstance(privacy, DPSGD):
-        client = client.privately(privacy)
-    fuse_of(config.engine.get("fuse", "auto"))
-    if config.lora.head not in ("train", "last", "freeze"):
-        raise ConfigError(f"lora.head: expected train, last or freeze, got '{config.lora.head}'")
-    dataset = load_dataset(config)
-    if privacy is not None:
-        privacy_checks.check_rows(dataset)
-    asked = _asked(config, dataset, strategy)
-    parts = partition_rows(config, dataset) if dataset.train else []
-    clients = len(parts) if parts else config.clients
-    if clients is None:
-        raise ConfigError("clients: how many sites take part? say clients=N")
-    rules = replace(rules, clients=clients)
-    robust: Robust | None = named(config, "robust", Robust)
-    if robust is not None:
-        robust.check(strategy, rules, privacy)
-    if rules.secure_sum:
-        privacy_checks.check_sum(privacy, strategy, rules, clients)
-    ranks = assign_ranks(config.ranks, clients, config.seed)
-    if rules.min_updates > (most := rules.enough(clients)):
-        raise ConfigError(
-            f"min_updates: expected at most {most}, the clients of a round; got {rules.min_updates}"
-        )
-    if len(set(ranks)) > 1 and not strategy.mixed_ranks:
-        raise ConfigError(
-            f"strategy {type(strategy).__name__} combines clients of one rank only, ranks are "
-            f"{sorted(set(ranks))}; use strategy=flexlora, or one rank"
-        )
-    given_head = config.lora.adapter is not None and config.lora.head != "train"
-    bases = [load_base(choice, dataset) for choice in model_choices(config)] if config.models else []
-    base = bases[0] if bases else load_base(config, dataset, load if given_head else shared)
-    apart = client.shared(base)  # what clients share where it is no part of the model
-    _check_apart(config, strategy, client, apart is not None)
-    if apart is not None:
-        modules = dict(apart)
-    else:
-        modules = targets(base, plain(config.lora.targets)) if config.lora.targets else {}
-    heads = heads_of(config, base)
-    start = initial_state(config, strategy, base, lora, modules, ranks, heads if apart is None else ())
+    spec.round_config()
+    compatibility.check(compatibility.BEFORE_LOADING, spec)
+    dataset = load_dataset(spec)
+    parts = partition_rows(spec.data, dataset, spec.clients, spec.seed) if dataset.train else []
+    clients = compatibility.number_of_clients(spec, len(parts))
+    ranks = assign_ranks(spec.ranks, clients, spec.seed)
+    compatibility.check(compatibility.WITH_DATA, Dealt(spec, dataset, clients, ranks))
+    bases = [load_base(model, dataset, spec.seed) for model in spec.models]
+    given_head = spec.lora.adapter is not None and spec.lora.head != "train"
+    base = bases[0] if bases else load_base(spec.model, dataset, spec.seed, load if given_head else shared)
+    apart = spec.client.shared(base)  # what clients share where it is no part of the model
+    compatibility.check(compatibility.WITH_MODEL, Dealt(spec, dataset, clients, ranks, apart is not None))
+    modules = dict(apart) if apart is not None else adapted(spec, base)
+    heads = trained_heads(spec.lora, base) if apart is None else ()
+    start = initial_state(spec.lora, spec.strategy, base, modules, ranks, heads, spec.seed)
     used = sorted({i for part in parts for i in part.rows})
-    held = [dataset.train[i] for i in used]
-    rows = [dict(zip(used, encode_rows(config, dataset, held, b), strict=True)) for b in bases or [base]]
-    test = encode_rows(config, dataset, dataset.test, base)
+    held, length = [dataset.train[i] for i in used], spec.data.max_length
+    rows = [dict(zip(used, encode_rows(length, dataset, held, b), strict=True)) for b in bases or [base]]
     own = [[rows[k % len(rows)][i] for i in part.rows] for k, part in enumerate(parts)]
-    site = ClientRuntime(base, client, own.__getitem__, None, rules.evaluate_clients, bases=bases)
-    job = Assembly(
-        dataset, base, parts, ranks, test, site, strategy, start, lora, rules, privacy, robust, asked
+    made = Assembly(
+        spec=spec,
+        dataset=dataset,
+        base=base,
+        parts=parts,
+        ranks=ranks,
+        test=encode_rows(length, dataset, dataset.test, base),
+        runtime=client_runtime(spec, base, own.__getitem__, bases=bases),
+        start=start,
+        rules=spec.round_config(clients),
+        asked=chosen(dataset.test, spec.evaluate.answers, spec.seed),
     )
-    if isinstance(privacy, DPSGD):
-        tasks = [strategy.task(start, job.peer(0, rank)) for rank in sorted(set(ranks))]
-        privacy_checks.try_out(client, base, strategy, tasks, [len(part.rows) for part in parts])
-    return job
+    if isinstance(spec.privacy, DPSGD):
+        tasks = [spec.strategy.task(start, made.peer(0, rank)) for rank in sorted(set(ranks))]
+        sizes = [len(part.rows) for part in parts]
+        privacy_checks.try_out(made.runtime.client, base, spec.strategy, tasks, sizes)
+    return made
 
 
-def _asked(config: DictConfig, dataset: Dataset, strategy: Strategy) -> list[int]:
-    """The test rows to answer by `evaluate.answers`, refused where no one model could answer them."""
-    count = config.evaluate.get("answers", 0)
-    if count < 0:
-        raise ConfigError(f"evaluate.answers: expected a number of test rows, or 0 for none; got {count}")
-    if count and dataset.kind == "classification":
-        raise ConfigError(
-            "evaluate.answers: a classifier gives labels and writes no text, its accuracy says all; leave it "
-            "out, or name data.prompt and data.response"
-        )
-    if count and strategy.personal:
-        raise ConfigError(
-            f"evaluate.answers: the result of {type(strategy).__name__} is a model for each client, and the "
-            "server has none that could answer; leave it out"
-        )
-    return chosen(dataset.test, count, config.seed)
+def client_runtime(
+    spec: RunSpec,
+    base: Base,
+    rows: Callable[[int], Sequence[Example]],
+    store: ClientStore | None = None,
+    cache: DownloadCache | None = None,
+    bases: Sequence[Base] = (),
+    most: int | None = None,
+    masked: bool = False,
+) -> ClientRuntime:
+    """The clients' side of a run, in a simulation and at a site alike.
+
+    Args:
+        spec: the description of the run.
+        base: the frozen model.
+        rows: from a client's number to its encoded training rows.
+        store: where clients keep their own parts and ledgers; None where there are none.
+        cache: where clients keep what they were sent; None keeps it in memory.
+        bases: other models, dealt in turn to the clients.
+        most: trainings of this run that a client answers; None for any number.
+        masked: whether a client trains only where its update leaves under the masks of a secure sum.
+    """
+    return ClientRuntime(
+        base,
+        spec.local_client,
+        rows,
+        memory=store,
+        held_out=spec.held_out,
+        shelf=cache or DownloadCache(),
+        bases=bases,
+        most=most,
+        masked=masked,
+    )
 
 
-def _check_apart(config: DictConfig, strategy: Strategy, client: Client, apart: bool) -> None:
-    """Refuse what an adapter apart from the model cannot do, and other models where there is none."""
-    name = type(client).__name__
-    if apart and strategy.client != name:
-        raise ConfigError(
-            f"client {name} shares an adapter that is no part of the model, strategy "
-            f"{type(strategy).__name__} expects the model's own LoRA; use strategy=pfedlora"
-        )
-    if apart and config.lora.adapter is not None:
-        raise ConfigError(f"lora.adapter: client {name} shares no LoRA of the model, leave it out")
-    if config.models and not apart:
-        raise ConfigError(
-            f"models: {type(strategy).__name__} combines LoRA of one model, got models={config.models}; use "
-            "model=NAME, or strategy=pfedlora, whose clients may have different ones"
-        )
-
-
-def fuse_of(value: Any) -> int | None:
-    """`engine.fuse` as a number of clients; None for auto."""
-    if value == "auto":
-        return None
-    if not isinstance(value, int) or value < 1:
-        raise ConfigError(f"engine.fuse: expected auto or a whole number of at least 1, got {value!r}")
-    return value
+def adapted(spec: RunSpec, base: Base) -> dict[str, Any]:
+    """The modules that get an adapter, module -> (d_out, d_in); those that suit the model by default."""
+    named = spec.model.lora_targets if spec.lora.targets is None else spec.lora.targets
+    return targets(base, named) if named else {}

@@ -1,10 +1,8 @@
 """Which client has which LoRA rank."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from fedlora.errors import ConfigError
 from fedlora.seeds import generator
@@ -17,21 +15,26 @@ def assign_ranks(ranks: Any, clients: int, seed: int) -> list[int]:
         ranks: a number for all; a list, taken in turn; or rank -> share, whose parts are dealt at random.
         clients: how many.
         seed: of the deal.
+
+    Raises:
+        ConfigError: something that is no rank, or shares that add up to nothing.
     """
-    given = plain(ranks)
-    if isinstance(given, Mapping):
+    if isinstance(ranks, Mapping):
         try:
-            shares = {_rank(rank): float(share) for rank, share in given.items()}
+            shares = {_rank(rank): float(share) for rank, share in ranks.items()}
         except (TypeError, ValueError):
             shares = {}
         total = sum(shares.values())
         if not 0 < total < math.inf or min(shares.values()) < 0:
-            raise ConfigError(f"ranks: expected shares above 0, such as {{8: 0.5, 2: 0.5}}, got {given}")
+            raise ConfigError(
+                f"ranks: expected shares above 0, such as {{8: 0.5, 2: 0.5}}, got {dict(ranks)}"
+            )
         ends = [round(sum(list(shares.values())[: i + 1]) / total * clients) for i in range(len(shares))]
         sizes = [stop - start for start, stop in zip([0, *ends], ends, strict=False)]
         dealt = [rank for rank, size in zip(shares, sizes, strict=True) for _ in range(size)]
         return [int(rank) for rank in generator(seed, "ranks").permutation(dealt)]
-    turns = [_rank(rank) for rank in (given if isinstance(given, list) else [given])]
+    listed = isinstance(ranks, Sequence) and not isinstance(ranks, str)
+    turns = [_rank(rank) for rank in (ranks if listed else [ranks])]
     if not turns:
         raise ConfigError("ranks: expected at least one rank, got an empty list")
     return [turns[client % len(turns)] for client in range(clients)]
@@ -45,8 +48,3 @@ def _rank(value: Any) -> int:
     if rank < 1 or rank != float(value):
         raise ConfigError(f"ranks: expected whole numbers of at least 1, got {value!r}")
     return rank
-
-
-def plain(value: Any) -> Any:
-    """A part of a configuration as ordinary lists and dictionaries."""
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -2,27 +2,23 @@
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median_low
 
-from omegaconf import DictConfig
-
 from fedlora.clients import LocalTraining
-from fedlora.config.composition import compose
-from fedlora.config.instantiate import Trust, named, read
 from fedlora.core.algebra import negative, norm, stack
 from fedlora.core.messages import State, Task, Update
-from fedlora.errors import CheckpointError, ConfigError, FedLoraError
+from fedlora.errors import ConfigError, FedLoraError
 from fedlora.models import layer_weight
 from fedlora.privacy import ADJACENCY, DPSGD, ClientLevel, Entry, Ledger, Plan, Privacy
 from fedlora.privacy.client_level import ClientLevelMechanism
 from fedlora.report import Table
 from fedlora.runner.assemble import Assembly, assemble
-from fedlora.runner.privacy_checks import planned, told_ledgers
+from fedlora.runner.privacy_checks import planned
+from fedlora.runner.spec import RunSpec
 from fedlora.seeds import generator
-from fedlora.storage.run_folder import SERVER, RunFolder
 from fedlora.training.trainer import FitJob, fit
 
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
@@ -55,86 +51,35 @@ class Outlook:
         return "hard" if self.signal < HARD else "worth a try"
 
 
-def plan(words: Sequence[str], records: int | None = None) -> list[Table]:
+def plan(spec: RunSpec, others: Callable[[str], RunSpec], records: int | None = None) -> list[Table]:
     """Noise of every client and what it does to ΔW under several strategies, before anything is spent.
 
     Args:
-        words: as for `fedlora run`; without a privacy=..., that of records.
+        spec: the run that is meant, with its privacy.
+        others: from the name of another strategy to the same run under it.
         records: of every client, in the place of the data's own numbers.
 
     Raises:
         FedLoraError: the run itself would be refused.
     """
-    if not any(word.startswith("privacy=") for word in words):
-        words = [*words, "privacy=dp_sgd"]
-    config = compose(words)
-    privacy: Privacy | None = named(config, "privacy", Privacy)
+    privacy = spec.privacy
     if privacy is None:
         raise ConfigError("privacy plan: there is nothing to plan for privacy=none; say privacy=dp_sgd")
-    job = _bare(config)
+    job = _bare(spec)
     plans = _plans(job, privacy, records)
-    asked = next((word.partition("=")[2] for word in words if word.startswith("strategy=")), "fedit")
-    found = [_outlook(asked, job, privacy, plans)]
-    others = [word for word in words if not word.startswith(("strategy", "privacy="))]
-    group = "client_level" if isinstance(privacy, ClientLevel) else "dp_sgd"
+    found = [_outlook(spec.strategy_name, job, privacy, plans)]
     for name in COMPARED:
-        if name != asked:
+        if name != spec.strategy_name:
             try:
-                found.append(
-                    _outlook(
-                        name,
-                        _bare(compose([*others, f"privacy={group}", f"strategy={name}"])),
-                        privacy,
-                        plans,
-                    )
-                )
+                found.append(_outlook(name, _bare(others(name)), privacy, plans))
             except FedLoraError:  # it would be refused with these ranks, or this privacy
                 continue
     return [_plans_table(privacy, plans), _outlooks_table(found, min(job.rules.rounds, ROUNDS))]
 
 
-def ledgers(path: Path) -> Table:
-    """The ledger of every client of a run, finished or not.
-
-    Raises:
-        CheckpointError: no run, or no private one.
-    """
-    if not (path / "config.yaml").is_file():
-        raise CheckpointError(f"privacy show: expected a run's folder, '{path}' has no config.yaml")
-    folder, told = RunFolder(path), ""
-    if not (found := folder.ledgers()) and (path / "clients.jsonl").exists():
-        # Clients on machines of their own keep it there.
-        accountant = read(path, Trust()).get("privacy", {}).get("accountant", "prv")
-        found, told = told_ledgers(folder.clients(), accountant), " As the sites have told."
-    if not found:
-        raise CheckpointError(
-            f"privacy show: '{path}' has no ledger: it ran without privacy, or has released nothing yet"
-        )
-    rows = []
-    for client, ledger in sorted(found.items()):
-        rows += [
-            [
-                "server" if client == SERVER else str(client),
-                f"{ledger.epsilon:.3f}" if not at else "",
-                f"{ledger.delta:g}",
-                f"{entry.sigma:.4f}",
-                f"{entry.q:.4f}",
-                str(entry.steps),
-                "" if ledger.valid else "NOT VALID",
-            ]
-            for at, entry in enumerate(ledger.entries)
-        ]
-    form = next(iter(found.values())).record()
-    header = ["client", "epsilon", "delta", "sigma", "q", "steps", ""]
-    note = f"To {form['adjacency']}; {form['mechanism'].lower()}; accountant {form['accountant']}.{told}"
-    return Table(f"What {path} has spent", header, rows, note)
-
-
-def _bare(config: DictConfig) -> Assembly:
-    """The job without its privacy, which the plan itself looks after."""
-    config = config.copy()
-    config.privacy = {}
-    return assemble(config)
+def _bare(spec: RunSpec) -> Assembly:
+    """The run without its privacy, which the plan itself looks after."""
+    return assemble(replace(spec, privacy=None))
 
 
 def _plans(job: Assembly, privacy: Privacy, records: int | None) -> list[tuple[int, Plan]]:
@@ -145,12 +90,12 @@ def _plans(job: Assembly, privacy: Privacy, records: int | None) -> list[tuple[i
         return [(clients, privacy.plan(clients, sampled, job.rules.secure_sum))]
     assert isinstance(privacy, DPSGD)
     sizes = [records or len(part.rows) for part in job.parts]
-    client = job.site.client.privately(privacy)
+    client = job.runtime.client.privately(privacy)
     return [(size, made) for size in sizes if (made := client.plan(size)) is not None]
 
 
 def _outlook(name: str, job: Assembly, privacy: Privacy, plans: Sequence[tuple[int, Plan]]) -> Outlook:
-    tasks = [job.strategy.task(job.start, job.peer(k, rank)) for k, rank in enumerate(job.ranks)]
+    tasks = [job.spec.strategy.task(job.start, job.peer(k, rank)) for k, rank in enumerate(job.ranks)]
     trained = max(_trained(task) for task in tasks)
     n = min(job.rules.clients_per_round or len(tasks), len(tasks))
     worst = max((own for _, own in plans), key=lambda own: own.sigma / own.batch_size)
@@ -162,23 +107,23 @@ def _outlook(name: str, job: Assembly, privacy: Privacy, plans: Sequence[tuple[i
             if isinstance(privacy, ClientLevel):
                 central = ClientLevelMechanism(privacy, worst, Path(folder) / "ledger.json")
                 central.sample([], round)
-                wide = job.strategy.task(state, job.peer(0, max(job.ranks)))
-                total = central.total(job.strategy, wide, [], [])
-                updates = [central.release(job.strategy, wide, total)]
+                wide = job.spec.strategy.task(state, job.peer(0, max(job.ranks)))
+                total = central.total(job.spec.strategy, wide, [], [])
+                updates = [central.release(job.spec.strategy, wide, total)]
             else:
                 updates = list(_noise(job, state, [own for _, own in plans][:n], round))
-            state = job.strategy.aggregate(state, updates, rng)
+            state = job.spec.strategy.aggregate(state, updates, rng)
     return Outlook(name, trained, signal, _moved(job, state))
 
 
 def _noise(job: Assembly, state: State, plans: Sequence[Plan], round: int) -> Iterator[Update]:
     """The updates of clients whose every batch is empty: their own trainer, with nothing but noise."""
-    client = job.site.client
+    client = job.runtime.client
     if not isinstance(client, LocalTraining):
         raise ConfigError(f"privacy plan: client {type(client).__name__} does not train privately")
     peers = [job.peer(k, job.ranks[k]) for k in range(len(plans))]
     jobs = [
-        FitJob(job.strategy.task(state, peer), [[]] * own.steps, own.mechanism(peer.id, round))
+        FitJob(job.spec.strategy.task(state, peer), [[]] * own.steps, own.mechanism(peer.id, round))
         for peer, own in zip(peers, plans, strict=True)
     ]
     fitted = fit(job.base, jobs, client.make_optimizer, client.rate_factor)

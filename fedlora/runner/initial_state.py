@@ -3,65 +3,56 @@
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import norm, stack
 from fedlora.core.messages import Peer, State
 from fedlora.core.strategy import Strategy
 from fedlora.errors import ConfigError
-from fedlora.models import Base, LoRA, fresh_adapter, load_adapter, merge, take_out_of_base, with_magnitudes
+from fedlora.models import Base, fresh_adapter, load_adapter, merge, take_out_of_base, with_magnitudes
 from fedlora.models.dora import MAGNITUDE, split
+
+from .spec import LoRASpec
 
 ROUNDING = 1e-4  # of float32 factors, relative to what they were taken out of
 
 
 def initial_state(
-    config: DictConfig,
+    spec: LoRASpec,
     strategy: Strategy,
     base: Base,
-    lora: LoRA,
     modules: Mapping[str, tuple[int, int]],
     ranks: Sequence[int],
     heads: Sequence[str],
+    seed: int,
 ) -> State:
     """The state before round 1, from `lora.adapter`, or else by `lora.init` or the start of the strategy.
 
     Args:
-        config: the run's.
+        spec: the adapter's form.
         strategy: the algorithm.
         base: the model; a head that is given and not trained is put into it.
-        lora: the rule from rank to scales.
         modules: what is adapted, module -> (d_out, d_in).
         ranks: the clients' ranks.
         heads: those that are trained.
+        seed: of the random factors and of the strategy's own choices.
 
     Raises:
         FedLoraError: settings that cannot work together, or a rank that the strategy cannot serve.
     """
-    name, init, dora = type(strategy).__name__, config.lora.init or strategy.start, config.lora.dora
-    if strategy.client and (init != "lora" or dora):
-        raise ConfigError(
-            f"strategy {name} trains with a client of its own, which knows plain LoRA only, got "
-            f"lora.init={init} and lora.dora={dora}; use lora.init=lora lora.dora=false"
-        )
+    init, scaling = spec.init or strategy.start, spec.scaling
     fold: dict[str, Pair] = {}
-    if config.lora.adapter is None:
-        fresh = fresh_adapter(base, modules, lora.peer(0, max(ranks), modules), heads, config.seed)
-        adapter, fold = take_out_of_base(base, fresh, init, config.seed)
-    elif init != "lora":
-        raise ConfigError(
-            f"lora.adapter and a start from the base, {init}, exclude each other: strategy {name} with "
-            "lora.init=lora goes on from the adapter, lora.adapter=null starts from the base"
-        )
+    if spec.adapter is None:
+        fresh = fresh_adapter(base, modules, scaling.peer(0, max(ranks), modules), heads, seed)
+        adapter, fold = take_out_of_base(base, fresh, init, seed)
     else:
-        adapter = _given(Path(config.lora.adapter), base, heads, dora)
+        adapter = _given(Path(spec.adapter), base, heads, spec.dora)
     if not adapter.pairs and not adapter.extra:
         raise ConfigError("lora.targets is empty and no head is trained: there is nothing to train")
-    if dora:
+    if spec.dora:
         adapter = with_magnitudes(base, adapter, fold)
-    start = strategy.init(adapter, fold, config.seed)
-    _check_served(strategy, start, [lora.peer(0, rank, adapter.pairs) for rank in sorted(set(ranks))], fold)
+    start = strategy.init(adapter, fold, seed)
+    peers = [scaling.peer(0, rank, adapter.pairs) for rank in sorted(set(ranks))]
+    _check_served(strategy, start, peers, fold)
     return start
 
 

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig
 
 from fedlora.data import Example, Row
 from fedlora.errors import CheckpointError
 from fedlora.runner.assemble import Assembly
-from fedlora.runner.load_models import heads_of
+from fedlora.runner.load_models import trained_heads
 from fedlora.storage.run_folder import RunFolder
 
 # Beside the checkpoints, which stay where the run is: the key would let short rows be found by trying.
@@ -26,7 +25,7 @@ FILE = "checkpoint/inputs.json"
 SHOWN = 5  # clients that a message names
 
 
-def check_inputs(job: Assembly, config: DictConfig, folder: RunFolder, resumed: bool) -> None:
+def check_inputs(job: Assembly, folder: RunFolder, resumed: bool) -> None:
     """Remember what a new run has read, and refuse to go on with a run for which it has changed.
 
     Digests are kept of the labels in their order, each client's training rows, the test rows, their tokens,
@@ -36,7 +35,6 @@ def check_inputs(job: Assembly, config: DictConfig, folder: RunFolder, resumed: 
 
     Args:
         job: loaded.
-        config: the run's.
         folder: the run's.
         resumed: whether the run goes on.
 
@@ -46,12 +44,12 @@ def check_inputs(job: Assembly, config: DictConfig, folder: RunFolder, resumed: 
     file = folder.path / FILE
     if not resumed or not file.is_file():
         key = secrets.token_bytes(32)
-        text = json.dumps({"key": key.hex(), **_digests(job, config, key)}, indent=2) + "\n"
+        text = json.dumps({"key": key.hex(), **_digests(job, key)}, indent=2) + "\n"
         folder.write(FILE, lambda path: _write_private(path, text))
         return
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-        now = _digests(job, config, bytes.fromhex(before["key"]))
+        now = _digests(job, bytes.fromhex(before["key"]))
         changed = _changed(before, now)
         code = before["code"] != now["code"]
     except (ValueError, KeyError, TypeError) as error:
@@ -73,19 +71,19 @@ def _write_private(path: Path, text: str) -> None:
         file.write(text)
 
 
-def _digests(job: Assembly, config: DictConfig, key: bytes) -> dict[str, Any]:
+def _digests(job: Assembly, key: bytes) -> dict[str, Any]:
     clients = range(len(job.parts))
     rows = [[job.dataset.train[i] for i in part.rows] for part in job.parts]
-    tokens = [example for k in clients for example in job.site.rows(k)]
-    bases = job.site.bases or [job.base]
+    tokens = [example for k in clients for example in job.runtime.rows(k)]
+    bases = job.runtime.bases or [job.base]
     return {
         "labels": _seal(key, job.dataset.labels),
         "clients": [_seal(key, _texts(own)) for own in rows],
         "test": _seal(key, _texts(job.dataset.test)),
         "tokens": _seal(key, _numbers([*tokens, *job.test])),
-        "models": [_seal(key, [base.fingerprint(heads_of(config, base))]) for base in bases],
-        "adapter": None if config.lora.adapter is None else _seal(key, [job.start.digest()]),
-        "code": [_seal(key, [_source(thing)]) for thing in (job.strategy, job.site.client)],
+        "models": [_seal(key, [base.fingerprint(trained_heads(job.spec.lora, base))]) for base in bases],
+        "adapter": None if job.spec.lora.adapter is None else _seal(key, [job.start.digest()]),
+        "code": [_seal(key, [_source(thing)]) for thing in (job.spec.strategy, job.runtime.client)],
     }
 
 

@@ -1,4 +1,4 @@
-"""The rows that a configuration names, and whose they are."""
+"""The rows of a run, and whose they are."""
 
 import math
 from collections.abc import Sequence
@@ -6,47 +6,62 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import numpy as np
 
-from fedlora.config.instantiate import make
 from fedlora.data import Dataset, Example, Kind, Part, Row, encode, partition
 from fedlora.data.dataset import hold_out
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, DataError
 from fedlora.models import Base
+from fedlora.seeds import generator
 
-HELD_OUT = "fedlora.data.files.held_out"  # what data=sites makes; its name could be that of anybody's folder
+from .spec import DataSpec, Partitioner, RunSpec
+
 VALIDATION = 500  # rows that are cut from the training rows at most; a fifth of them if that is less
 
 
-def at_sites(config: DictConfig) -> bool:
-    """Whether the training rows are at other sites, so that here are test rows alone (data=sites)."""
-    return bool(OmegaConf.select(config, "data.source._target_") == HELD_OUT)
-
-
-def load_dataset(config: DictConfig) -> Dataset:
+def load_dataset(spec: RunSpec) -> Dataset:
     """Training rows, and those to evaluate on: the test rows, or a validation part of the training rows.
 
     Raises:
         FedLoraError: the rows cannot be used, or there are none to cut a validation part from.
     """
-    dataset: Dataset = make(config, "data.source", Dataset)
-    if config.evaluate.rows == "test":
+    dataset = spec.data.source()
+    if spec.evaluate.rows == "test":
         return dataset
-    if config.evaluate.rows != "validation":
-        raise ConfigError(f"evaluate.rows: expected test or validation, got '{config.evaluate.rows}'")
     if not dataset.train:
         raise ConfigError(
             "evaluate.rows=validation: the training rows are at the sites; say evaluate.rows=test"
         )
-    kept, held = hold_out(dataset.train, dataset.kind, VALIDATION, config.seed)
+    kept, held = hold_out(dataset.train, dataset.kind, VALIDATION, spec.seed)
     return replace(dataset, train=tuple(kept), test=tuple(held), cut=True)
 
 
-def partition_rows(config: DictConfig, dataset: Dataset) -> list[Part]:
-    """The training rows dealt to clients, as the configuration says."""
-    d = config.data
-    how = (d.partition, config.clients, d.alpha, d.shards, d.min_rows, d.max_rows, config.seed)
+def partition_rows(data: DataSpec, dataset: Dataset, clients: int | None, seed: int) -> list[Part]:
+    """The training rows dealt to clients, as the specification says.
+
+    Raises:
+        FedLoraError: no such partition, or one that these rows do not have.
+    """
+    if not isinstance(data.partition, str):
+        return _own_partition(data.partition, dataset, clients, seed)
+    how = (data.partition, clients, data.alpha, data.shards, data.min_rows, data.max_rows, seed)
     return partition(dataset.train, *how, kind=dataset.kind)
+
+
+def _own_partition(how: Partitioner, dataset: Dataset, clients: int | None, seed: int) -> list[Part]:
+    """The parts that a function of the user's makes, checked: positions of rows, each in one part at most."""
+    made = [
+        np.asarray(part, dtype=np.int64) for part in how(dataset.train, clients, generator(seed, "partition"))
+    ]
+    every = np.concatenate(made) if made else np.zeros(0, np.int64)
+    inside = bool(((every >= 0) & (every < len(dataset.train))).all())
+    if not made or not all(len(part) for part in made) or not inside or len(set(every)) < len(every):
+        raise DataError(
+            f"data.partition: expected parts of at least one row, each a position from 0 to "
+            f"{len(dataset.train) - 1} in one part at most; '{getattr(how, '__name__', how)}' made others"
+        )
+    width = len(str(len(made) - 1))
+    return [Part(f"client-{i:0{width}}", part) for i, part in enumerate(made)]
 
 
 def metrics(kind: Kind, loss: float, right: float) -> dict[str, float]:
@@ -64,14 +79,14 @@ class _Tokenizer:
     itself: Any = field(compare=False)
 
 
-def encode_rows(config: DictConfig, dataset: Dataset, rows: Sequence[Row], base: Base) -> Sequence[Example]:
-    """The tokens of some of a data set's rows; the jobs of a process share those of equal rows.
+def encode_rows(max_length: int, dataset: Dataset, rows: Sequence[Row], base: Base) -> Sequence[Example]:
+    """The tokens of some of a data set's rows; the runs of a process share those of equal rows.
 
     Nobody writes to what is shared. Other rows of another seed are other rows: tokens are kept of the last
     training and test rows only, since a large set's take gigabytes and a small one's a tenth of a second.
     """
-    tokenizer = _Tokenizer(base.path, base.tokenizer)
-    examples = _encoded(dataset.kind, tuple(rows), dataset.labels, tokenizer, config.data.max_length)
+    tokenizer = _Tokenizer(base.path or str(id(base.tokenizer)), base.tokenizer)
+    examples = _encoded(dataset.kind, tuple(rows), dataset.labels, tokenizer, max_length)
     base.check_lengths(examples)
     return examples
 

@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 
-from omegaconf import DictConfig
-
 from fedlora.clients import LocalTraining
 from fedlora.data import Row
 from fedlora.data.encode import count_cut
 from fedlora.runner.assemble import Assembly
 
 
-def notices(job: Assembly, config: DictConfig) -> list[str]:
+def notices(job: Assembly) -> list[str]:
     """One line about each setting or set of rows that does not do what it seems to do.
 
     Counts that follow from training rows are left out where privacy or secure sums protect those rows, since
@@ -18,12 +16,12 @@ def notices(job: Assembly, config: DictConfig) -> list[str]:
     """
     found = [*_sampling(job), *_schedule(job)]
     if job.parts and not job.dataset.published:
-        found += [*_pooled(job, config), *_repeated(job, config)]
-    return [*found, *_cut(job, config)]
+        found += [*_pooled(job), *_repeated(job)]
+    return [*found, *_cut(job)]
 
 
 def _protected(job: Assembly) -> bool:
-    return job.privacy is not None or job.rules.secure_sum
+    return job.spec.privacy is not None or job.rules.secure_sum
 
 
 def _sampling(job: Assembly) -> Iterator[str]:
@@ -33,7 +31,7 @@ def _sampling(job: Assembly) -> Iterator[str]:
 
 
 def _schedule(job: Assembly) -> Iterator[str]:
-    client = job.site.client
+    client = job.runtime.client
     if not isinstance(client, LocalTraining) or client.schedule == "constant":
         return
     if client.steps is None and not job.counts_public:  # the number of steps tells the number of rows
@@ -51,20 +49,25 @@ def _schedule(job: Assembly) -> Iterator[str]:
     )
 
 
-def _pooled(job: Assembly, config: DictConfig) -> Iterator[str]:
+def _pooled(job: Assembly) -> Iterator[str]:
     """Rows that name their clients, dealt to others."""
-    how = config.data.partition
+    how, column = job.spec.data.partition, job.spec.data.client
     by_client = job.dataset.kind == "instruction" and how in ("dirichlet", "shards")
-    if how == "natural" or by_client or all(row.client is None for row in job.dataset.train):
+    if (
+        not isinstance(how, str)
+        or how == "natural"
+        or by_client
+        or all(row.client is None for row in job.dataset.train)
+    ):
         return
-    named = f"data.client={config.data.client} names" if config.data.get("client") else "the files name"
+    named = f"data.client={column} names" if column else "the files name"
     yield (
         f"{named} the client of each row, but data.partition={how} pools all rows and deals them anew; say "
         "data.partition=natural to keep each client's rows together"
     )
 
 
-def _repeated(job: Assembly, config: DictConfig) -> Iterator[str]:
+def _repeated(job: Assembly) -> Iterator[str]:
     """Rows to evaluate on that clients train on as well."""
     if _protected(job):
         return
@@ -78,20 +81,20 @@ def _repeated(job: Assembly, config: DictConfig) -> Iterator[str]:
     if count:
         same = "text" if texts else "prompt and response"
         yield (
-            f"{count} of {len(job.dataset.test)} {config.evaluate.rows} rows have the {same} of a training "
+            f"{count} of {len(job.dataset.test)} {job.spec.evaluate.rows} rows have the {same} of a training "
             "row, so that the result is better than on new rows; remove the repeated rows, or name other "
             "rows to test on"
         )
 
 
-def _cut(job: Assembly, config: DictConfig) -> Iterator[str]:
+def _cut(job: Assembly) -> Iterator[str]:
     """Rows that are longer than `data.max_length`."""
-    dataset, most = job.dataset, config.data.max_length
-    sets = [(config.evaluate.rows, [(dataset.test, job.test, job.base)])]
+    dataset, most = job.dataset, job.spec.data.max_length
+    sets = [(job.spec.evaluate.rows, [(dataset.test, job.test, job.base)])]
     if job.parts and not _protected(job):
-        bases = job.site.bases or [job.base]
+        bases = job.runtime.bases or [job.base]
         held = [
-            (tuple(dataset.train[i] for i in part.rows), job.site.rows(k), bases[k % len(bases)])
+            (tuple(dataset.train[i] for i in part.rows), job.runtime.rows(k), bases[k % len(bases)])
             for k, part in enumerate(job.parts)
         ]
         sets.insert(0, ("training", held))

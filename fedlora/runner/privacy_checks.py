@@ -7,132 +7,14 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-from omegaconf import DictConfig
-
-from fedlora.config.instantiate import named
 from fedlora.core.messages import Task
 from fedlora.core.strategy import Strategy
-from fedlora.core.strategy import named as strategies
-from fedlora.data import Dataset
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base
 from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger, Privacy, self_test
 from fedlora.privacy.ledger import Accountant
-from fedlora.rounds.round_config import RoundConfig
-from fedlora.secure_aggregation.protocol import LEAST
 from fedlora.storage.run_folder import SERVER, RunFolder
 from fedlora.training.client import Client
-
-LARGEST_SUM = 2.0**31  # what the fixed-point numbers of fedlora.secure_aggregation.crypto hold
-
-
-def check(privacy: Privacy, strategy: Strategy, rules: RoundConfig, dora: bool) -> None:
-    """Refuse what cannot be done under differential privacy, or would not be covered by it.
-
-    Raises:
-        ConfigError: says what, and why.
-    """
-    name = type(strategy).__name__
-    if strategy.personal:
-        raise ConfigError(
-            f"privacy: strategy {name} leaves clients a part of their own, and is measured on their own "
-            "rows, without noise; use a strategy with one global model, or privacy=none"
-        )
-    if rules.evaluate_clients:
-        raise ConfigError(
-            "evaluate.clients: what clients measure on their own rows is not covered by epsilon; leave it "
-            "out, or use privacy=none"
-        )
-    if isinstance(privacy, DPSGD) and dora:
-        raise ConfigError(
-            "lora.dora: has no gradient for each record here; leave it out, or use privacy=none"
-        )
-    if isinstance(privacy, ClientLevel):
-        _check_central(privacy, strategy, rules)
-
-
-def _check_central(privacy: ClientLevel, strategy: Strategy, rules: RoundConfig) -> None:
-    name = type(strategy).__name__
-    if not (strategy.linear or strategy.products):
-        raise ConfigError(
-            f"privacy: strategy {name} needs more of its clients' updates than their mean, such as norms or "
-            "which directions each has, and one client could change that without bound; use "
-            f"{strategies(lambda s: (s.linear or s.products) and not s.personal)}, or privacy=dp_sgd, for "
-            "which one global model is enough"
-        )
-    if rules.evaluate_updates:
-        raise ConfigError(
-            "evaluate.updates: what a client would have reached alone is not covered by epsilon; leave it "
-            "out, or use privacy=none"
-        )
-    if rules.min_updates > 1:
-        raise ConfigError(
-            f"min_updates: under client-level privacy every round is released, however few took part, got "
-            f"{rules.min_updates}; leave it out"
-        )
-    if rules.rounds > privacy.rounds:
-        raise ConfigError(
-            f"privacy.rounds: expected at least the run's {rules.rounds}, for which noise has to be enough, "
-            f"got {privacy.rounds}; leave it out"
-        )
-
-
-def check_rows(dataset: Dataset) -> None:
-    """Refuse a data set of which private rows would decide something in the open.
-
-    Published rows have nothing to hide. Of other rows one record more could add a label, and so a row to the
-    classifier, unless all labels are named (`data.labels`) or stand in the test rows. Test rows are measured
-    exactly in every round, so they must not be cut from the private rows: whoever names a test file says that
-    its rows may be seen.
-
-    Raises:
-        ConfigError: says what decides, and what to name.
-    """
-    if dataset.published or not dataset.train:
-        return
-    if dataset.cut:
-        raise ConfigError(
-            "privacy: the rows to evaluate on are cut from the private training rows, and every round tells "
-            "the accuracy on them without noise; say evaluate.rows=test, and name rows that may be seen: "
-            "data.test=FILE, or data.test_split of data=hub"
-        )
-    if not dataset.declared and {*dataset.labels} > {row.target for row in dataset.test}:
-        raise ConfigError(
-            "privacy: the training rows have labels that no test row has, and a private record must not "
-            "decide which labels there are; name all of them with data.labels=[...]"
-        )
-
-
-def check_sum(privacy: Privacy | None, strategy: Strategy, rules: RoundConfig, clients: int) -> None:
-    """Refuse secure sums where a sum is not enough, or would show what it should hide.
-
-    Args:
-        privacy: the run's; None for none.
-        strategy: the algorithm.
-        rules: those of the run.
-        clients: how many there are.
-
-    Raises:
-        ConfigError: says what, and why.
-    """
-    if strategy.personal or not strategy.linear:
-        raise ConfigError(
-            f"secure_sum: strategy {type(strategy).__name__} needs more of its clients' updates than the "
-            "mean of their factors, which is all that such a sum shows; use "
-            f"{strategies(lambda s: s.linear and not s.personal)}"
-        )
-    if rules.evaluate_updates:
-        raise ConfigError("evaluate.updates: under secure_sum nobody sees a single update; leave it out")
-    if (sampled := min(rules.clients_per_round or clients, clients)) < LEAST:
-        raise ConfigError(
-            f"secure_sum: expected at least {LEAST} clients a round, got {sampled}: of two clients each "
-            "knows the other's update from the sum; raise clients and clients_per_round"
-        )
-    if isinstance(privacy, ClientLevel) and privacy.clip * clients >= LARGEST_SUM:
-        raise ConfigError(
-            f"privacy.clip: under secure_sum expected less than {LARGEST_SUM / clients:g}, so that a sum of "
-            f"{clients} clients fits into the masked numbers, got {privacy.clip:g}"
-        )
 
 
 def try_out(
@@ -226,10 +108,18 @@ def planned(privacy: Privacy) -> int:
     return privacy.rounds
 
 
-def more_rounds(config: DictConfig, rounds: int) -> None:
-    """Refuse to add rounds to a run whose noise was made for fewer."""
-    privacy: Privacy | None = named(config, "privacy", Privacy)
-    if privacy is not None and rounds > max(planned(privacy), config.rounds):
+def check_more_rounds(privacy: Privacy | None, before: int, rounds: int) -> None:
+    """Refuse to add rounds to a run whose noise was made for fewer.
+
+    Args:
+        privacy: the run's; None for none.
+        before: the rounds that the run was to have.
+        rounds: those that it is to have now.
+
+    Raises:
+        ConfigError: more than the noise was made for.
+    """
+    if privacy is not None and rounds > max(planned(privacy), before):
         raise ConfigError(
             f"resume: the noise of this run is for {planned(privacy)} rounds, more would break its epsilon "
             f"of {privacy.epsilon:g}; start a new run with rounds={rounds}"

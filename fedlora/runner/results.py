@@ -12,11 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from omegaconf import DictConfig
-
 import fedlora
 from fedlora.callbacks.console import megabytes
-from fedlora.config.defaults import defaults
 from fedlora.core.messages import State
 from fedlora.data.dataset import counted
 from fedlora.models import save_adapter
@@ -29,34 +26,20 @@ from fedlora.training.generation import Answer, scores
 ANSWERS = "answers.jsonl"  # in the folder of a run: what the model said to test rows, a line each
 
 
-def strategy_name(config: DictConfig) -> str:
-    """The strategy's name as a run's files have it."""
-    return str(config.strategy["_target_"]).rsplit(".", 1)[-1].lower()
-
-
-def _model(config: DictConfig) -> str:
-    """The name of the model, or those of several."""
-    return ", ".join(map(str, config.models)) if config.models else str(config.model.name)
-
-
-def opening(job: Assembly, config: DictConfig, path: Path, done: int) -> str:
+def opening(job: Assembly, path: Path | None, done: int) -> str:
     """What is about to happen, in two lines."""
-    ranks = ", ".join(map(str, sorted(set(job.ranks))))
+    spec, ranks = job.spec, ", ".join(map(str, sorted(set(job.ranks))))
     sizes = [len(part.rows) for part in job.parts]
-    goes = (
-        f"rounds {done + 1} to {config.rounds}"
-        if done
-        else f"{config.rounds} round{'s' * (config.rounds > 1)}"
-    )
+    goes = f"rounds {done + 1} to {spec.rounds}" if done else f"{spec.rounds} round{'s' * (spec.rounds > 1)}"
     who = f"{job.rules.clients} clients" if sizes else "sites' own rows"
     if sizes and job.counts_public:
         who += f" of {min(sizes)} to {max(sizes)} rows"
-    what = f"{type(job.strategy).__name__}: {_model(config)} on {config.data.name}"
+    what = f"{type(spec.strategy).__name__}: {spec.model_name} on {spec.data.name}"
     if job.dataset.labels:
         what += f", {counted(job.dataset.labels)}"
-    lines = [f"{what}, {who}, rank {ranks}, {goes}", f"-> {path}"]
-    if job.privacy is not None and job.plans:
-        lines.insert(1, privacy_report.opening(job.privacy, job.plans))
+    lines = [f"{what}, {who}, rank {ranks}, {goes}", *([f"-> {path}"] if path is not None else [])]
+    if spec.privacy is not None and job.plans:
+        lines.insert(1, privacy_report.opening(spec.privacy, job.plans))
     if job.rules.secure_sum:
         lines.insert(1, "secure_sum: clients send under masks, the server sees their weighted sum alone")
     return "\n".join(lines)
@@ -66,7 +49,7 @@ def write_holdings(job: Assembly, folder: RunFolder) -> None:
     """Write who holds how many rows of which label; never where anything about rows is protected."""
     if not job.parts and job.dataset.labels:  # the rows are at sites; labels are the run's own
         folder.write_json("data.json", {"labels": list(job.dataset.labels), "clients": []})
-    if job.privacy is not None or job.rules.secure_sum or not job.parts:
+    if job.spec.privacy is not None or job.rules.secure_sum or not job.parts:
         return
     said = [[job.dataset.train[i].target for i in part.rows] for part in job.parts]
     clients = [
@@ -84,7 +67,6 @@ def write_holdings(job: Assembly, folder: RunFolder) -> None:
 
 def finish(
     job: Assembly,
-    config: DictConfig,
     folder: RunFolder,
     state: State,
     initial: dict[str, Any],
@@ -94,11 +76,12 @@ def finish(
     answers: Sequence[Answer],
 ) -> None:
     """Write the adapter, the answers, the summary and the report."""
+    spec = job.spec
     if answers:
         folder.write_lines(ANSWERS, [asdict(found) for found in answers])
     digest = None
     whole = state.whole()
-    if whole.pairs and not job.strategy.personal:  # a personal one's adapter is only a part of a model
+    if whole.pairs and not spec.strategy.personal:  # a personal one's adapter is only a part of a model
         made = folder.write("adapter", lambda to: save_adapter(whole, job.base, to))
         digest = hashlib.sha256((made / "adapter_model.safetensors").read_bytes()).hexdigest()
     rounds = folder.rounds()
@@ -107,27 +90,27 @@ def finish(
     names = ("accuracy", "loss", "perplexity", "token_accuracy", "aggregation_error")
     told = [found for found in own.values() if found.keys() >= {"local_accuracy", "local_loss"}]
     ends = {n: fmean(found[n] for found in told) for n in ("local_accuracy", "local_loss") if told}
-    if job.strategy.personal and told:
+    if spec.strategy.personal and told:
         ends |= job.named(ends["local_loss"], ends["local_accuracy"])
     away = dict(Counter(name for line in rounds for name in line.get("away", [])))
     privacy: dict[str, Any] = {}
-    if job.privacy is not None:
-        privacy = privacy_report.summary(job.privacy, ledgers, job.rules.secure_sum)
+    if spec.privacy is not None:
+        privacy = privacy_report.summary(spec.privacy, ledgers, job.rules.secure_sum)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     summary = {
-        "strategy": strategy_name(config),
-        "model": _model(config),
-        "data": config.data.name,
+        "strategy": spec.strategy_name,
+        "model": spec.model_name,
+        "data": spec.data.name,
         "metric": job.metric,
         **{name: last[name] for name in names if name in last},
         **ends,
         **scores(answers),
         "initial": initial,
-        **({} if job.privacy else {"majority": job.majority()}),  # it follows from counts of private labels
-        "rounds": config.rounds,
+        **({} if spec.privacy else {"majority": job.majority()}),  # it follows from counts of private labels
+        "rounds": spec.rounds,
         "clients": job.rules.clients,
         "ranks": sorted(set(job.ranks)),
-        "seed": config.seed,
+        "seed": spec.seed,
         "bytes_down": sum(line["bytes_down"] for line in rounds),
         "bytes_up": sum(line["bytes_up"] for line in rounds),
         "dropped": sum(line["dropped"] for line in rounds),
@@ -146,7 +129,7 @@ def finish(
     folder.write_json("summary.json", summary)
     from fedlora.report import read_run, write_report  # imports matplotlib: not before round 1
 
-    write_report([read_run(folder.path)], folder.path / "report.html", defaults())
+    write_report([read_run(folder.path)], folder.path / "report.html", spec.defaults())
 
 
 def closing(path: Path) -> str:

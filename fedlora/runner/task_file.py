@@ -2,21 +2,19 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from omegaconf import DictConfig, OmegaConf
 
 from fedlora.data import Dataset, Kind
 from fedlora.errors import CheckpointError
 from fedlora.models import Base, load
 from fedlora.runner.assemble import Assembly
-from fedlora.runner.load_data import HELD_OUT, load_dataset
+from fedlora.runner.load_data import load_dataset
 from fedlora.runner.load_models import load_base
+from fedlora.runner.spec import RunSpec
 from fedlora.storage.run_folder import RunFolder
 
 FILE = "task.json"
-FILES = "fedlora.data.files.load"
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class TaskFile:
             tuple(job.dataset.labels),
             str(path.absolute()) if path.is_dir() else job.base.path,
             tuple(job.ranks),
-            type(job.strategy).__name__,
-            job.strategy.personal,
+            type(job.spec.strategy).__name__,
+            job.spec.strategy.personal,
         )
 
     @classmethod
@@ -73,22 +71,13 @@ class TaskFile:
         """Write it into a run's folder."""
         folder.write_json(FILE, asdict(self))
 
-    def load_base(self, config: DictConfig, loader: Callable[..., Base] = load) -> Base:
+    def load_base(self, spec: RunSpec, loader: Callable[..., Base] = load) -> Base:
         """The base model, from where the run had it if that is still there, else as its settings say."""
-        if Path(self.base).is_dir():
-            config = OmegaConf.merge(config, {"model": {"path": self.base}})  # type: ignore[assignment]
-        return load_base(config, Dataset("", self.kind, (), (), self.labels), loader)
+        model = replace(spec.model, path=self.base) if Path(self.base).is_dir() else spec.model
+        return load_base(model, Dataset("", self.kind, (), (), self.labels), spec.seed, loader)
 
-    def tested(self, config: DictConfig) -> Dataset:
+    def tested(self, spec: RunSpec) -> Dataset:
         """The rows that the run was evaluated on; training rows are read only if these were cut from them."""
-        source = config.data.source
-        if config.evaluate.rows == "test" and source.get("_target_") == FILES and source.test is not None:
-            names = ("test", "text", "label", "prompt", "response", "quotes")
-            held = {
-                "_target_": HELD_OUT,
-                "labels": list(self.labels),
-                **{name: source.get(name) for name in names},
-            }
-            config = config.copy()
-            config.data.source = held
-        return load_dataset(config)
+        if spec.evaluate.rows == "test" and spec.data.tested is not None:
+            return spec.data.tested(self.labels)
+        return load_dataset(spec)

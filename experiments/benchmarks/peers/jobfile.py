@@ -5,6 +5,7 @@ from typing import cast
 
 from fedlora.clients import LocalTraining
 from fedlora.config.composition import compose
+from fedlora.config.translate import run_spec
 from fedlora.core.messages import Task
 from fedlora.runner.assemble import assemble
 from fedlora.training.client import TrainRequest
@@ -40,10 +41,10 @@ class Size:
 
 def written(size: Size) -> Job:
     """The job as fedlora makes it, with every batch that it will draw."""
-    made = assemble(compose(size.words()))
-    client, adapter = made.site.client, made.start.adapter
+    made = assemble(run_spec(compose(size.words())))
+    client, adapter = made.runtime.client, made.start.adapter
     assert isinstance(client, LocalTraining)
-    rows = [list(made.site.rows(k)) for k in range(size.clients)]
+    rows = [list(made.runtime.rows(k)) for k in range(size.clients)]
     orders = []
     for round in range(1, size.rounds + 1):
         drawn = [client.batches(TrainRequest(k, round, 0, Task(adapter), own)) for k, own in enumerate(rows)]

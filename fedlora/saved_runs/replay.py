@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedlora.config import composition
 from fedlora.config.instantiate import Trust, make, read
+from fedlora.config.translate import run_spec
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy
 from fedlora.errors import CheckpointError, ConfigError
@@ -21,7 +22,6 @@ from fedlora.report import Table
 from fedlora.report.tables import score
 from fedlora.rounds.aggregation_error import aggregation_error, sizes
 from fedlora.runner.load_data import encode_rows, metrics
-from fedlora.runner.load_models import lora_of
 from fedlora.runner.task_file import TaskFile
 from fedlora.seeds import generator
 from fedlora.storage.run_folder import RunFolder
@@ -50,10 +50,11 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         FedLoraError: nothing was recorded, or the strategy cannot combine what the clients sent.
     """
     config, folder, recording = read(run, trust), RunFolder(run), UpdateLog(run)
+    spec = run_spec(config)
     if not (rounds := recording.rounds()):
         raise CheckpointError(f"'{run}' has no recorded updates; run it with record_updates=true")
     name, chosen = _chosen(words)
-    learnt, recorder = TaskFile.read(run), make(config, "strategy", Strategy)
+    learnt, recorder = TaskFile.read(run), spec.strategy
     other = recorder
     if chosen is not None:
         other = make(OmegaConf.merge(config, {"strategy": None}, {"strategy": chosen}), "strategy", Strategy)  # type: ignore[arg-type]
@@ -62,15 +63,15 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         raise ConfigError(
             f"strategy {type(other).__name__} makes no global model of updates; nothing to replay"
         )
-    dataset, base = learnt.tested(config), learnt.load_base(config)
-    test = encode_rows(config, dataset, dataset.test, base)
+    dataset, base = learnt.tested(spec), learnt.load_base(spec)
+    test = encode_rows(spec.data.max_length, dataset, dataset.test, base)
     modules = recording.read(rounds[0])[0].adapter.pairs
-    widest = lora_of(config).peer(0, max(learnt.ranks), modules)
+    widest = spec.lora.scaling.peer(0, max(learnt.ranks), modules)
     had = {line["round"]: line for line in folder.rounds()}
     lines = []
     for round in rounds:
         before, updates = recording.read(round)
-        after, tasks = again(recorder, other, widest, config.seed, before, updates, round)
+        after, tasks = again(recorder, other, widest, spec.seed, before, updates, round)
         found = {**sizes(after), **aggregation_error(after, updates, tasks)}
         found |= metrics(learnt.kind, *evaluate(base, [Task(after.adapter, fold=after.fold)], [test])[0])
         kept = {key: had[round][key] for key in SHOWN if key in had.get(round, {})}

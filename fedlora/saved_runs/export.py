@@ -7,13 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from fedlora.config.instantiate import Trust, make, read
+from fedlora.config.instantiate import Trust, read
+from fedlora.config.translate import run_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task, whole
-from fedlora.core.strategy import Strategy
 from fedlora.data import Example, encode
 from fedlora.errors import CheckpointError, ConfigError, ModelError
 from fedlora.models import (
@@ -26,7 +25,7 @@ from fedlora.models import (
     merge,
     save_adapter,
 )
-from fedlora.runner.load_models import lora_of
+from fedlora.runner.spec import ModelSpec, RunSpec
 from fedlora.runner.task_file import TaskFile
 from fedlora.storage.client_state import ClientStore
 from fedlora.storage.run_folder import RunFolder
@@ -46,7 +45,7 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
         ConfigError: the folder is there already, or what the run trained is no LoRA of its model.
     """
     _check_new(to)
-    config, learnt = read(run, trust), TaskFile.read(run)
+    spec, learnt = run_spec(read(run, trust)), TaskFile.read(run)
     if learnt.personal:
         raise ConfigError(
             f"export: what all clients of {learnt.strategy} share is nobody's model; say --client N, "
@@ -55,8 +54,8 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
     _, state = RunFolder(run).read_state()
     dtype = torch.float32
     if merged:
-        config, dtype = _in_own_dtype(config, learnt)
-    base = learnt.load_base(config)
+        spec, dtype = _in_own_dtype(spec, learnt)
+    base = learnt.load_base(spec)
     adapter = state.whole()
     if apart := adapter.pairs.keys() - dict(base.model.named_modules()).keys():
         raise ConfigError(
@@ -82,20 +81,20 @@ def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
         ConfigError: the folder is there already, there is no such client, or it keeps no part of its own.
     """
     _check_new(to)
-    config, learnt = read(run, trust), TaskFile.read(run)
+    spec, learnt = run_spec(read(run, trust)), TaskFile.read(run)
     if not 0 <= client < len(learnt.ranks):
         raise ConfigError(f"--client: expected 0 to {len(learnt.ranks) - 1}, got {client}")
     round, state = RunFolder(run).read_state()
-    strategy: Strategy = make(config, "strategy", Strategy)
-    task = strategy.task(state, lora_of(config).peer(client, learnt.ranks[client], state.adapter.pairs))
+    peer = spec.lora.scaling.peer(client, learnt.ranks[client], state.adapter.pairs)
+    task = spec.strategy.task(state, peer)
     if not task.own():
         raise ConfigError(
             f"--client: what a client of {learnt.strategy} keeps is no adapter that PEFT could "
             "load; of a strategy with one global model, leave --client out"
         )
     memory = ClientStore(run / "checkpoint" / "clients").read(client, round + 1)
-    own = TrainRequest(client, round + 1, config.seed, task, [], memory).start
-    save_adapter(whole(own, task.fold), learnt.load_base(config), to)
+    own = TrainRequest(client, round + 1, spec.seed, task, [], memory).start
+    save_adapter(whole(own, task.fold), learnt.load_base(spec), to)
     return f"adapter of client {client} -> {to} (peft.PeftModel.from_pretrained)"
 
 
@@ -119,18 +118,18 @@ def verify(run: Path, trust: Trust = NONE) -> str:
         raise CheckpointError(
             f"'{file}' has SHA-256 {found[:16]}, its summary says {str(summary['adapter_sha256'])[:16]}"
         )
-    config, learnt = read(run, trust), TaskFile.read(run)
-    dataset = learnt.tested(config)
+    spec, learnt = run_spec(read(run, trust)), TaskFile.read(run)
+    dataset = learnt.tested(spec)
     _, state = RunFolder(run).read_state()
-    base = learnt.load_base(config)
-    rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, config.data.max_length)
+    base = learnt.load_base(spec)
+    rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, spec.data.max_length)
     some = rows[:16]
     with MultiAdapterModel(base, [Task(state.adapter, fold=state.fold)]):
         ours, exact = _logits(base, some), _logits(_in_float32(base), some)
 
     def plain(widened: bool = False) -> Base:
         """PEFT's model; widened before PEFT puts the heads in, which it rounds to the base's precision."""
-        alone = learnt.load_base(config, partial(load, plain=True))
+        alone = learnt.load_base(spec, partial(load, plain=True))
         found = by_peft(_in_float32(alone) if widened else alone, run / "adapter")
         # Row by row and without padding, as nothing of ours can be wrong then.
         return replace(found, traits=Traits(limit=0, stateful=base.traits.stateful))
@@ -143,7 +142,7 @@ def verify(run: Path, trust: Trust = NONE) -> str:
         as_used = plain(widened=True)
     gap = _check_logits(exact, _logits(as_used, some), ours, peft)
     said = summary.get("accuracy", summary.get("token_accuracy"))
-    coarse, where = _coarseness(config), f"{config.evaluate.rows} rows"
+    coarse, where = _coarseness(spec.model), f"{spec.evaluate.rows} rows"
     one = 1 / len(rows) if rows and coarse > 1 else 0.0  # rounding may turn a row, of however few
     if said is not None and abs(right - said) > 0.005 * coarse + one:
         raise CheckpointError(f"PEFT reaches {right:.4f} on the {where}, the summary says {said:.4f}")
@@ -203,9 +202,9 @@ def _check_logits(
     return gap
 
 
-def _coarseness(config: DictConfig) -> float:
+def _coarseness(model: ModelSpec) -> float:
     """How much farther apart two ways of computing the same may be than in float32."""
-    return 20.0 if config.model.dtype == "bfloat16" or config.model.quantize else 1.0
+    return 20.0 if model.dtype == "bfloat16" or model.quantize else 1.0
 
 
 def _check_new(to: Path) -> None:
@@ -213,13 +212,13 @@ def _check_new(to: Path) -> None:
         raise ConfigError(f"--to: '{to}' is there already and not empty; name a new folder")
 
 
-def _in_own_dtype(config: DictConfig, learnt: TaskFile) -> tuple[DictConfig, torch.dtype]:
+def _in_own_dtype(spec: RunSpec, learnt: TaskFile) -> tuple[RunSpec, torch.dtype]:
     """The settings that load a base in the precision of its checkpoint, and this precision.
 
     ΔW is added in float64 and rounded once, and the merged model takes the room of the base. A precision that
     we do not load, such as float16, leaves the settings, and the model is cast when it is merged.
     """
-    dtype = checkpoint_dtype(learnt.base) or getattr(torch, config.model.dtype)
+    dtype = checkpoint_dtype(learnt.base) or getattr(torch, spec.model.dtype)
     if (name := str(dtype).removeprefix("torch.")) in ("float32", "bfloat16", "float64"):
-        config = OmegaConf.merge(config, {"model": {"dtype": name}})  # type: ignore[assignment]
-    return config, dtype
+        spec = replace(spec, model=replace(spec.model, dtype=name))
+    return spec, dtype

@@ -1,0 +1,54 @@
+"""A run that goes on: its own settings, with more rounds if the user says so."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from fedlora.errors import CheckpointError, ConfigError
+from fedlora.privacy import Privacy
+from fedlora.runner.privacy_checks import check_more_rounds
+from fedlora.storage.run_folder import RunFolder
+
+from .instantiate import Trust, named, read
+
+
+def continued(path: Path, overrides: Sequence[str]) -> DictConfig:
+    """The configuration to resume a run with: its own, with more rounds if `rounds=N` says so.
+
+    Raises:
+        CheckpointError: the folder holds no run, or one that is finished.
+        ConfigError: an override that would make it another run.
+    """
+    trust, overrides = Trust.said(overrides)
+    config, rounds = read(path, trust), None
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "resume":
+            continue
+        if key != "rounds" or not value.isdigit():
+            raise ConfigError(f"resume: only rounds=N can change when a run is continued, got '{override}'")
+        rounds = int(value)
+    return with_rounds(config, path, rounds)
+
+
+def with_rounds(config: DictConfig, path: Path, rounds: int | None) -> DictConfig:
+    """The configuration of a run to be continued, with so many rounds; None leaves them.
+
+    Raises:
+        CheckpointError: the run is finished.
+        ConfigError: fewer rounds than are done, or more than its noise is for.
+    """
+    if rounds is not None:
+        check_more_rounds(named(config, "privacy", Privacy), config.rounds, rounds)
+        config.rounds = rounds
+    folder = RunFolder(path)
+    last = folder.rounds()[-1:]
+    if last and last[0]["round"] > config.rounds:
+        raise ConfigError(f"resume: rounds={config.rounds}, but {last[0]['round']} are done")
+    if folder.finished and last and last[0]["round"] >= config.rounds:
+        raise CheckpointError(
+            f"resume: '{path}' has finished its {config.rounds} rounds; say rounds=N to add some"
+        )
+    config.resume = str(path)
+    return config

@@ -1,0 +1,165 @@
+"""From a composed configuration to the description of a run: the only reader of Hydra's configuration."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.callbacks.trackers import CSV, MLflow, TensorBoard, Tracker, WandB
+from fedlora.core.strategy import Strategy
+from fedlora.data import Dataset
+from fedlora.engines.base import Engine
+from fedlora.errors import ConfigError
+from fedlora.privacy import ClientLevel, Privacy
+from fedlora.robust.base import Robust
+from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
+from fedlora.training.client import Client
+
+from .defaults import defaults
+from .instantiate import kept, make, named
+
+HELD_OUT = "fedlora.data.files.held_out"  # what data=sites makes; its name could be that of anybody's folder
+FILES = "fedlora.data.files.load"
+ROLES = ("text", "label", "prompt", "response")
+# A tracker is chosen by name and not by `_target_`: a kept configuration, which may come from anyone, brings
+# no code that sends numbers anywhere.
+TRACKERS: dict[str, Any] = {"csv": CSV, "tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+
+
+def run_spec(config: DictConfig) -> RunSpec:
+    """The description of the run that a configuration composes; nothing of it is loaded.
+
+    Args:
+        config: composed, every reference resolved; its `allow` says which code of the user's it may name.
+
+    Raises:
+        FedLoraError: a setting that cannot be, or names code that it must not.
+    """
+    if config.get("pairs"):
+        raise ConfigError("pairs: one run cannot have several settings of a kind; say fedlora run -m")
+    privacy: Privacy | None = named(config, "privacy", Privacy)
+    tracker, of_clients = _tracker(config)
+    if isinstance(privacy, ClientLevel) and of_clients:
+        raise ConfigError(
+            "track.clients: what a client's training measures is not covered by the epsilon of client-level "
+            "privacy and must not go to a tracker; leave it out"
+        )
+    return RunSpec(
+        strategy=make(config, "strategy", Strategy),
+        client=make(config, "client", Client),
+        model=model_spec(config),
+        data=data_spec(config),
+        models=tuple(model_spec(one) for one in _model_choices(config)),
+        lora=LoRASpec(**plain(config.lora)),
+        evaluate=EvaluationSpec(**plain(config.evaluate)),
+        privacy=privacy,
+        robust=named(config, "robust", Robust),
+        engine=make(config, "engine", Engine),
+        tracker=tracker,
+        track_clients=of_clients,
+        clients=config.clients,
+        clients_per_round=config.clients_per_round,
+        rounds=config.rounds,
+        ranks=plain(config.ranks),
+        weights=config.weights,
+        min_updates=config.min_updates,
+        secure_sum=config.secure_sum,
+        record_updates=config.record_updates,
+        seed=config.seed,
+        settings=kept(config),
+        defaults=defaults,
+    )
+
+
+def model_spec(config: DictConfig) -> ModelSpec:
+    """The base model that a configuration names."""
+    m = config.model
+    path = None if OmegaConf.is_missing(m, "path") else m.path
+    return ModelSpec(
+        path=path,
+        source=partial(make, config, "model.source") if m.get("source") else None,
+        name=str(m.get("name", path)),
+        dtype=m.dtype,
+        device=m.device,
+        quantize=m.quantize,
+        allow_pickle=bool(m.get("allow_pickle")),
+        lora_targets=plain(m.get("lora_targets", "all-linear")),
+        lr=float(m.get("lr", ModelSpec.lr)),
+    )
+
+
+def data_spec(config: DictConfig) -> DataSpec:
+    """The rows that a configuration names, and how they become clients."""
+    d = config.data
+    source = d.get("source") or {}
+    names = ("partition", "alpha", "shards", "min_rows", "max_rows", "max_length", "file", "client")
+    return DataSpec(
+        source=partial(make, config, "data.source", Dataset),
+        name=str(d.name),
+        at_sites=source.get("_target_") == HELD_OUT,
+        columns={role: plain(d.get(role)) for role in ROLES},
+        quotes=d.get("quotes"),
+        tested=partial(_tested, config) if source.get("_target_") == FILES and source.get("test") else None,
+        **{name: d[name] for name in names if name in d},
+    )
+
+
+def plain(value: Any) -> Any:
+    """A part of a configuration as ordinary lists and dictionaries."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _tested(config: DictConfig, labels: Sequence[str]) -> Dataset:
+    """The test rows of files, without the training rows."""
+    given = {name: config.data.source.get(name) for name in ("test", *ROLES, "quotes")}
+    alone = config.copy()
+    alone.data.source = {"_target_": HELD_OUT, "labels": list(labels), **given}
+    made: Dataset = make(alone, "data.source", Dataset)
+    return made
+
+
+def _model_choices(config: DictConfig) -> list[DictConfig]:
+    """The configuration once for every one of several models that clients have, in their turn."""
+    given = [config.models] if isinstance(config.models, str) else plain(config.models) or []
+    return [_with_model(config, str(name)) for name in given]
+
+
+def _with_model(config: DictConfig, name: str) -> DictConfig:
+    """The configuration with another model: a choice of the group `model`, or else a folder or hub name."""
+    file = resources.files("fedlora.config.conf") / "model" / f"{name}.yaml"
+    found: Mapping[str, Any] = {"path": name, "source": None}
+    if file.is_file():
+        found = plain(OmegaConf.create(file.read_text(encoding="utf-8")))
+    if found["path"] == "???":
+        raise ConfigError(f"models: '{name}' is any model; say the folder or hub name itself in its place")
+    given = {"path": found["path"], "source": found["source"], "name": name}
+    return OmegaConf.merge(config, {"model": given})  # type: ignore[return-value]
+
+
+def _tracker(config: DictConfig) -> tuple[Tracker | None, bool]:
+    """The tracker that a run asks for, and whether every client's own numbers go there too."""
+    track = dict(config.get("track") or {"name": "none"})
+    name = track["name"]
+    if name == "none":
+        return None, False
+    if name not in TRACKERS:
+        raise ConfigError(f"track: expected none, {', '.join(TRACKERS)}, got '{name}'")
+    given = {key: value for key, value in track.items() if key not in ("name", "clients")}
+    try:
+        return TRACKERS[name](**given), bool(track.get("clients"))
+    except TypeError as error:
+        raise ConfigError(f"track: {' '.join(str(error).split())}") from error
+
+
+def folder_of(config: DictConfig) -> Path | None:
+    """The folder that `out` names; None where it names none.
+
+    Raises:
+        ConfigError: it is empty.
+    """
+    if config.out == "":
+        raise ConfigError("out: expected a folder, got nothing; leave it out for one of the run's own")
+    return None if config.out is None else Path(config.out)

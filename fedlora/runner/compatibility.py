@@ -1,0 +1,195 @@
+"""Which settings of a run exclude one another: every refused pairing, as a list of conditions.
+
+A condition reads what strategy, client, privacy, robust rule and engine declare of themselves. It is a
+function from what is known to a sentence, or to None where there is nothing to refuse. `BEFORE_LOADING` needs
+the description of the run alone, `WITH_DATA` its rows and clients too, `WITH_MODEL` the base model as well.
+"""
+
+from collections.abc import Callable, Sequence
+
+from fedlora.errors import ConfigError
+
+from . import compatibility_privacy as privacy
+from .spec import Dealt, RunSpec
+
+
+def check(conditions: Sequence[Callable[..., str | None]], known: RunSpec | Dealt) -> None:
+    """Raise ConfigError with the first refusal of a list of conditions; nothing where there is none."""
+    for condition in conditions:
+        if why := condition(known):
+            raise ConfigError(why)
+
+
+def number_of_clients(spec: RunSpec, parts: int) -> int:
+    """How many clients take part: as many as have rows here, or as the user says.
+
+    Raises:
+        ConfigError: the rows are elsewhere, and nobody has said how many sites there are.
+    """
+    clients = parts or spec.clients
+    if clients is None:
+        raise ConfigError("clients: how many sites take part? say clients=N")
+    return clients
+
+
+def own_client(spec: RunSpec) -> str | None:
+    """A strategy that has a part of its algorithm in a client class of its own."""
+    needed, given = spec.strategy.client, type(spec.client).__name__
+    if needed and given != needed:
+        return (
+            f"strategy {spec.strategy_class} needs the client {needed}, which does its part of the algorithm, got "
+            f"{given}; leave client=... out, the strategy brings its own"
+        )
+    return None
+
+
+def plain_lora_of_own_client(spec: RunSpec) -> str | None:
+    """Such a client trains plain LoRA."""
+    init = spec.lora.init or spec.strategy.start
+    if spec.strategy.client and (init != "lora" or spec.lora.dora):
+        return (
+            f"strategy {spec.strategy_class} trains with a client of its own, which knows plain LoRA only, got "
+            f"lora.init={init} and lora.dora={spec.lora.dora}; use lora.init=lora lora.dora=false"
+        )
+    return None
+
+
+def start_and_adapter(spec: RunSpec) -> str | None:
+    """Either an adapter to start from, or a start taken out of the base."""
+    init = spec.lora.init or spec.strategy.start
+    if spec.lora.adapter is not None and init != "lora":
+        return (
+            f"lora.adapter and a start from the base, {init}, exclude each other: strategy {spec.strategy_class} with "
+            "lora.init=lora goes on from the adapter, lora.adapter=null starts from the base"
+        )
+    return None
+
+
+def updates_of_personal(spec: RunSpec) -> str | None:
+    """What a client of a personal strategy sends is no whole model that could be evaluated."""
+    if spec.evaluate.updates and spec.strategy.personal:
+        return (
+            f"evaluate.updates: what a client of {spec.strategy_class} sends is no whole model; leave it "
+            "out, its clients evaluate their own models"
+        )
+    return None
+
+
+def answers_of_personal(spec: RunSpec) -> str | None:
+    """Nor is there one model that could answer."""
+    if spec.evaluate.answers and spec.strategy.personal:
+        return (
+            f"evaluate.answers: the result of {spec.strategy_class} is a model for each client, and the "
+            "server has none that could answer; leave it out"
+        )
+    return None
+
+
+def recorded_updates(spec: RunSpec) -> str | None:
+    """Updates that must not be kept."""
+    if spec.record_updates and (spec.privacy is not None or spec.secure_sum or spec.strategy.personal):
+        return (
+            "record_updates: private and secret updates must not be kept, and those of personal strategies "
+            "are no whole models; leave it out"
+        )
+    return None
+
+
+def answers_of_labels(known: Dealt) -> str | None:
+    """A classifier writes no text."""
+    if known.spec.evaluate.answers and known.dataset.kind == "classification":
+        return (
+            "evaluate.answers: a classifier gives labels and writes no text, its accuracy says all; leave it "
+            "out, or name data.prompt and data.response"
+        )
+    return None
+
+
+def robust_rule(known: Dealt) -> str | None:
+    """What a robust rule says of itself."""
+    if known.spec.robust is not None:
+        try:
+            known.spec.robust.check(
+                known.spec.strategy, known.spec.round_config(known.clients), known.spec.privacy
+            )
+        except ConfigError as error:
+            return str(error)
+    return None
+
+
+def least_updates(known: Dealt) -> str | None:
+    """More updates than a round has clients."""
+    most = known.spec.round_config(known.clients).enough(known.clients)
+    if known.spec.min_updates > most:
+        return f"min_updates: expected at most {most}, the clients of a round; got {known.spec.min_updates}"
+    return None
+
+
+def mixed_ranks(known: Dealt) -> str | None:
+    """Ranks that differ, under a strategy of one rank."""
+    if len(set(known.ranks)) > 1 and not known.spec.strategy.mixed_ranks:
+        return (
+            f"strategy {known.spec.strategy_class} combines clients of one rank only, ranks are "
+            f"{sorted(set(known.ranks))}; use strategy=flexlora, or one rank"
+        )
+    return None
+
+
+def adapter_apart(known: Dealt) -> str | None:
+    """A client that shares an adapter beside the model, under a strategy of the model's own LoRA."""
+    name = type(known.spec.client).__name__
+    if known.apart and known.spec.strategy.client != name:
+        return (
+            f"client {name} shares an adapter that is no part of the model, strategy "
+            f"{known.spec.strategy_class} expects the model's own LoRA; use strategy=pfedlora"
+        )
+    return None
+
+
+def adapter_apart_given(known: Dealt) -> str | None:
+    """Nor can such a client start from an adapter of the model."""
+    if known.apart and known.spec.lora.adapter is not None:
+        name = type(known.spec.client).__name__
+        return f"lora.adapter: client {name} shares no LoRA of the model, leave it out"
+    return None
+
+
+def several_models(known: Dealt) -> str | None:
+    """Clients of several models, under a strategy of one."""
+    if known.spec.models and not known.apart:
+        names = [model.name for model in known.spec.models]
+        return (
+            f"models: {known.spec.strategy_class} combines LoRA of one model, got models={names}; use "
+            "model=NAME, or strategy=pfedlora, whose clients may have different ones"
+        )
+    return None
+
+
+BEFORE_LOADING = (
+    own_client,
+    updates_of_personal,
+    recorded_updates,
+    privacy.privacy_of_personal,
+    privacy.privacy_of_client_evaluation,
+    privacy.record_level_dora,
+    privacy.client_level_strategy,
+    privacy.client_level_updates,
+    privacy.client_level_least,
+    privacy.client_level_rounds,
+    plain_lora_of_own_client,
+    start_and_adapter,
+    answers_of_personal,
+)
+WITH_DATA = (
+    privacy.cut_private_rows,
+    privacy.undeclared_labels,
+    answers_of_labels,
+    robust_rule,
+    privacy.secure_strategy,
+    privacy.secure_updates,
+    privacy.secure_few,
+    privacy.secure_clip,
+    least_updates,
+    mixed_ranks,
+)
+WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

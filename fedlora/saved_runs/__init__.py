@@ -1,0 +1,1 @@
+"""What can be done with the folder of a run: export, verify, replay, look at its ledgers."""
