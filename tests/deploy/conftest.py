@@ -1,38 +1,5 @@
-"""One federation over TLS with node keys on this machine, for all tests of this folder."""
+"""The command in this process, folders of deployments, and the worker of a site."""
 
-import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
-
-import pytest
-from trial import Trial
-
-JOB = ("model=tiny", "data=tiny", "clients=2", "ranks=[2,4]", "strategy=flexlora", "client.steps=4")
-SITES = {"north": 2, "south": 4}
-
-
-@pytest.fixture(scope="module")
-def trial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trial]:
-    with Trial(tmp_path_factory.mktemp("trial") / "a b", SITES) as up:
-        yield up
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """The summary of the same job in this process, a client at a time as at sites."""
-    from rich.console import Console
-
-    from fedlora.config.composition import compose
-    from fedlora.runner.run import run_job
-
-    def go(*overrides: str) -> dict[str, Any]:
-        config = compose([*JOB, "engine.fuse=1", *overrides])
-        config.out = str(tmp_path_factory.mktemp("alone") / "out")
-        return summary(run_job(config, Console()))
-
-    return go
-
-
-def summary(path: Path) -> dict[str, Any]:
-    return json.loads((path / "summary.json").read_text())  # type: ignore[no-any-return]
+from command_lab import isolated, refused
+from deployment_lab import deployment, folder, local_deployment
+from site_lab import ask, composed, model, site

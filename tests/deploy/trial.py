@@ -1,5 +1,6 @@
 """A whole federation on this machine, from what `fedlora deploy init` writes: for tests and trials."""
 
+import json
 import os
 import re
 import signal
@@ -10,9 +11,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 BIN = Path(sys.executable).parent
+JOB = ("model=tiny", "data=tiny", "clients=2", "ranks=[2,4]", "strategy=flexlora", "client.steps=4")
 UP = 60.0  # seconds for the server or a site to come up
 
 Within = Callable[[str], Sequence[str]]  # from a host's name to the words before a command that runs there
@@ -150,3 +152,8 @@ def free_ports(count: int) -> list[int]:
     for one in taken:
         one.close()
     return ports
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """The summary of the run in a folder."""
+    return json.loads((path / "summary.json").read_text())  # type: ignore[no-any-return]

@@ -5,8 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import JOB
-from trial import Trial
+from trial import JOB, Trial
 
 from fedlora.deploy.processes import process_of
 

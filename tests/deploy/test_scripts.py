@@ -58,42 +58,42 @@ def test_flower_takes_the_superlink_s_words(folder: Path, tmp_path: Path) -> Non
     assert given.database == "state.db"
 
 
-def test_flower_takes_the_superexec_s_words(lab: Path, tmp_path: Path) -> None:
+def test_flower_takes_the_superexec_s_words(deployment: Path, tmp_path: Path) -> None:
     from flwr.supercore.cli.flower_superexec import _parse_args
 
-    where, _, words = called(lab / "server" / "superexec.sh", "flower-superexec", tmp_path)
+    where, _, words = called(deployment / "server" / "superexec.sh", "flower-superexec", tmp_path)
     given = _parse_args().parse_args(words)
     assert given.runtime_api_address == "127.0.0.1:8001"
     assert not given.insecure
-    assert (where / given.root_certificates).read_bytes() == (lab / "ca" / "ca.crt").read_bytes()
+    assert (where / given.root_certificates).read_bytes() == (deployment / "ca" / "ca.crt").read_bytes()
     assert (where / given.superexec_auth_secret_file).is_file()
 
 
 @pytest.mark.parametrize(("name", "number", "rank"), [("ward-3", 0, 4), ("ward-9", 1, 8)])
 def test_flower_takes_a_site_s_words_and_settings(
-    lab: Path, tmp_path: Path, monkeypatch: Any, name: str, number: int, rank: int
+    deployment: Path, tmp_path: Path, monkeypatch: Any, name: str, number: int, rank: int
 ) -> None:
     from flwr.common.config import parse_config_args
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-    where, env, words = called(lab / "sites" / name / "supernode.sh", "flower-supernode", tmp_path)
+    where, env, words = called(deployment / "sites" / name / "supernode.sh", "flower-supernode", tmp_path)
     given = _parse_args_run_supernode().parse_args(words)
-    assert where == lab / "sites" / name
+    assert where == deployment / "sites" / name
     assert env == f"{where}/flower 01"
     assert (given.superlink, given.insecure) == ("fl.example.org:8000", False)
     assert given.port >= 9094 + number  # the first that nobody has
     assert given.runtime_dependency_install is False
-    assert (where / given.root_certificates).read_bytes() == (lab / "ca" / "ca.crt").read_bytes()
+    assert (where / given.root_certificates).read_bytes() == (deployment / "ca" / "ca.crt").read_bytes()
     assert (where / given.auth_supernode_private_key).is_file()
     monkeypatch.chdir(where)
     said = {"client": number, "rank": rank, "data": "run", "device": "cpu", "state": "state", "warm": True}
     assert parse_config_args([given.node_config]) == said
 
 
-def test_every_setting_of_a_site_is_there_to_be_uncommented(lab: Path) -> None:
+def test_every_setting_of_a_site_is_there_to_be_uncommented(deployment: Path) -> None:
     from fedlora.deploy.site_config import SiteConfig
 
-    text = (lab / "sites" / "ward-3" / "node.toml").read_text()
+    text = (deployment / "sites" / "ward-3" / "node.toml").read_text()
     found = tomllib.loads(re.sub(r"^# (\S+ = )", r"\1", text, flags=re.MULTILINE))
     assert found.keys() == {field.name.replace("_", "-") for field in fields(SiteConfig)}
     assert all(isinstance(value, bool | int | float | str) for value in found.values())
@@ -102,8 +102,8 @@ def test_every_setting_of_a_site_is_there_to_be_uncommented(lab: Path) -> None:
     assert SiteConfig.read(tomllib.loads(text)).epsilon is None  # no limit until the site sets one
 
 
-def test_what_is_moved_finds_itself_again_and_leaves_the_rest_alone(lab: Path, tmp_path: Path) -> None:
-    server = shutil.copytree(lab / "server", tmp_path / "again (2)" / "server")
+def test_what_is_moved_finds_itself_again_and_leaves_the_rest_alone(deployment: Path, tmp_path: Path) -> None:
+    server = shutil.copytree(deployment / "server", tmp_path / "again (2)" / "server")
     config = server / "flower" / "config.toml"
     config.write_text(
         config.read_text() + '\n[superlink.mine]\naddress = "x:1"\nroot-certificates = "/own.pem"\n'
@@ -116,8 +116,8 @@ def test_what_is_moved_finds_itself_again_and_leaves_the_rest_alone(lab: Path, t
 
 
 @pytest.mark.parametrize("script", ["server/superlink.sh", "server/register.sh", "sites/ward-3/supernode.sh"])
-def test_a_script_without_flower_says_what_to_do(lab: Path, script: str, tmp_path: Path) -> None:
-    copy = shutil.copytree(lab, tmp_path / "elsewhere")  # where the environment that wrote it is not
+def test_a_script_without_flower_says_what_to_do(deployment: Path, script: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(deployment, tmp_path / "elsewhere")  # where the environment that wrote it is not
     for file in copy.rglob("*.sh"):
         file.write_text(re.sub("(?m)^made_by=.*", "made_by=/nowhere", file.read_text()))
     done = subprocess.run([copy / script], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
@@ -126,16 +126,16 @@ def test_a_script_without_flower_says_what_to_do(lab: Path, script: str, tmp_pat
     assert "FEDLORA_BIN=" in done.stderr
 
 
-def test_a_script_finds_the_environment_that_wrote_it(lab: Path) -> None:
+def test_a_script_finds_the_environment_that_wrote_it(deployment: Path) -> None:
     words = [". server/env.sh && command -v flower-superlink"]
     done = subprocess.run(
-        ["bash", "-c", *words], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, cwd=lab
+        ["bash", "-c", *words], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, cwd=deployment
     )
     assert Path(done.stdout.strip()).parent == Path(sys.executable).parent
 
 
-def test_a_site_takes_the_next_port_that_is_free(lab: Path, tmp_path: Path) -> None:
-    site = shutil.copytree(lab / "sites" / "ward-3", tmp_path / "site")
+def test_a_site_takes_the_next_port_that_is_free(deployment: Path, tmp_path: Path) -> None:
+    site = shutil.copytree(deployment / "sites" / "ward-3", tmp_path / "site")
     script = site / "supernode.sh"
     with socket.socket() as server, socket.socket() as other:
         for one in (server, other):
@@ -149,8 +149,8 @@ def test_a_site_takes_the_next_port_that_is_free(lab: Path, tmp_path: Path) -> N
     assert (site / "supernode.pid").read_text().strip().isdigit()
 
 
-def test_units_start_again_and_start_what_is_there(lab: Path) -> None:
-    units = {path.name: path for path in lab.rglob("*.service")}
+def test_units_start_again_and_start_what_is_there(deployment: Path) -> None:
+    units = {path.name: path for path in deployment.rglob("*.service")}
     assert len(units) == 5
     for unit in units.values():
         said = dict(line.split("=", 1) for line in unit.read_text().splitlines() if re.match("[A-Z]", line))
@@ -160,16 +160,16 @@ def test_units_start_again_and_start_what_is_there(lab: Path) -> None:
         assert os.access(unit.parent / script, os.X_OK)
 
 
-def test_nginx_lets_the_fleet_path_in_alone(lab: Path, trial: Path, tmp_path: Path) -> None:
-    text = (lab / "server" / "nginx.conf").read_text()
+def test_nginx_lets_the_fleet_path_in_alone(deployment: Path, local_deployment: Path, tmp_path: Path) -> None:
+    text = (deployment / "server" / "nginx.conf").read_text()
     assert re.findall(r"location (\S+) \{\n +(\S+ [^;]+)", text) == [
         ("/v1/fleet/", "proxy_pass https://127.0.0.1:8001/v1/fleet/"),
         ("/", "return 403"),
     ]
     assert re.findall(r"listen (\S+)", text) == ["8000", "[::]:8000"]
-    assert not (trial / "server" / "nginx.conf").exists()
+    assert not (local_deployment / "server" / "nginx.conf").exists()
     if (nginx := shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")) is None:
         pytest.skip("no nginx here to read it")
-    server = shutil.copytree(lab / "server", tmp_path / "a b")
+    server = shutil.copytree(deployment / "server", tmp_path / "a b")
     (server / "nginx").mkdir()
     subprocess.run([nginx, "-t", "-e", "stderr", "-p", server, "-c", server / "nginx.conf"], check=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import rows
 from flwr.app import ConfigRecord, Message, RecordDict
+from site_lab import rows
 
 from fedlora.deploy import flower_app
 from fedlora.deploy.site import rank_of
@@ -213,8 +213,8 @@ def test_a_word_that_cannot_be_switches_no_limit_off(words: dict[str, Any], site
         SiteConfig.read(site | words)
 
 
-def test_every_word_of_a_site_is_in_the_file_that_it_is_given(trial: Path) -> None:
-    text = (next((trial / "sites").iterdir()) / "node.toml").read_text()
+def test_every_word_of_a_site_is_in_the_file_that_it_is_given(local_deployment: Path) -> None:
+    text = (next((local_deployment / "sites").iterdir()) / "node.toml").read_text()
     lines = [line.removeprefix("# ") for line in text.splitlines() if re.match(r"(# )?[a-z-]+ = ", line)]
     said = tomllib.loads("\n".join(lines))
     assert {key.replace("-", "_") for key in said} == {field.name for field in fields(SiteConfig)}

@@ -1,4 +1,4 @@
-"""A federation without a model: clients add seeded noise to what they are sent."""
+"""A server loop and clients without a model: a client adds seeded noise to the adapter that it receives."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,10 +7,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 
@@ -20,9 +19,7 @@ from fedlora.core.messages import Peer, Task
 from fedlora.core.strategy import Strategy
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.engines.in_process import InProcessGrid
-from fedlora.errors import IncompatibleUpdates
 from fedlora.privacy.client_level import ClientLevelMechanism
-from fedlora.rounds.codec import read_update, write_update
 from fedlora.rounds.loop import ServerLoop
 from fedlora.rounds.registry import ClientRegistry
 from fedlora.rounds.round_config import RoundConfig
@@ -214,44 +211,6 @@ class Lab:
         return Ran(federation, folder, said, client, grid)
 
 
-@dataclass
-class Wire:
-    """A task's adapter, honest replies to it, and how a reply is refused."""
-
-    respond: Callable[[RecordDict], Message]
-
-    def adapter(
-        self, rank: int = 4, scale: float = 1.7, dtype: torch.dtype = torch.float32, seed: int = 0
-    ) -> Adapter:
-        rng = np.random.default_rng(seed)
-
-        def tensor(*shape: int) -> torch.Tensor:
-            return torch.from_numpy(rng.standard_normal(shape)).to(dtype)
-
-        pairs = {
-            name: Pair(tensor(rank + i, d_in), tensor(d_out, rank + i), scale + i)
-            for i, (name, (d_out, d_in)) in enumerate({"a.q": (6, 8), "b.v": (8, 5)}.items())
-        }
-        return Adapter(pairs, {"head.weight": tensor(2, 3), "head.bias": tensor(2)})
-
-    def moved(self, task: Task, own: bool = False) -> Adapter:
-        """The task's adapter with what is shared moved, and with `own` what the client keeps, too."""
-        names, step = {*task.shared(), *(task.own() if own else [])}, {"A": 1, "B": -1, "M": 2}
-        pairs = {
-            n: Pair(scale=p.scale, **{f: t + step[f] if f"{n}.{f}" in names else t for f, t in p.factors()})
-            for n, p in task.adapter.pairs.items()
-        }
-        return Adapter(pairs, {n: t * 3 if n in names else t for n, t in task.adapter.extra.items()})
-
-    def honest(self, task: Task, round: int = 3, examples: int = 11) -> RecordDict:
-        return write_update(TrainResult(self.moved(task, own=True), {"loss": 0.25}), task, round, examples)
-
-    def refused(self, content: RecordDict, task: Task | None = None) -> str:
-        with pytest.raises(IncompatibleUpdates) as caught:
-            read_update(self.respond(content), task or Task(self.adapter()), Peer(0, 4), 3)
-        return str(caught.value)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def identity() -> None:
     TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
@@ -265,20 +224,3 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.fixture(scope="session")
 def noise() -> type[Noise]:
     return Noise
-
-
-@pytest.fixture(scope="session")
-def respond() -> Callable[[RecordDict], Message]:
-    """A reply with this content to some training message."""
-
-    def make(content: RecordDict) -> Message:
-        request = Message(RecordDict(), 1001, "train", group_id="1")
-        request.metadata.__dict__["_message_id"] = "m"
-        return Message(content, reply_to=request)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def wire(respond: Callable[[RecordDict], Message]) -> Wire:
-    return Wire(respond)

@@ -6,14 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from command_lab import SMALL
 
 from fedlora.config.composition import compose
 from fedlora.data import collate
 from fedlora.models import MultiAdapterModel, save_adapter
 from fedlora.models.dora import split
 from fedlora.runner.assemble import Assembly, assemble
-
-from .conftest import SMALL
 
 pytestmark = pytest.mark.slow
 

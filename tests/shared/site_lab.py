@@ -1,17 +1,21 @@
 """Messages to a site's worker, as Flower would bring them, without a network."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
+from fedlora.config.composition import compose
 from fedlora.deploy.site_config import Invitation
 from fedlora.deploy.worker import Worker
 from fedlora.rounds.codec import write_task
 from fedlora.runner.assemble import assemble
+from fedlora.runner.load_models import heads_of
 
 JOB = (
     "engine=deploy",
@@ -69,3 +73,42 @@ class Asked:
         assert reply.has_error(), reply.content
         assert "\n" not in reply.error.reason
         return reply.error.reason
+
+
+@pytest.fixture(scope="session")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DictConfig]:
+    """The configuration of a run over sites, as a server sends it."""
+    test = rows(tmp_path_factory.mktemp("server") / "test.jsonl")
+    known: dict[tuple[str, ...], DictConfig] = {}
+
+    def go(*more: str) -> DictConfig:
+        if more not in known:
+            data = [] if "data=tiny" in more else [*SITES, f"data.test={test}"]
+            known[more] = compose([*JOB, *data, *more])
+        return known[more].copy()
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def model(composed: Any) -> str:
+    """The fingerprint of the server's model."""
+    job = assemble(composed())
+    return job.base.fingerprint(heads_of(composed(), job.base))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> dict[str, Any]:
+    """What a site says in its node.toml."""
+    return {"client": 0, "state": str(tmp_path / "state"), "data": str(rows(tmp_path / "own" / "rows.jsonl"))}
+
+
+@pytest.fixture
+def ask(model: str) -> Callable[..., Asked]:
+    """A worker of a site's, and messages to it."""
+
+    def make(config: DictConfig, site: dict[str, Any], **plan: Any) -> Asked:
+        known = {"experiment": "trial", "labels": ("a", "b"), "model": model, **plan}
+        return Asked(Worker(), config, site, Invitation(**known))
+
+    return make

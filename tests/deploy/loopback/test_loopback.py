@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import JOB, summary
-from trial import Trial, free_ports
+from trial import JOB, Trial, free_ports, summary
 
 from fedlora.deploy.tls import node_key
 

@@ -8,9 +8,9 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from asking import Asked, rows
 from flwr.app import Message
 from omegaconf import DictConfig, OmegaConf
+from site_lab import Asked, rows
 
 from fedlora.privacy import Ledger
 

@@ -275,11 +275,8 @@ def test_vectors_that_do_not_belong_together_reveal_nothing() -> None:
     post = Post(4, {"shares": [NODES[3]]})
     server, _, masked = delivered(post)
     other = next(iter(masked))
-    for wrong in (
-        {**masked, NODES[3]: masked[other]},
-        {**masked, other: masked[other][:1]},
-        {**masked, other: masked[other].view(np.int64)},
-    ):
+    short, signed = masked[other][:1], masked[other].view(np.int64)
+    for wrong in ({**masked, NODES[3]: masked[other]}, {**masked, other: short}, {**masked, other: signed}):
         with pytest.raises(IncompatibleUpdates, match="expected uint64 vectors of one length"):
             server.total(wrong)
     assert "unmask" not in post.seen

@@ -106,7 +106,7 @@ def test_an_out_that_is_there_is_refused_before_anything_is_loaded(
 ) -> None:
     import fedlora.runner.run as job
 
-    monkeypatch.setattr(job, "build", lambda config: pytest.fail("it was loaded"))
+    monkeypatch.setattr(job, "assemble", lambda config: pytest.fail("it was loaded"))
     assert "resume=" in refused("run", "model=tiny", "data=tiny", f"out={finished}")
 
 
@@ -146,7 +146,7 @@ def test_the_unexpected_exits_1_and_leaves_its_traceback(
         raise ZeroDivisionError("deep\ninside")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "build", broken)
+    monkeypatch.setattr(job, "assemble", broken)
     said = refused("run", "model=tiny", "data=tiny", f"out={tmp_path / 'out'}", code=1)
     assert "ZeroDivisionError" in said
     (log,) = tmp_path.rglob("*.log")
@@ -164,7 +164,7 @@ def test_the_unexpected_where_no_log_can_be_written(
 
     (tmp_path / "fedlora-error.log").mkdir()  # stands for a folder that cannot be written
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "build", broken)
+    monkeypatch.setattr(job, "assemble", broken)
     assert "ZeroDivisionError" in refused("run", "model=tiny", "data=tiny", f"out={tmp_path / 'out'}", code=1)
 
 

@@ -173,14 +173,14 @@ def test_a_group_that_is_tried_again_adds_nothing_twice(
 
         monkeypatch.setattr(site_module, "write_update", write_update)
     if when == "remembering":
-        remember = site_module.Site._remember
+        remember = site_module.ClientRuntime._remember
 
         def _remember(self: Any, a: TrainRequest, outcome: TrainResult) -> None:
             if once(a):
                 raise OSError("disk full")
             remember(self, a, outcome)
 
-        monkeypatch.setattr(site_module.Site, "_remember", _remember)
+        monkeypatch.setattr(site_module.ClientRuntime, "_remember", _remember)
     got = lab.run(strategy, RANKS, rounds=4, fuse=3, client=client, site=site(tmp_path, "b"))
     assert broken == {2, 3, 4}
     assert not [x for x in got.lines("clients.jsonl") if x["status"] == "dropped"]

@@ -40,10 +40,10 @@ def test_no_text_has_a_hole_and_every_script_is_one(folder: Path) -> None:
             subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-def test_two_deployments_share_no_secret(lab: Path, trial: Path) -> None:
+def test_two_deployments_share_no_secret(deployment: Path, local_deployment: Path) -> None:
     for name in ("ca/ca.key", "server/server.key", "server/superexec.secret"):
-        assert (lab / name).read_bytes() != (trial / name).read_bytes()
-    assert len({path.read_bytes() for path in lab.rglob("*.key")}) == 4
+        assert (deployment / name).read_bytes() != (local_deployment / name).read_bytes()
+    assert len({path.read_bytes() for path in deployment.rglob("*.key")}) == 4
 
 
 def shaken(folder: Path, authority: Path, name: str) -> bool:
@@ -66,20 +66,22 @@ def shaken(folder: Path, authority: Path, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [*NAMES, "localhost", "127.0.0.1"])
-def test_a_site_believes_the_server_under_each_of_its_names(lab: Path, name: str) -> None:
-    assert shaken(lab, lab / "sites" / "ward-3", name)
+def test_a_site_believes_the_server_under_each_of_its_names(deployment: Path, name: str) -> None:
+    assert shaken(deployment, deployment / "sites" / "ward-3", name)
 
 
-def test_a_site_believes_no_other_name_and_no_other_authority(lab: Path, trial: Path) -> None:
-    assert not shaken(lab, lab / "sites" / "ward-3", "example.org")
-    assert not shaken(lab, lab / "sites" / "ward-3", "192.0.2.8")
-    assert not shaken(lab, trial / "sites" / "site-0", "localhost")
-    assert not shaken(trial, trial / "sites" / "site-0", NAMES[0])
+def test_a_site_believes_no_other_name_and_no_other_authority(
+    deployment: Path, local_deployment: Path
+) -> None:
+    assert not shaken(deployment, deployment / "sites" / "ward-3", "example.org")
+    assert not shaken(deployment, deployment / "sites" / "ward-3", "192.0.2.8")
+    assert not shaken(deployment, local_deployment / "sites" / "site-0", "localhost")
+    assert not shaken(local_deployment, local_deployment / "sites" / "site-0", NAMES[0])
 
 
-def test_certificates_can_do_what_they_are_for_and_no_more(lab: Path) -> None:
+def test_certificates_can_do_what_they_are_for_and_no_more(deployment: Path) -> None:
     top, server = (
-        x509.load_pem_x509_certificate((lab / name).read_bytes())
+        x509.load_pem_x509_certificate((deployment / name).read_bytes())
         for name in ("ca/ca.crt", "server/server.crt")
     )
     assert top.extensions.get_extension_for_class(x509.BasicConstraints).value == x509.BasicConstraints(
@@ -92,18 +94,18 @@ def test_certificates_can_do_what_they_are_for_and_no_more(lab: Path) -> None:
     assert server.not_valid_after_utc < top.not_valid_after_utc
 
 
-def test_a_site_s_key_is_one_that_flower_takes(lab: Path) -> None:
+def test_a_site_s_key_is_one_that_flower_takes(deployment: Path) -> None:
     from flwr.cli.supernode.register import try_load_public_key
     from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
     for name in ("ward-3", "ward-9"):
-        private = (lab / "sites" / name / "node.key").read_bytes()
+        private = (deployment / "sites" / name / "node.key").read_bytes()
         key = serialization.load_ssh_private_key(private, None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         assert key.curve.name == "secp384r1"
-        registered = lab / "server" / "keys" / f"{name}.pub"
+        registered = deployment / "server" / "keys" / f"{name}.pub"
         assert try_load_public_key(registered) == public_key_to_bytes(key.public_key())
-        assert registered.read_bytes() == (lab / "sites" / name / "node.key.pub").read_bytes()
+        assert registered.read_bytes() == (deployment / "sites" / name / "node.key.pub").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -136,11 +138,11 @@ def test_what_cannot_be_is_one_line_and_writes_nothing(
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(
-    refused: Callable[..., str], lab: Path, tmp_path: Path
+    refused: Callable[..., str], deployment: Path, tmp_path: Path
 ) -> None:
-    before = {name: path.read_bytes() for name, path in files(lab).items()}
-    assert "not empty" in refused("deploy", "init", str(lab), "--sites", "1")
-    assert before == {name: path.read_bytes() for name, path in files(lab).items()}
+    before = {name: path.read_bytes() for name, path in files(deployment).items()}
+    assert "not empty" in refused("deploy", "init", str(deployment), "--sites", "1")
+    assert before == {name: path.read_bytes() for name, path in files(deployment).items()}
     (tmp_path / "file").write_text("")
     assert "not empty" in refused("deploy", "init", str(tmp_path / "file"), "--sites", "1")
 

@@ -1,0 +1,3 @@
+"""The command in this process."""
+
+from command_lab import finished, isolated, no_run, refused
