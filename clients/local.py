@@ -27,6 +27,8 @@ from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.trainer import FitJob, Parameters, descend, fit
 
+ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)  # the default of `optimizer`
+
 
 @dataclass(frozen=True)
 class LocalTraining(Client):
@@ -56,7 +58,7 @@ class LocalTraining(Client):
     batch_size: int = 8
     epochs: int = 1
     steps: int | None = None
-    optimizer: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, weight_decay=0.0)
+    optimizer: Callable[..., torch.optim.Optimizer] = ADAMW
     clip: float | None = 1.0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: float = 0.0

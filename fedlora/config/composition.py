@@ -3,15 +3,19 @@
 import difflib
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationToMissingValueError,
@@ -87,6 +91,19 @@ class Schema:
     resume: str | None = None
 
 
+class _Studies(SearchPathPlugin):
+    """The settings of the studies, `experiment=NAME`, which lie beside the studies themselves."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("fedlora", "pkg://fedlora.experiments.conf")
+
+
+def hydra_here() -> AbstractContextManager[Any]:
+    """Hydra, while it stands at our configuration groups."""
+    Plugins.instance().register(_Studies)
+    return hydra.initialize_config_module("fedlora.config.conf", version_base="1.3")
+
+
 def register() -> None:
     """Make known the schema, and what its YAML calls.
 
@@ -96,6 +113,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
     OmegaConf.register_new_resolver("dealt", lambda n, how: None if how == "natural" else n, replace=True)
     ConfigStore.instance().store(name="schema", node=Schema)
+    Plugins.instance().register(_Studies)
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
@@ -107,7 +125,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     register()
     overrides = [opened(_quoted(word)) for word in overrides]
     try:
-        with hydra.initialize_config_module("fedlora.config.conf", version_base="1.3"):
+        with hydra_here():
             _know(overrides)
             config = hydra.compose("config", list(overrides))
             resolve(config)
@@ -157,7 +175,7 @@ def _place(config: DictConfig) -> None:
 def check_keys(overrides: Sequence[str]) -> None:
     """Raise ConfigError for a key that does not exist; a sweep's values are Hydra's business."""
     try:
-        with hydra.initialize_config_module("fedlora.config.conf", version_base="1.3"):
+        with hydra_here():
             _know(overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
@@ -197,14 +215,14 @@ def path_said(word: str) -> str:
 
 def choices() -> dict[str, list[str]]:
     """The configuration groups and their choices, wherever Hydra stands."""
-    with hydra.initialize_config_module("fedlora.config.conf", version_base="1.3"):
+    with hydra_here():
         return groups()
 
 
 def with_hydra(overrides: Sequence[str]) -> DictConfig:
     """The configuration with Hydra's own part, unresolved."""
     try:
-        with hydra.initialize_config_module("fedlora.config.conf", version_base="1.3"):
+        with hydra_here():
             return hydra.compose("config", list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error

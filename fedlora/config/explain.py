@@ -68,7 +68,7 @@ def explained(words: Sequence[str] = ()) -> str:
     """
     composition.register()
     try:
-        with hydra.initialize_config_module("fedlora.config.conf", version_base="1.3"):
+        with composition.hydra_here():
             groups = composition.groups()
             whole = hydra.compose("config", list(words), return_hydra_config=True)
             chosen = dict(whole.hydra.runtime.choices)

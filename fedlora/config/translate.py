@@ -29,18 +29,27 @@ ROLES = ("text", "label", "prompt", "response")
 TRACKERS: dict[str, Any] = {"csv": CSV, "tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
 
 
-def run_spec(config: DictConfig) -> RunSpec:
+def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunSpec:
     """The description of the run that a configuration composes; nothing of it is loaded.
 
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
+        given: parts of a run that was started from Python, which its configuration cannot name: strategy,
+            client, privacy, robust, engine, model (a ModelSpec), data (a DataSpec).
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
     """
     if config.get("pairs"):
         raise ConfigError("pairs: one run cannot have several settings of a kind; say fedlora run -m")
-    privacy: Privacy | None = named(config, "privacy", Privacy)
+    given = dict(given or {})
+    if lacking := sorted({*(config.get("from_python") or ())} - given.keys()):
+        raise ConfigError(
+            f"this run was started from Python with objects that no configuration can name "
+            f"({', '.join(lacking)}); go on with it from Python: fedlora.open(DIR).resume("
+            f"{', '.join(f'{name}=...' for name in lacking)})"
+        )
+    privacy: Privacy | None = given.get("privacy") or named(config, "privacy", Privacy)
     tracker, of_clients = _tracker(config)
     if isinstance(privacy, ClientLevel) and of_clients:
         raise ConfigError(
@@ -48,16 +57,16 @@ def run_spec(config: DictConfig) -> RunSpec:
             "privacy and must not go to a tracker; leave it out"
         )
     return RunSpec(
-        strategy=make(config, "strategy", Strategy),
-        client=make(config, "client", Client),
-        model=model_spec(config),
-        data=data_spec(config),
+        strategy=given.get("strategy") or make(config, "strategy", Strategy),
+        client=given.get("client") or make(config, "client", Client),
+        model=given.get("model") or model_spec(config),
+        data=given.get("data") or data_spec(config),
         models=tuple(model_spec(one) for one in _model_choices(config)),
         lora=LoRASpec(**plain(config.lora)),
         evaluate=EvaluationSpec(**plain(config.evaluate)),
         privacy=privacy,
-        robust=named(config, "robust", Robust),
-        engine=make(config, "engine", Engine),
+        robust=given.get("robust") or named(config, "robust", Robust),
+        engine=given.get("engine") or make(config, "engine", Engine),
         tracker=tracker,
         track_clients=of_clients,
         clients=config.clients,

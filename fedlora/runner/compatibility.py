@@ -37,8 +37,8 @@ def own_client(spec: RunSpec) -> str | None:
     needed, given = spec.strategy.client, type(spec.client).__name__
     if needed and given != needed:
         return (
-            f"strategy {spec.strategy_class} needs the client {needed}, which does its part of the algorithm, got "
-            f"{given}; leave client=... out, the strategy brings its own"
+            f"strategy {spec.strategy_class} needs the client {needed}, which does its part of the "
+            f"algorithm, got {given}; leave client=... out, the strategy brings its own"
         )
     return None
 
@@ -48,8 +48,8 @@ def plain_lora_of_own_client(spec: RunSpec) -> str | None:
     init = spec.lora.init or spec.strategy.start
     if spec.strategy.client and (init != "lora" or spec.lora.dora):
         return (
-            f"strategy {spec.strategy_class} trains with a client of its own, which knows plain LoRA only, got "
-            f"lora.init={init} and lora.dora={spec.lora.dora}; use lora.init=lora lora.dora=false"
+            f"strategy {spec.strategy_class} trains with a client of its own, which knows plain LoRA "
+            f"only, got lora.init={init} and lora.dora={spec.lora.dora}; use lora.init=lora lora.dora=false"
         )
     return None
 
@@ -59,8 +59,8 @@ def start_and_adapter(spec: RunSpec) -> str | None:
     init = spec.lora.init or spec.strategy.start
     if spec.lora.adapter is not None and init != "lora":
         return (
-            f"lora.adapter and a start from the base, {init}, exclude each other: strategy {spec.strategy_class} with "
-            "lora.init=lora goes on from the adapter, lora.adapter=null starts from the base"
+            f"lora.adapter and a start from the base, {init}, exclude each other: strategy "
+            f"{spec.strategy_class} with lora.init=lora goes on from the adapter, lora.adapter=null starts from the base"
         )
     return None
 

@@ -41,8 +41,8 @@ def client_level_strategy(spec: RunSpec) -> str | None:
     able = spec.strategy.linear or spec.strategy.products
     if isinstance(spec.privacy, ClientLevel) and not able:
         return (
-            f"privacy: strategy {spec.strategy_class} needs more of its clients' updates than their mean, such as "
-            "norms or which directions each has, and one client could change that without bound; use "
+            f"privacy: strategy {spec.strategy_class} needs more of its clients' updates than their "
+            "mean, such as norms or which directions each has, and one client could change that without bound; use "
             f"{strategies(lambda s: (s.linear or s.products) and not s.personal)}, or privacy=dp_sgd, for "
             "which one global model is enough"
         )
