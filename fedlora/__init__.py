@@ -6,21 +6,79 @@ from typing import TYPE_CHECKING, Any
 from fedlora import errors
 
 if TYPE_CHECKING:
+    from fedlora import clients, privacy, robust, strategies
+    from fedlora.api.run import Run
+    from fedlora.api.run import open_run as open
+    from fedlora.api.simulate import Session, simulate
+    from fedlora.api.sweep import Sweep, each, sweep
     from fedlora.core.adapter import Adapter, Pair
     from fedlora.core.messages import Peer, State, Task, Update
     from fedlora.core.strategy import Strategy
+    from fedlora.runner.spec import EvaluationSpec, LoRASpec, ModelSpec
+    from fedlora.training.client import Client, TrainRequest, TrainResult
 
-__all__ = ["Adapter", "Pair", "Peer", "State", "Strategy", "Task", "Update", "errors"]
+_HOMES = {  # public name -> where it is
+    "Adapter": "core.adapter",
+    "Client": "training.client",
+    "EvaluationSpec": "runner.spec",
+    "LoRASpec": "runner.spec",
+    "ModelSpec": "runner.spec",
+    "Pair": "core.adapter",
+    "Peer": "core.messages",
+    "Run": "api.run",
+    "Session": "api.simulate",
+    "State": "core.messages",
+    "Strategy": "core.strategy",
+    "Sweep": "api.sweep",
+    "Task": "core.messages",
+    "TrainRequest": "training.client",
+    "TrainResult": "training.client",
+    "Update": "core.messages",
+    "each": "api.sweep",
+    "open": "api.run",
+    "simulate": "api.simulate",
+    "sweep": "api.sweep",
+}
+_ROOMS = ("clients", "privacy", "robust", "strategies")
+_NAMED = {"open": "open_run"}  # what would hide a builtin in its own module
+
+__all__ = [
+    "Adapter",
+    "Client",
+    "EvaluationSpec",
+    "LoRASpec",
+    "ModelSpec",
+    "Pair",
+    "Peer",
+    "Run",
+    "Session",
+    "State",
+    "Strategy",
+    "Sweep",
+    "Task",
+    "TrainRequest",
+    "TrainResult",
+    "Update",
+    "clients",
+    "each",
+    "errors",
+    "open",
+    "privacy",
+    "robust",
+    "simulate",
+    "strategies",
+    "sweep",
+]
 __version__ = "0.1.0"
-
-_HOMES = {"Adapter": "adapter", "Pair": "adapter", "Strategy": "strategy"}  # in fedlora.core
 
 
 def __getattr__(name: str) -> Any:
     """A public name, when it is first asked for: what Flower starts for every message does without torch."""
-    if name not in __all__:
+    if name in _ROOMS:
+        return import_module(f"fedlora.{name}")
+    if name not in _HOMES:
         raise AttributeError(f"module 'fedlora' has no attribute '{name}'")
-    return getattr(import_module(f"fedlora.core.{_HOMES.get(name, 'messages')}"), name)
+    return getattr(import_module(f"fedlora.{_HOMES[name]}"), _NAMED.get(name, name))
 
 
 def __dir__() -> list[str]:

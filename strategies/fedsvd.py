@@ -40,6 +40,7 @@ class FedSVD(Strategy):
         period: rounds between new factors, from 1; 0 never makes any, which is FFA-LoRA.
     """
 
+    lr_factor = 2.0
     mixed_ranks = True
     linear = True
     exact = True

@@ -27,6 +27,7 @@ from fedlora.core.strategy import Strategy, slice_to_rank
 class FFALoRA(Strategy):
     """Half the upload of FedIT and an exact mean; wants a larger learning rate, since only B learns."""
 
+    lr_factor = 5.0
     mixed_ranks = True
     linear = True
     exact = True

@@ -38,6 +38,7 @@ from fedlora.seeds import generator
 class PrivateLoRA(Strategy):
     """The least to send for its rank, and an exact mean; wants a large rank, and a rate of its own."""
 
+    lr_factor = 2.5
     mixed_ranks = True
     linear = True
     exact = True

@@ -33,6 +33,7 @@ from fedlora.core.strategy import Strategy, slice_to_rank
 class RoLoRA(Strategy):
     """An exact mean each round at half the bytes of FedIT, and unlike FFA-LoRA it learns A too."""
 
+    lr_factor = 2.0
     mixed_ranks = True
     linear = True
     exact = True

@@ -25,16 +25,9 @@ from fedlora.training.trainer import FitJob, fit
 
 def work(built: Assembly, clients: int) -> list[TrainRequest]:
     """The first round of so many clients."""
-    return [
-        TrainRequest(
-            k,
-            1,
-            0,
-            built.spec.strategy.task(built.start, built.peer(k, built.ranks[k])),
-            built.runtime.rows(k),
-        )
-        for k in range(clients)
-    ]
+    peers = [built.peer(k, built.ranks[k]) for k in range(clients)]
+    tasks = [built.spec.strategy.task(built.start, peer) for peer in peers]
+    return [TrainRequest(k, 1, 0, task, built.runtime.rows(k)) for k, task in enumerate(tasks)]
 
 
 def epoch(built: Assembly, assignments: Sequence[TrainRequest], private: bool) -> None:

@@ -21,11 +21,11 @@ import torch
 from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
+from fedlora.cli import run_job
 from fedlora.config.composition import compose
 from fedlora.config.translate import run_spec
 from fedlora.core.messages import Task
 from fedlora.report import read_run
-from fedlora.runner import run as jobs
 from fedlora.runner.assemble import Assembly, assemble
 from fedlora.training.client import Client, TrainRequest
 
@@ -63,11 +63,11 @@ def rounds(words: list[str], count: int) -> dict[str, float]:
     made = compose([*words, f"rounds={count}"])
     with tempfile.TemporaryDirectory() as folder:
         made.out = f"{folder}/run"
-        client: type[Client] = type(assemble(made).runtime.client)
+        client: type[Client] = type(assemble(run_spec(made)).runtime.client)
         train, evaluate = client.train, Assembly.evaluate
         client.train, Assembly.evaluate = training.timed(train), evaluation.timed(evaluate)  # type: ignore[method-assign]
         try:
-            path = jobs.run_job(made, Console())
+            path = run_job.run_job(made, Console())
         finally:
             client.train, Assembly.evaluate = train, evaluate  # type: ignore[method-assign]
         seconds = [line["seconds"] for line in read_run(path).metrics]

@@ -43,6 +43,8 @@ class Strategy(ABC):
         personal: do clients keep a trained part, so that the global state alone is nobody's model?
         start: the initial adapter that the paper asks for, a value of `lora.init`.
         client: the name of the client class that it needs; empty where ordinary local training does.
+        lr_factor: the learning rate that suits it, over the one that suits LoRA whose factors are both
+            trained and averaged.
     """
 
     mixed_ranks: ClassVar[bool]
@@ -52,6 +54,7 @@ class Strategy(ABC):
     personal: ClassVar[bool] = False
     start: ClassVar[str] = "lora"
     client: ClassVar[str] = ""
+    lr_factor: ClassVar[float] = 1.0
 
     def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """The state before round 1.

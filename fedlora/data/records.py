@@ -214,3 +214,24 @@ def _check_header(header: list[str], separator: str, where: str, fields: Fields)
     fields.check(header, where)
     if len(set(header)) < len(header):
         raise DataError(f"{where}: expected each column once, got {header}; rename one")
+
+
+def columns_of(path: Path) -> list[str]:
+    """The columns of a file, or of the first file of a folder.
+
+    Raises:
+        DataError: there is no file that could be read.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS)
+        if not files:
+            raise DataError(f"{path}: expected files ending in {', '.join(sorted(ENDINGS))}, got none")
+        path = files[0]
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() in (".csv", ".tsv"):
+                return next(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","), [])
+            found = json.loads(next((line for line in file if line.strip()), "{}"))
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    return list(found) if isinstance(found, dict) else []

@@ -96,7 +96,7 @@ class DPSGD(Privacy):
     such that a client which takes part `participations` times has spent at most `epsilon`; then it stops.
 
     Args:
-        participations: rounds that a client takes part in at most.
+        participations: rounds that a client takes part in at most; None, all rounds of the run.
         public_counts: whether a client's number of records may be known. Then it weighs in the mean, and q,
             σ, steps and the epsilon spent so far, from which it follows, are reported; else only the budget.
             It is then in no message, but not hidden from whoever measures: σ, and so the noise, follows from
@@ -107,13 +107,13 @@ class DPSGD(Privacy):
 
     unit = "record"
 
-    participations: int = 1
+    participations: int | None = None
     public_counts: bool = True
     public_metrics: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole("participations")
+        self._whole("participations", none=True)
         for name in ("public_counts", "public_metrics"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"privacy.{name}: expected true or false, got {getattr(self, name)!r}")
@@ -142,7 +142,20 @@ class DPSGD(Privacy):
                 "lower it, or raise data.min_rows"
             )
         delta = self._delta(rows, "a client has")
-        return self._plan(batch_size / rows, self.participations * steps, batch_size, steps, delta)
+        return self._plan(batch_size / rows, self.planned * steps, batch_size, steps, delta)
+
+    @property
+    def planned(self) -> int:
+        """For how many rounds of a client the noise is made.
+
+        Raises:
+            ConfigError: nobody has said, and this privacy is no part of a run.
+        """
+        return _said("participations", self.participations)
+
+    def for_rounds(self, rounds: int) -> "DPSGD":
+        """The same, for so many rounds where it names no number of its own."""
+        return self if self.participations is not None else replace(self, participations=rounds)
 
     def told(self, plan: Plan, spent: Ledger) -> dict[str, float]:
         """What a client reports of its privacy; numbers that depend on nothing that is to be protected."""
@@ -168,19 +181,19 @@ class ClientLevel(Privacy):
     clip, and divides by q N, whoever answered. σ is such that all rounds together spend at most `epsilon`.
 
     Args:
-        rounds: for how many the noise is made.
+        rounds: for how many the noise is made; None, for those of the run.
         example_cap: a client of n examples counts min(n / example_cap, 1); None counts all alike. It is
             chosen without a look at the clients' data.
     """
 
     unit = "client"
 
-    rounds: int = 1
+    rounds: int | None = None
     example_cap: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole("rounds")
+        self._whole("rounds", none=True)
         self._whole("example_cap", none=True)
 
     def plan(self, clients: int, sampled: int, masked: bool = False) -> Plan:
@@ -198,12 +211,31 @@ class ClientLevel(Privacy):
         sampled = min(sampled, clients)
         delta = self._delta(clients, "there are")
         if masked:
-            return replace(self._plan(1.0, self.rounds, sampled, 1, delta), unit="contribution")
-        return self._plan(sampled / clients, self.rounds, sampled, 1, delta)
+            return replace(self._plan(1.0, self.planned, sampled, 1, delta), unit="contribution")
+        return self._plan(sampled / clients, self.planned, sampled, 1, delta)
+
+    @property
+    def planned(self) -> int:
+        """For how many rounds the noise is made.
+
+        Raises:
+            ConfigError: nobody has said, and this privacy is no part of a run.
+        """
+        return _said("rounds", self.rounds)
+
+    def for_rounds(self, rounds: int) -> "ClientLevel":
+        """The same, for so many rounds where it names no number of its own."""
+        return self if self.rounds is not None else replace(self, rounds=rounds)
 
     def weight(self, examples: float) -> float:
         """What a client of so many examples counts, from 0 to 1."""
         return 1.0 if self.example_cap is None else min(max(examples, 0.0) / self.example_cap, 1.0)
+
+
+def _said(name: str, rounds: int | None) -> int:
+    if rounds is None:
+        raise ConfigError(f"privacy.{name}: expected the number of rounds that the noise is for, got none")
+    return rounds
 
 
 def _number(value: object) -> bool:

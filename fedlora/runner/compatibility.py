@@ -60,7 +60,8 @@ def start_and_adapter(spec: RunSpec) -> str | None:
     if spec.lora.adapter is not None and init != "lora":
         return (
             f"lora.adapter and a start from the base, {init}, exclude each other: strategy "
-            f"{spec.strategy_class} with lora.init=lora goes on from the adapter, lora.adapter=null starts from the base"
+            f"{spec.strategy_class} with lora.init=lora goes on from the adapter, lora.adapter=null "
+            "starts from the base"
         )
     return None
 

@@ -42,9 +42,9 @@ def client_level_strategy(spec: RunSpec) -> str | None:
     if isinstance(spec.privacy, ClientLevel) and not able:
         return (
             f"privacy: strategy {spec.strategy_class} needs more of its clients' updates than their "
-            "mean, such as norms or which directions each has, and one client could change that without bound; use "
-            f"{strategies(lambda s: (s.linear or s.products) and not s.personal)}, or privacy=dp_sgd, for "
-            "which one global model is enough"
+            "mean, such as norms or which directions each has, and one client could change that without "
+            f"bound; use {strategies(lambda s: (s.linear or s.products) and not s.personal)}, "
+            "or privacy=dp_sgd, for which one global model is enough"
         )
     return None
 
@@ -71,10 +71,10 @@ def client_level_least(spec: RunSpec) -> str | None:
 
 def client_level_rounds(spec: RunSpec) -> str | None:
     """Noise for fewer rounds than the run has."""
-    if isinstance(spec.privacy, ClientLevel) and spec.rounds > spec.privacy.rounds:
+    if isinstance(spec.privacy, ClientLevel) and spec.rounds > spec.privacy.planned:
         return (
             f"privacy.rounds: expected at least the run's {spec.rounds}, for which noise has to be enough, "
-            f"got {spec.privacy.rounds}; leave it out"
+            f"got {spec.privacy.planned}; leave it out"
         )
     return None
 

@@ -102,10 +102,8 @@ def _with_lost(ledger: Ledger, entry: Entry, told: float, most: int) -> Ledger:
 
 def planned(privacy: Privacy) -> int:
     """For how many rounds the noise is made: of a client, or of the run."""
-    if isinstance(privacy, DPSGD):
-        return privacy.participations
-    assert isinstance(privacy, ClientLevel)
-    return privacy.rounds
+    assert isinstance(privacy, DPSGD | ClientLevel)
+    return privacy.planned
 
 
 def check_more_rounds(privacy: Privacy | None, before: int, rounds: int) -> None:

@@ -18,10 +18,10 @@ def opening(privacy: Privacy, plans: Sequence[Plan]) -> str:
         noise = ""
     if isinstance(privacy, ClientLevel) and plans[0].unit == "contribution":
         whom = "over the whole run, for the updates of one client, whose presence is known"
-        rest = f"clients of a round are known under masks, for {privacy.rounds} rounds"
+        rest = f"clients of a round are known under masks, for {privacy.planned} rounds"
     elif isinstance(privacy, ClientLevel):
         whom = "over the whole run, for one client more or less"
-        rest = f"each client in a round with probability {plans[0].q:.3g}, for {privacy.rounds} rounds"
+        rest = f"each client in a round with probability {plans[0].q:.3g}, for {privacy.planned} rounds"
     else:
         whom = "a client over the whole run, for one record more or less"
         rest = f"Poisson batches, for {planned(privacy)} rounds a client"

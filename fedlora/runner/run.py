@@ -5,13 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from fedlora.callbacks.console import Display
 
-from .session import Session
+from .session import Session, Silent
 from .spec import RunSpec
 
 
@@ -38,7 +37,7 @@ class Run:
     @contextmanager
     def begin(self) -> Iterator[Session]:
         """The session, while its folder is held and its display is up."""
-        session = Session.begin(self.spec, self.path, self.resumed, _Silent())
+        session = Session.begin(self.spec, self.path, self.resumed, Silent())
         with session.held:
             self.said(session.opening())
             with self.shown(session) as session.display:
@@ -60,22 +59,6 @@ class Run:
                 f"interrupted; fedlora run resume={self.path} goes on from the last whole round"
             ) from None
         return self.path
-
-
-class _Silent:
-    """A display of nothing, until the user's is up."""
-
-    def begin(self, round: int, clients: int) -> None:
-        """A round begins."""
-
-    def advance(self, clients: int) -> None:
-        """Clients have finished."""
-
-    def end(self, metrics: dict[str, Any]) -> None:
-        """A round has ended."""
-
-    def warn(self, text: str) -> None:
-        """Something that the user should know."""
 
 
 def new_folder(spec: RunSpec) -> Path:

@@ -177,8 +177,10 @@ class Session:
         if sites is None:  # else every site checks its own
             privacy_checks.check_ledgers(self.spec.privacy, folder)
         loop = self._loop(sites)
-        yield from loop.rounds(grid)
-        self.state, own = loop.state, loop.last_look(grid)
+        for line in loop.rounds(grid):
+            self.state = loop.state
+            yield line
+        own = loop.last_look(grid)
         self._check_anything_came()
         ledgers = self._ledgers(sites is not None, [])
         answers = made.answers(Task(loop.state.whole()))
@@ -243,6 +245,22 @@ class Session:
         if self.spec.privacy is None:
             return {}
         return privacy_report.spent(self.spec.privacy, self._ledgers(apart, lines).values())
+
+
+class Silent:
+    """A display of nothing, until the user's is up."""
+
+    def begin(self, round: int, clients: int) -> None:
+        """A round begins."""
+
+    def advance(self, clients: int) -> None:
+        """Clients have finished."""
+
+    def end(self, metrics: dict[str, Any]) -> None:
+        """A round has ended."""
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know."""
 
 
 _loaded: dict[str, ClientRuntime] = {}

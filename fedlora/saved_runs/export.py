@@ -37,7 +37,7 @@ NONE = Trust()
 ROUNDING = 4  # rounding errors of one size differ by less, even where one sends a token to another expert
 
 
-def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
+def export(run: Path, to: Path, merged: bool, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
     """Write a run's adapter in PEFT's form, or the base with it merged, into a new folder.
 
     Raises:
@@ -45,7 +45,7 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE) -> str:
         ConfigError: the folder is there already, or what the run trained is no LoRA of its model.
     """
     _check_new(to)
-    spec, learnt = run_spec(read(run, trust)), TaskFile.read(run)
+    spec, learnt = spec or run_spec(read(run, trust)), TaskFile.read(run)
     if learnt.personal:
         raise ConfigError(
             f"export: what all clients of {learnt.strategy} share is nobody's model; say --client N, "
@@ -98,7 +98,7 @@ def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
     return f"adapter of client {client} -> {to} (peft.PeftModel.from_pretrained)"
 
 
-def verify(run: Path, trust: Trust = NONE) -> str:
+def verify(run: Path, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
     """Check that a run's adapter is what its summary says, through PEFT alone.
 
     Raises:
@@ -118,7 +118,7 @@ def verify(run: Path, trust: Trust = NONE) -> str:
         raise CheckpointError(
             f"'{file}' has SHA-256 {found[:16]}, its summary says {str(summary['adapter_sha256'])[:16]}"
         )
-    spec, learnt = run_spec(read(run, trust)), TaskFile.read(run)
+    spec, learnt = spec or run_spec(read(run, trust)), TaskFile.read(run)
     dataset = learnt.tested(spec)
     _, state = RunFolder(run).read_state()
     base = learnt.load_base(spec)

@@ -35,6 +35,26 @@ def evaluate(
         return [_together(base, [task], [own], tokens)[0] for task, own in each]
 
 
+@torch.no_grad()
+def predictions(base: Base, task: Task, rows: Sequence[Example], tokens: int | None = None) -> list[int]:
+    """The most likely label of each row under a task's adapter, by its number.
+
+    Args:
+        base: the frozen model, a classifier.
+        task: its adapter, as it is.
+        rows: encoded; their own labels are not read.
+        tokens: as for `evaluate`.
+    """
+    found: dict[int, int] = {}
+    micros = micro_batches(list(enumerate(rows)), budget(tokens, base.device.type), base.traits)
+    with MultiAdapterModel(base, [task], every_token=True) as bank:
+        for micro in micros:
+            bank.route([len(micro)])
+            logits = base.logits(base.collate([row for _, row in micro]))
+            found |= dict(zip((at for at, _ in micro), logits.argmax(-1).tolist(), strict=True))
+    return [found[at] for at in range(len(rows))]
+
+
 def _together(
     base: Base, tasks: Sequence[Task], rows: Sequence[Sequence[Example]], tokens: int | None
 ) -> list[tuple[float, float]]:

@@ -1,0 +1,1 @@
+"""The Python interface: simulate, Session, open, sweep; `import fedlora` offers what is here."""

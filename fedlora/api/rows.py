@@ -1,0 +1,126 @@
+"""Rows as a caller has them in memory, made into a data set."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedlora.data import Dataset, Row
+from fedlora.data.dataset import hold_out
+from fedlora.data.fields import Fields, as_text, choose
+from fedlora.errors import DataError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which keys of a record are what; None finds text and label, or prompt and response.
+
+    Args:
+        text: the key of the text to classify.
+        label: the key of its label.
+        prompt: the key of the prompt.
+        response: the key of the response.
+        client: the key that names a row's natural client.
+    """
+
+    text: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    client: str | None = None
+
+    def fields(self, record: Mapping[str, Any]) -> Fields:
+        """The columns of these records, of which the first is given.
+
+        Raises:
+            ConfigError: the record has neither pair of keys, or a named one is not there.
+        """
+        given = (self.text, self.label, self.prompt, self.response)
+        if not any(given):
+            pairs = (("text", "label"), ("prompt", "response"))
+            names = next((pair for pair in pairs if {*pair} <= record.keys()), (None, None))
+            if names == pairs[0]:
+                given = ("text", "label", None, None)
+            elif names == pairs[1]:
+                given = (None, None, "prompt", "response")
+            else:
+                raise DataError(
+                    f"data: expected rows with the keys text and label, or prompt and response, got "
+                    f"{', '.join(map(str, record))}; name others with text=, label=, prompt= or response="
+                )
+        return choose(*given, self.client)
+
+
+def records_of(data: Any) -> list[Mapping[str, Any]]:
+    """A list of dicts, a frame of pandas or a set of the datasets library, as records.
+
+    Raises:
+        DataError: something else.
+    """
+    if hasattr(data, "to_dict") and hasattr(data, "columns"):
+        return list(data.to_dict("records"))
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
+        found = list(data)
+        if all(isinstance(record, Mapping) for record in found):
+            return found
+    raise DataError(
+        f"data: expected a preset, a path, a list of dicts, a frame, a set of the datasets library or "
+        f"{{client: rows}}, got {type(data).__name__}"
+    )
+
+
+def rows_of(data: Any, columns: Columns, where: str = "data") -> tuple[list[Row], Fields]:
+    """The rows of records, and what their columns are.
+
+    Raises:
+        DataError: no record, or one that cannot be used; names its number.
+    """
+    if isinstance(data, Mapping) and not hasattr(data, "columns"):
+        if columns.client is not None:
+            raise DataError("data: expected rows without client=, since the keys of the mapping are clients")
+        parts = {str(name): rows_of(rows, columns, f"{where}[{name!r}]") for name, rows in data.items()}
+        if not parts:
+            raise DataError("data: expected at least one client, got an empty mapping")
+        named = [replace(row, client=name) for name, (rows, _) in parts.items() for row in rows]
+        return named, next(iter(parts.values()))[1]
+    records = records_of(data)
+    if not records:
+        raise DataError(f"{where}: expected one row or more, got none")
+    fields = columns.fields(records[0])
+    fields.warn_of_halves(records[0].keys(), where)
+    rows = []
+    for number, record in enumerate(records):
+        fields.check(record.keys(), f"{where}[{number}]")
+        rows.append(fields.row(record, f"{where}[{number}]"))
+    return rows, fields
+
+
+def dataset(
+    data: Any,
+    test: Any,
+    columns: Columns,
+    labels: Sequence[str] | None,
+    test_rows: int,
+    seed: int,
+    name: str = "rows",
+) -> Dataset:
+    """A data set of rows in memory.
+
+    Args:
+        data: training rows: a list of dicts, a frame, a set of the datasets library, or {client: rows}.
+        test: likewise the test rows; None holds a part of the training rows out.
+        columns: which keys are what.
+        labels: all labels that there may be; None takes those of the training rows.
+        test_rows: how many rows to hold out, at most a fifth.
+        seed: which rows.
+        name: of the set.
+
+    Raises:
+        DataError: rows that cannot be used.
+    """
+    rows, fields = rows_of(data, columns)
+    if test is None:
+        kept, held = hold_out(rows, fields.kind, test_rows, seed)
+    else:
+        kept, (held, _) = rows, rows_of(test, replace(columns, client=None), "test")
+    known = None if labels is None else [as_text(label) for label in labels]
+    return Dataset.build(name, fields.kind, kept, held, known, cut=test is None)

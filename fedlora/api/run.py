@@ -1,0 +1,230 @@
+"""A run that has finished, or that lies in a folder, as an object."""
+
+import html
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fedlora.config.instantiate import Trust, read
+from fedlora.config.resume import with_rounds
+from fedlora.config.translate import run_spec
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import State, Task
+from fedlora.data import Row, encode
+from fedlora.errors import CheckpointError, ConfigError
+from fedlora.models import Base, load
+from fedlora.report import read_run, write_report
+from fedlora.runner.spec import RunSpec
+from fedlora.runner.task_file import TaskFile
+from fedlora.saved_runs.export import export, verify
+from fedlora.storage.run_folder import RunFolder
+from fedlora.training.evaluation import predictions
+from fedlora.training.generation import answer
+
+PARTS = ("strategy", "client", "privacy", "robust", "engine", "model", "data")
+
+
+class Run:
+    """One run: its numbers, its adapter, its model, and what can be done with them.
+
+    Args:
+        path: the run's folder.
+        kept: a temporary folder that is removed with this object; None for a folder of the user's.
+        given: parts of the run that its config.yaml cannot name, by the names of `PARTS`.
+        trust: which modules of the user's own its config.yaml may name.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        kept: "TemporaryDirectory[str] | None" = None,
+        given: dict[str, Any] | None = None,
+        trust: Trust | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._kept, self._given, self._trust = kept, given or {}, trust or Trust()
+        read(self.path, self._trust)  # says at once what is wrong with the folder
+
+    def __repr__(self) -> str:
+        """One line: what ran, and what it has come to."""
+        folder = RunFolder(self.path)
+        if not folder.finished:
+            done = len(folder.rounds())
+            return f"Run({str(self.path)!r}, unfinished: {done} of {self.config.rounds} rounds)"
+        found = self.summary
+        score = found.get(found["metric"])
+        told = "" if score is None else f", {found['metric']} {score:.3f}"
+        where = "in memory" if self._kept else repr(str(self.path))
+        return f"Run({where}, {found['strategy']}, {found['model']} on {found['data']}{told})"
+
+    def _repr_html_(self) -> str:
+        """A table of the rounds and the curve of the headline metric, for a notebook."""
+        from fedlora.report.notebook import notebook_html
+
+        if not RunFolder(self.path).finished:
+            return f"<p>{html.escape(repr(self))}</p>"
+        return notebook_html(read_run(self.path), repr(self))
+
+    @property
+    def config(self) -> DictConfig:
+        """The run's settings."""
+        return read(self.path, self._trust)
+
+    @cached_property
+    def spec(self) -> RunSpec:
+        """The run's description.
+
+        Raises:
+            ConfigError: a part that no configuration can name, and that was not given.
+        """
+        return run_spec(self.config, self._given)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json.
+
+        Raises:
+            CheckpointError: the run has not finished.
+        """
+        return read_run(self.path).summary
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A dict a round, the content of metrics.jsonl; a frame: pandas.DataFrame(run.metrics)."""
+        return RunFolder(self.path).rounds()
+
+    @property
+    def clients(self) -> list[dict[str, Any]]:
+        """A dict a client a round, the content of clients.jsonl."""
+        return RunFolder(self.path).clients()
+
+    @property
+    def state(self) -> State:
+        """The server's state after the last round."""
+        return RunFolder(self.path).read_state()[1]
+
+    @property
+    def adapter(self) -> Adapter:
+        """The global adapter: low-rank pairs by module, and the head's tensors."""
+        return self.state.whole()
+
+    @cached_property
+    def task(self) -> TaskFile:
+        """What was learnt: the kind, the labels and the base."""
+        return TaskFile.read(self.path)
+
+    def base(self, plain: bool = False) -> Base:
+        """The base model, loaded anew; `plain` leaves it as transformers makes it."""
+        return self.task.load_base(self.spec, partial(load, plain=plain))
+
+    def model(self) -> Any:
+        """The base with the adapter in it, as a PeftModel.
+
+        Raises:
+            ConfigError: the run has no global adapter.
+        """
+        from fedlora.models import by_peft
+
+        if not (self.path / "adapter").is_dir():
+            raise ConfigError(
+                "model: this run has no global adapter: it has not finished, or its strategy is personal, or "
+                "it trained the head alone"
+            )
+        return by_peft(self.base(plain=True), self.path / "adapter").model
+
+    def predict(self, texts: Sequence[str]) -> list[str]:
+        """The label of each text, or the response to each prompt.
+
+        Raises:
+            ConfigError: the strategy is personal, so that there is no one model.
+        """
+        if self.task.personal:
+            raise ConfigError(
+                f"predict: the result of {self.task.strategy} is a model for each client; export one with "
+                "fedlora export --client N"
+            )
+        if isinstance(texts, str):
+            raise ConfigError("predict: expected a list of texts, got one text; put it into a list")
+        base, state = self.base(), self.state
+        some = self.task.labels[0] if self.task.labels else " "
+        rows = [Row(text, some) for text in texts]
+        length = self.spec.data.max_length
+        examples = encode(self.task.kind, rows, self.task.labels, base.tokenizer, length)
+        task = Task(state.adapter, fold=state.fold)
+        if self.task.kind == "classification":
+            return [self.task.labels[i] for i in predictions(base, task, examples)]
+        return [said.strip() for said in answer(base, task, examples)]
+
+    def save(self, to: str | Path, merge: bool = False) -> Path:
+        """Write the adapter in PEFT's form, or the whole model with it merged, into a new folder.
+
+        Raises:
+            FedLoraError: the folder is there already, or there is no global adapter.
+        """
+        export(self.path, Path(to), merge, self._trust, self.spec)
+        return Path(to)
+
+    def keep(self, to: str | Path) -> "Run":
+        """Copy the whole run into a folder, so that it can be resumed and reported; the run there."""
+        if Path(to).exists():
+            raise ConfigError(f"keep: '{to}' is there already; name a new folder")
+        shutil.copytree(self.path, to)
+        return Run(to, given=self._given, trust=self._trust)
+
+    def report(self, to: str | Path | None = None) -> Path:
+        """Write the run's HTML page; into its own folder if no place is named."""
+        path = Path(to) if to is not None else self.path / "report.html"
+        return write_report([read_run(self.path)], path)
+
+    def verify(self) -> str:
+        """Check that plain PEFT gives the run's logits and accuracy.
+
+        Raises:
+            CheckpointError: a hash, a logit or the accuracy differs.
+        """
+        return verify(self.path, self._trust, self.spec)
+
+    def resume(self, rounds: int | None = None, progress: bool = True, **given: Any) -> "Run":
+        """Go on with the run, with more rounds if a number is given.
+
+        Args:
+            rounds: in all.
+            progress: whether to show a table of the rounds.
+            given: parts that config.yaml cannot name, such as strategy=MyStrategy().
+
+        Raises:
+            FedLoraError: the run is finished, or something of it has changed.
+        """
+        from .simulate import carry_out
+
+        if unknown := given.keys() - {*PARTS}:
+            raise ConfigError(
+                f"resume: expected parts of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}"
+            )
+        parts = self._given | given
+        config = with_rounds(self.config, self.path, rounds)
+        spec = run_spec(config, parts)
+        if rounds is not None and spec.settings == "":
+            raise CheckpointError("resume: the run has no settings to go on with")
+        carry_out(replace(spec), self.path, True, progress)
+        return Run(self.path, self._kept, parts, self._trust)
+
+
+def open_run(path: str | Path, allow: Sequence[str] = (), **given: Any) -> Run:
+    """The run in a folder, finished or not.
+
+    Args:
+        path: the folder.
+        allow: modules of your own that its config.yaml may name.
+        given: parts that its config.yaml cannot name, such as strategy=MyStrategy().
+
+    Raises:
+        CheckpointError: the folder holds no run.
+    """
+    return Run(path, given=given, trust=Trust(tuple(allow)))

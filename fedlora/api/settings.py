@@ -1,0 +1,263 @@
+"""From the arguments of `fedlora.simulate` to the description of a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fedlora.clients
+import fedlora.strategies
+from fedlora.config.defaults import defaults
+from fedlora.config.describe import describe
+from fedlora.config.presets import data_preset, files_preset, model_preset, presets
+from fedlora.core.strategy import Strategy
+from fedlora.data.records import columns_of
+from fedlora.engines.base import Engine
+from fedlora.engines.in_process import InProcess
+from fedlora.errors import ConfigError
+from fedlora.privacy import DPSGD, ClientLevel, Privacy
+from fedlora.robust.base import Robust
+from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
+from fedlora.training.client import Client
+
+from .rows import Columns, dataset
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `simulate`, `Session` and `sweep` take, with the defaults of the command line.
+
+    Args:
+        model: minilm, smollm2 or tiny; a folder or a hub name; a ModelSpec; or (model, tokenizer), loaded.
+        data: trec, vader, tiny, ...; a file or folder; a list of dicts; a set of the datasets library; a
+            frame of pandas; or {client: rows}.
+        test: the test rows, likewise; None holds a part of the training rows out.
+        text: the key or column of the text, and so label, prompt, response; None finds them.
+        label: of the label of a text.
+        prompt: of the prompt.
+        response: of the response.
+        client_column: of the name of a row's client, for partition="natural".
+        labels: all labels that there may be; None takes those of the training rows.
+        test_rows: rows that are held out without test rows; a fifth at most.
+        partition: iid, dirichlet, shards or natural; or a function (rows, clients, rng) -> positions by
+            client; None takes the preset's own, natural for {client: rows}, else iid.
+        data_options: other fields of DataSpec, such as {"alpha": 0.1, "max_length": 64}.
+        strategy: its name, such as "flexlora", or an object.
+        client: how a client trains; None takes LocalTraining at the learning rate that suits the model.
+        clients: how many; None takes all that the rows name.
+        clients_per_round: how many a round samples; None takes all.
+        rounds: of the federation.
+        ranks: one rank; or a list, in turn over the clients; or {rank: share}.
+        weights: what a client counts: examples or uniform.
+        min_updates: with fewer good updates a round leaves the state as it was.
+        secure_sum: clients send under masks that cancel in their sum.
+        record_updates: keep the clients' updates of every round, for `Run.replay`.
+        seed: of all that is random, except the noise of privacy.
+        lora: an LoRASpec, or a dict of its fields.
+        evaluate: an EvaluationSpec, or a dict of its fields.
+        privacy: a DPSGD or a ClientLevel; None without.
+        robust: a rule against poisoned updates; None without.
+        engine: where clients run; None takes this process.
+    """
+
+    model: Any = "minilm"
+    data: Any = "trec"
+    test: Any = None
+    text: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    client_column: str | None = None
+    labels: Sequence[str] | None = None
+    test_rows: int | None = None
+    partition: Any = None
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    strategy: Strategy | str = "fedit"
+    client: Client | None = None
+    clients: Any = "default"
+    clients_per_round: int | None = RunSpec.clients_per_round
+    rounds: int = RunSpec.rounds
+    ranks: Any = RunSpec.ranks
+    weights: str = RunSpec.weights
+    min_updates: int = RunSpec.min_updates
+    secure_sum: bool = RunSpec.secure_sum
+    record_updates: bool = RunSpec.record_updates
+    seed: int = RunSpec.seed
+    lora: LoRASpec | Mapping[str, Any] = field(default_factory=LoRASpec)
+    evaluate: EvaluationSpec | Mapping[str, Any] = field(default_factory=EvaluationSpec)
+    privacy: Privacy | None = None
+    robust: Robust | None = None
+    engine: Engine | None = None
+
+    def spec(self) -> RunSpec:
+        """The description of the run; nothing is loaded yet, but rows in memory are read.
+
+        Raises:
+            FedLoraError: an argument that cannot be.
+        """
+        strategy = strategy_of(self.strategy)
+        model, model_words = model_of(self.model)
+        data, data_words = self.data_spec()
+        lora = _as(LoRASpec, self.lora, "lora")
+        if lora.targets is None:
+            lora = replace(lora, targets=model.lora_targets)
+        client = self.client or client_of(strategy, model, lora)
+        clients = self.clients
+        if clients == "default":
+            clients = None if data.partition == "natural" else RunSpec.clients
+        spec = RunSpec(
+            strategy=strategy,
+            client=client,
+            model=model,
+            data=data,
+            lora=lora,
+            evaluate=_as(EvaluationSpec, self.evaluate, "evaluate"),
+            privacy=self._privacy(),
+            robust=self.robust,
+            engine=self.engine or InProcess(),
+            clients=clients,
+            clients_per_round=self.clients_per_round,
+            rounds=self.rounds,
+            ranks=self.ranks,
+            weights=self.weights,
+            min_updates=self.min_updates,
+            secure_sum=self.secure_sum,
+            record_updates=self.record_updates,
+            seed=self.seed,
+            defaults=defaults,
+        )
+        return replace(spec, settings=describe(spec, model_words, data_words)[0])
+
+    def _privacy(self) -> Privacy | None:
+        """The privacy, whose noise is made for the rounds of this run where it names no number of its own."""
+        if isinstance(self.privacy, DPSGD | ClientLevel):
+            return self.privacy.for_rounds(self.rounds)
+        return self.privacy
+
+    def data_spec(self) -> tuple[DataSpec, dict[str, Any] | None]:
+        """The rows, and their settings in plain values; None for rows in memory."""
+        options, partition = dict(self.data_options), self.partition
+        if isinstance(partition, str):
+            options["partition"] = partition
+        spec, words = self._source(options)
+        if partition is not None and not isinstance(partition, str):
+            return replace(spec, partition=partition), None  # no configuration can name a function
+        return spec, words
+
+    def _source(self, options: dict[str, Any]) -> tuple[DataSpec, dict[str, Any] | None]:
+        columns = Columns(self.text, self.label, self.prompt, self.response, self.client_column)
+        if isinstance(self.data, str) and self.data in presets("data") and not Path(self.data).exists():
+            rows = {} if self.test_rows is None else {"test_rows": self.test_rows}
+            return data_preset(self.data, self.seed, **options, **rows)
+        if isinstance(self.data, str | Path):
+            return data_files(self.data, self.test, columns, self.labels, self.test_rows, self.seed, options)
+        natural = isinstance(self.data, Mapping) and not hasattr(self.data, "columns")
+        if natural or self.client_column is not None:
+            options.setdefault("partition", "natural")
+        held = 500 if self.test_rows is None else self.test_rows
+        made = dataset(self.data, self.test, columns, self.labels, held, self.seed)
+        return DataSpec(source=partial(_same, made), name="rows", **options), None
+
+
+def data_files(
+    train: str | Path,
+    test: str | Path | None,
+    columns: Columns,
+    labels: Sequence[str] | None,
+    test_rows: int | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> tuple[DataSpec, dict[str, Any]]:
+    """Rows of files, as data=files of the command line takes them."""
+    path = Path(train)
+    if not path.exists():
+        names = ", ".join(presets("data"))
+        raise ConfigError(f"data: expected a preset ({names}), a file or a folder, got '{train}'")
+    named = {"text": columns.text, "label": columns.label, "prompt": columns.prompt}
+    named |= {"response": columns.response, "client": columns.client}
+    if not any((columns.text, columns.label, columns.prompt, columns.response)):
+        named |= _found_columns(path)
+    rows = {} if test_rows is None else {"test_rows": test_rows}
+    own = {"train": str(path.absolute()), "test": None if test is None else str(Path(test).absolute())}
+    known = None if labels is None else list(labels)
+    return files_preset(seed, **own, **named, labels=known, **rows, **options)
+
+
+def _found_columns(path: Path) -> dict[str, str]:
+    """The columns of a file by their usual names."""
+    there = columns_of(path)
+    for pair in (("text", "label"), ("prompt", "response")):
+        if {*pair} <= {*there}:
+            return {name: name for name in pair}
+    raise ConfigError(
+        f"data: expected columns named text and label, or prompt and response, '{path}' has "
+        f"{', '.join(there)}; name them with text= and label=, or prompt= and response="
+    )
+
+
+def _same(made: Any) -> Any:
+    """What is given, for a source that must be a function and be pickled."""
+    return made
+
+
+def strategy_of(given: Strategy | str) -> Strategy:
+    """A strategy by its name on the command line, or as it is given.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    if isinstance(given, Strategy):
+        return given
+    names = {name.lower(): name for name in fedlora.strategies.__all__}
+    if not isinstance(given, str) or given.lower() not in names:
+        raise ConfigError(f"strategy: expected an object or one of {', '.join(sorted(names))}, got {given!r}")
+    made: Strategy = getattr(fedlora.strategies, names[given.lower()])()
+    return made
+
+
+def model_of(given: Any) -> tuple[ModelSpec, dict[str, Any] | None]:
+    """A base model as `simulate` takes it, and its settings in plain values; None for one in memory.
+
+    Raises:
+        ConfigError: nothing of the kind.
+    """
+    if isinstance(given, ModelSpec):
+        words = {f.name: getattr(given, f.name) for f in fields(given) if f.name != "loaded"}
+        named = given.loaded is None and given.source is None
+        return given, (words | {"name": given.name or given.path}) if named else None
+    if isinstance(given, tuple) and len(given) == 2:
+        name = str(getattr(given[0], "name_or_path", "")) or type(given[0]).__name__
+        return ModelSpec(name=name, loaded=given), None
+    if isinstance(given, str | Path):
+        if str(given) in presets("model") and not Path(given).exists():
+            return model_preset(str(given))
+        path = str(Path(given).absolute()) if Path(given).exists() else str(given)
+        return model_of(ModelSpec(path=path, name=str(given)))
+    raise ConfigError(
+        f"model: expected {', '.join(presets('model'))}, a folder, a hub name, a ModelSpec or (model, "
+        f"tokenizer), got {type(given).__name__}"
+    )
+
+
+def client_of(strategy: Strategy, model: ModelSpec, lora: LoRASpec) -> Client:
+    """The client that a strategy is trained with where the caller names none."""
+    local: Client = fedlora.clients.LocalTraining(lr=model.lr * strategy.lr_factor)
+    if not strategy.client:
+        return local
+    made = getattr(fedlora.clients, strategy.client)
+    own = {"targets": lora.targets} if "targets" in {f.name for f in fields(made)} else {}
+    client: Client = made(local, **own)
+    return client
+
+
+def _as(kind: Any, given: Any, name: str) -> Any:
+    """An object of a kind, from a dict of its fields where it is one."""
+    if isinstance(given, kind):
+        return given
+    known = [f.name for f in fields(kind)]
+    if isinstance(given, Mapping) and given.keys() <= {*known}:
+        return kind(**given)
+    raise ConfigError(
+        f"{name}: expected an {kind.__name__} or a dict of {', '.join(known)}, got {given!r:.60}"
+    )

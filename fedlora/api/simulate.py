@@ -1,0 +1,150 @@
+"""Runs from Python: whole ones, and a round at a time."""
+
+import difflib
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+
+from fedlora.callbacks.console import Display, Progress
+from fedlora.core.messages import State
+from fedlora.engines.in_process import InProcess
+from fedlora.errors import ConfigError
+from fedlora.runner import run as runner
+from fedlora.runner.session import Session as Open
+from fedlora.runner.session import Silent
+from fedlora.runner.spec import RunSpec
+
+from .run import PARTS, Run
+from .settings import Settings
+
+
+def simulate(
+    model: Any = "minilm",
+    data: Any = "trec",
+    *,
+    out: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Run a federation on this machine, to its end.
+
+    Args:
+        model: see `Settings`, whose fields are the keyword arguments, with the defaults of the command line.
+        data: see `Settings`.
+        out: a new folder for the run's files; None keeps nothing on disk beyond the life of the result.
+        progress: whether to show a table of the rounds.
+        settings: the other fields of `Settings`, such as strategy="flexlora", ranks=[2, 4, 8], rounds=5.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        FedLoraError: a setting, a file, a model or a pairing of them cannot work; says what to do.
+    """
+    spec = make_spec(model, data, settings)
+    kept = None if out is not None else TemporaryDirectory(prefix="fedlora-")
+    path = Path(out) if out is not None else Path(kept.name) / "run"  # type: ignore[union-attr]
+    carry_out(spec, path, False, progress)
+    return Run(path, kept, given_parts(spec))
+
+
+def make_spec(model: Any, data: Any, settings: dict[str, Any]) -> RunSpec:
+    """The description of a run from keyword arguments.
+
+    Raises:
+        ConfigError: an argument that there is none of; names the nearest.
+    """
+    known = [field.name for field in fields(Settings)]
+    for name in settings.keys() - {*known}:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ConfigError(f"unknown argument '{name}'; {hint}")
+    return Settings(model=model, data=data, **settings).spec()
+
+
+def given_parts(spec: RunSpec) -> dict[str, Any]:
+    """The parts of a run as objects, so that what its config.yaml cannot name is not lost in this process."""
+    return {name: part for name in PARTS if (part := getattr(spec, name)) is not None}
+
+
+def carry_out(spec: RunSpec, path: Path, resumed: bool, progress: bool) -> None:
+    """Run it, with a table of the rounds or silently."""
+    console = Console(quiet=not progress)
+
+    def shown(session: Open) -> AbstractContextManager[Display]:
+        if not progress:
+            return nullcontext(Silent())
+        private = spec.privacy is not None
+        return Progress(spec.rounds, session.done, session.assembly.metric, console, private)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    runner.Run(spec, path, resumed, shown, say, console).go()
+
+
+class Session:
+    """A federation that goes on a round at a time, in this process.
+
+        for round in fedlora.Session(model="tiny", data="tiny", rounds=3):
+            print(round["loss"])
+
+    Each step is the line of a finished round, as in metrics.jsonl. Between two steps `state` is the server's
+    state, and a breakpoint in a strategy or a client is hit. Whoever leaves the loop early has an unfinished
+    run, which `run` gives, and which can be resumed.
+
+    Args:
+        model: as for `simulate`.
+        data: as for `simulate`.
+        out: as for `simulate`.
+        settings: as for `simulate`.
+    """
+
+    def __init__(
+        self, model: Any = "minilm", data: Any = "trec", *, out: str | Path | None = None, **settings: Any
+    ) -> None:
+        self.spec = make_spec(model, data, settings)
+        if not isinstance(self.spec.engine, InProcess):
+            raise ConfigError("Session: goes round by round in this process; leave engine= out, or simulate")
+        self._kept = None if out is not None else TemporaryDirectory(prefix="fedlora-")
+        self.path = Path(out) if out is not None else Path(self._kept.name) / "run"  # type: ignore[union-attr]
+        self.open: Open | None = None
+        self._steps = self._go()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._steps
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self._steps)
+
+    @property
+    def state(self) -> State:
+        """The server's state after the rounds so far.
+
+        Raises:
+            ConfigError: no round has been asked for yet.
+        """
+        if self.open is None:
+            raise ConfigError("Session: there is no state before the first step; say next(session)")
+        return self.open.state
+
+    @property
+    def run(self) -> Run:
+        """The run, as far as it has come."""
+        return Run(self.path, self._kept, given_parts(self.spec))
+
+    def close(self) -> None:
+        """Stop here, so that another process can go on with the run's folder."""
+        self._steps.close()
+
+    def _go(self) -> Generator[dict[str, Any], None, None]:
+        engine = self.spec.engine
+        assert isinstance(engine, InProcess)
+        started = runner.Run(self.spec, self.path, False, lambda session: nullcontext(Silent()))
+        with started.begin() as self.open:
+            yield from self.open.rounds(engine.grid(self.open))
