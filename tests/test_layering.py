@@ -95,6 +95,8 @@ def imports(module: str) -> Iterator[tuple[str, str]]:
 
 @every_module
 def test_imports_go_down_only(module: str) -> None:
+    if module == "fedlora":
+        return  # offers every room's public names, each when it is first asked for
     ours = sorted({target for target, _ in imports(module) if within(target, "fedlora")})
     up = [target for target in ours if height(target) > height(module)]
     assert not up, f"{module} imports from a higher layer: {up}"

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-from omegaconf import DictConfig
 
 from fedlora.config.instantiate import Trust, read
 from fedlora.config.resume import with_rounds
-from fedlora.config.translate import run_spec
+from fedlora.config.translate import plain, run_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import State, Task
 from fedlora.data import Row, encode
@@ -26,6 +23,8 @@ from fedlora.saved_runs.export import export, verify
 from fedlora.storage.run_folder import RunFolder
 from fedlora.training.evaluation import predictions
 from fedlora.training.generation import answer
+
+from .scratch import Scratch
 
 PARTS = ("strategy", "client", "privacy", "robust", "engine", "model", "data")
 
@@ -43,7 +42,7 @@ class Run:
     def __init__(
         self,
         path: str | Path,
-        kept: "TemporaryDirectory[str] | None" = None,
+        kept: Scratch | None = None,
         given: dict[str, Any] | None = None,
         trust: Trust | None = None,
     ) -> None:
@@ -56,7 +55,7 @@ class Run:
         folder = RunFolder(self.path)
         if not folder.finished:
             done = len(folder.rounds())
-            return f"Run({str(self.path)!r}, unfinished: {done} of {self.config.rounds} rounds)"
+            return f"Run({str(self.path)!r}, unfinished: {done} of {self.config['rounds']} rounds)"
         found = self.summary
         score = found.get(found["metric"])
         told = "" if score is None else f", {found['metric']} {score:.3f}"
@@ -72,9 +71,10 @@ class Run:
         return notebook_html(read_run(self.path), repr(self))
 
     @property
-    def config(self) -> DictConfig:
-        """The run's settings."""
-        return read(self.path, self._trust)
+    def config(self) -> dict[str, Any]:
+        """The run's settings, the content of config.yaml."""
+        found: dict[str, Any] = plain(read(self.path, self._trust))
+        return found
 
     @cached_property
     def spec(self) -> RunSpec:
@@ -83,7 +83,7 @@ class Run:
         Raises:
             ConfigError: a part that no configuration can name, and that was not given.
         """
-        return run_spec(self.config, self._given)
+        return run_spec(read(self.path, self._trust), self._given)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class Run:
                 f"resume: expected parts of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}"
             )
         parts = self._given | given
-        config = with_rounds(self.config, self.path, rounds)
+        config = with_rounds(read(self.path, self._trust), self.path, rounds)
         spec = run_spec(config, parts)
         if rounds is not None and spec.settings == "":
             raise CheckpointError("resume: the run has no settings to go on with")

@@ -5,7 +5,6 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +19,7 @@ from fedlora.runner.session import Silent
 from fedlora.runner.spec import RunSpec
 
 from .run import PARTS, Run
+from .scratch import Scratch
 from .settings import Settings
 
 
@@ -47,10 +47,17 @@ def simulate(
         FedLoraError: a setting, a file, a model or a pairing of them cannot work; says what to do.
     """
     spec = make_spec(model, data, settings)
-    kept = None if out is not None else TemporaryDirectory(prefix="fedlora-")
-    path = Path(out) if out is not None else Path(kept.name) / "run"  # type: ignore[union-attr]
+    kept, path = place_of(out)
     carry_out(spec, path, False, progress)
     return Run(path, kept, given_parts(spec))
+
+
+def place_of(out: str | Path | None) -> tuple[Scratch | None, Path]:
+    """The folder of a new run, and what keeps it there if it is a temporary one."""
+    if out is not None:
+        return None, Path(out)
+    scratch = Scratch()
+    return scratch, scratch.path / "run"
 
 
 def make_spec(model: Any, data: Any, settings: dict[str, Any]) -> RunSpec:
@@ -111,8 +118,7 @@ class Session:
         self.spec = make_spec(model, data, settings)
         if not isinstance(self.spec.engine, InProcess):
             raise ConfigError("Session: goes round by round in this process; leave engine= out, or simulate")
-        self._kept = None if out is not None else TemporaryDirectory(prefix="fedlora-")
-        self.path = Path(out) if out is not None else Path(self._kept.name) / "run"  # type: ignore[union-attr]
+        self._kept, self.path = place_of(out)
         self.open: Open | None = None
         self._steps = self._go()
 

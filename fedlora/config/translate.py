@@ -1,6 +1,6 @@
 """From a composed configuration to the description of a run: the only reader of Hydra's configuration."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -43,13 +43,17 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     if config.get("pairs"):
         raise ConfigError("pairs: one run cannot have several settings of a kind; say fedlora run -m")
     given = dict(given or {})
+
+    def part(name: str, made: Callable[[], Any]) -> Any:
+        return given[name] if name in given else made()
+
     if lacking := sorted({*(config.get("from_python") or ())} - given.keys()):
         raise ConfigError(
             f"this run was started from Python with objects that no configuration can name "
             f"({', '.join(lacking)}); go on with it from Python: fedlora.open(DIR).resume("
             f"{', '.join(f'{name}=...' for name in lacking)})"
         )
-    privacy: Privacy | None = given.get("privacy") or named(config, "privacy", Privacy)
+    privacy: Privacy | None = part("privacy", lambda: named(config, "privacy", Privacy))
     tracker, of_clients = _tracker(config)
     if isinstance(privacy, ClientLevel) and of_clients:
         raise ConfigError(
@@ -57,16 +61,16 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
             "privacy and must not go to a tracker; leave it out"
         )
     return RunSpec(
-        strategy=given.get("strategy") or make(config, "strategy", Strategy),
-        client=given.get("client") or make(config, "client", Client),
-        model=given.get("model") or model_spec(config),
-        data=given.get("data") or data_spec(config),
+        strategy=part("strategy", lambda: make(config, "strategy", Strategy)),
+        client=part("client", lambda: make(config, "client", Client)),
+        model=part("model", lambda: model_spec(config)),
+        data=part("data", lambda: data_spec(config)),
         models=tuple(model_spec(one) for one in _model_choices(config)),
         lora=LoRASpec(**plain(config.lora)),
         evaluate=EvaluationSpec(**plain(config.evaluate)),
         privacy=privacy,
-        robust=given.get("robust") or named(config, "robust", Robust),
-        engine=given.get("engine") or make(config, "engine", Engine),
+        robust=part("robust", lambda: named(config, "robust", Robust)),
+        engine=part("engine", lambda: make(config, "engine", Engine)),
         tracker=tracker,
         track_clients=of_clients,
         clients=config.clients,
@@ -81,6 +85,15 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         settings=kept(config),
         defaults=defaults,
     )
+
+
+def kept_spec(config: DictConfig) -> RunSpec:
+    """The description of a run whose model and rows alone are wanted.
+
+    Its strategy, client, privacy, robust rule and engine are None: to read what a run has left, no code of
+    the user's is needed.
+    """
+    return run_spec(config, dict.fromkeys(("strategy", "client", "privacy", "robust", "engine")))
 
 
 def model_spec(config: DictConfig) -> ModelSpec:

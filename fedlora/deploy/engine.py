@@ -1,6 +1,7 @@
 """The engine of real sites: the run is submitted to a SuperLink, and followed from here."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedlora.engines.base import Engine, Run
 
@@ -17,6 +18,8 @@ class Deployment(Engine):
         min_replies: share of the sampled clients without whose good updates a round changes nothing.
         wait: seconds to wait for sites: all of `clients` at the start, later those that a round needs.
     """
+
+    sites: ClassVar[bool] = True
 
     superlink: str
     experiment: str | None = None

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from flwr.serverapp import Grid
 from rich.console import Console
@@ -76,7 +76,10 @@ class Engine(ABC):
         over_select: share of clients sampled beyond `clients_per_round`, for whose number a round waits.
         min_replies: share of the sampled clients without whose good updates a round changes nothing.
         wait: seconds to wait at the beginning of a round until there are clients enough.
+        sites: whether clients are on machines of their own, with rows of their own.
     """
+
+    sites: ClassVar[bool] = False
 
     timeout: float | None = None
     over_select: float = 0.0

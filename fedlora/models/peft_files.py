@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,9 @@ def by_peft(base: Base, folder: Path) -> Base:
     """The base with an adapter put in by PEFT itself, as a user of the adapter does; takes the base over."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(base.model, str(folder)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers
+        model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     return Base(model, base.tokenizer, base.kind, (), base.path)
 
 

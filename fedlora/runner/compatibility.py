@@ -66,6 +66,13 @@ def start_and_adapter(spec: RunSpec) -> str | None:
     return None
 
 
+def rows_elsewhere(spec: RunSpec) -> str | None:
+    """Rows at sites, under an engine that has none."""
+    if spec.data.at_sites and not spec.engine.sites:
+        return "data=sites: the rows are at the sites, on other machines; say engine=deploy, or data=files"
+    return None
+
+
 def updates_of_personal(spec: RunSpec) -> str | None:
     """What a client of a personal strategy sends is no whole model that could be evaluated."""
     if spec.evaluate.updates and spec.strategy.personal:
@@ -167,6 +174,7 @@ def several_models(known: Dealt) -> str | None:
 
 
 BEFORE_LOADING = (
+    rows_elsewhere,
     own_client,
     updates_of_personal,
     recorded_updates,

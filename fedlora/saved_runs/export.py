@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config.instantiate import Trust, read
-from fedlora.config.translate import run_spec
+from fedlora.config.translate import kept_spec, run_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task, whole
 from fedlora.data import Example, encode
@@ -45,7 +45,7 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE, spec: RunSpec
         ConfigError: the folder is there already, or what the run trained is no LoRA of its model.
     """
     _check_new(to)
-    spec, learnt = spec or run_spec(read(run, trust)), TaskFile.read(run)
+    spec, learnt = spec or kept_spec(read(run, trust)), TaskFile.read(run)
     if learnt.personal:
         raise ConfigError(
             f"export: what all clients of {learnt.strategy} share is nobody's model; say --client N, "
@@ -118,7 +118,7 @@ def verify(run: Path, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
         raise CheckpointError(
             f"'{file}' has SHA-256 {found[:16]}, its summary says {str(summary['adapter_sha256'])[:16]}"
         )
-    spec, learnt = spec or run_spec(read(run, trust)), TaskFile.read(run)
+    spec, learnt = spec or kept_spec(read(run, trust)), TaskFile.read(run)
     dataset = learnt.tested(spec)
     _, state = RunFolder(run).read_state()
     base = learnt.load_base(spec)

@@ -104,7 +104,7 @@ def test_a_wrong_file_is_one_line(
 def test_an_out_that_is_there_is_refused_before_anything_is_loaded(
     refused: Refused, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedlora.runner.run as job
+    import fedlora.runner.session as job
 
     monkeypatch.setattr(job, "assemble", lambda config: pytest.fail("it was loaded"))
     assert "resume=" in refused("run", "model=tiny", "data=tiny", f"out={finished}")
@@ -140,7 +140,7 @@ def test_other_verbs_errors(refused: Refused, tmp_path: Path, finished: Path) ->
 def test_the_unexpected_exits_1_and_leaves_its_traceback(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedlora.runner.run as job
+    import fedlora.runner.session as job
 
     def broken(config: Any) -> None:
         raise ZeroDivisionError("deep\ninside")
@@ -157,7 +157,7 @@ def test_the_unexpected_exits_1_and_leaves_its_traceback(
 def test_the_unexpected_where_no_log_can_be_written(
     refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fedlora.runner.run as job
+    import fedlora.runner.session as job
 
     def broken(config: Any) -> None:
         raise ZeroDivisionError("deep")

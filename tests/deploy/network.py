@@ -89,11 +89,13 @@ def wire(host: str) -> tuple[int, int]:
 def files(folder: Path) -> None:
     """Each site's rows, in the order that one process would have them, and the server's test rows."""
     from fedlora.config.composition import compose
+    from fedlora.config.translate import run_spec
     from fedlora.runner.load_data import load_dataset, partition_rows
 
     config = compose([*MODEL, *TREC])
-    dataset = load_dataset(config)
-    parts = zip(SITES, partition_rows(config, dataset), strict=True)
+    spec = run_spec(config)
+    dataset = load_dataset(spec)
+    parts = zip(SITES, partition_rows(spec.data, dataset, spec.clients, spec.seed), strict=True)
     rows = {site: [dataset.train[i] for i in part.rows] for site, part in parts} | {"test": dataset.test}
     for name, found in rows.items():
         text, label = COLUMNS.get(name, ("text", "label"))

@@ -13,7 +13,7 @@ from fedlora.privacy import DPSGD
 
 
 def plan(epsilon: float = 1.0, delta: float | None = None, n: int = 200, **more: Any) -> Any:
-    return DPSGD(epsilon, delta, accountant="rdp", **more).plan(n, 10, 5)
+    return DPSGD(epsilon, delta, accountant="rdp", participations=1, **more).plan(n, 10, 5)
 
 
 def test_promises_to_runs_that_begin_at_once_are_within_the_budget(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from fedlora.callbacks.console import Progress
 from fedlora.cli.main import main
+from fedlora.cli.run_job import run_job
 from fedlora.config.composition import compose
-from fedlora.runner.run import continued, run_job
+from fedlora.config.resume import continued
 
 DEPLOY = ("engine=deploy", "engine.superlink=lab", "model=tiny", "clients=2")
 SITES = ("data=sites", "data.test=test.csv", "data.text=question", "data.label=topic")

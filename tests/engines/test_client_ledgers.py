@@ -42,7 +42,11 @@ class Spender(Client):
             if a.client in self.fail:
                 raise RuntimeError("no luck")
             ledger = plan.after(a.ledger)
-            found.append(replace(outcome, metrics=DPSGD().told(plan, ledger), ledger=ledger, examples=1))
+            found.append(
+                replace(
+                    outcome, metrics=DPSGD(participations=1).told(plan, ledger), ledger=ledger, examples=1
+                )
+            )
         return found
 
     def step_tokens(self, rows: Sequence[Any]) -> int:

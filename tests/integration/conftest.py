@@ -73,8 +73,8 @@ def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """`fedlora run` with these overrides on top of a small job, each composed once."""
+    from fedlora.cli.run_job import run_job
     from fedlora.config.composition import compose
-    from fedlora.runner.run import run_job
 
     composed = lru_cache(compose)
 

@@ -61,7 +61,8 @@ def test_a_round_that_is_done_again_is_paid_again_and_the_budget_ends_the_run(
 ) -> None:
     from rich.console import Console
 
-    from fedlora.runner.run import continued, run_job
+    from fedlora.cli.run_job import run_job
+    from fedlora.config.resume import continued
 
     path = tmp_path / "killed"
     shutil.copytree(central.path, path)
@@ -116,7 +117,7 @@ def test_what_epsilon_would_not_cover_is_refused_before_the_first_round(
 
 
 def test_a_run_takes_no_more_rounds_than_its_noise_is_for(central: Any) -> None:
-    from fedlora.runner.run import continued
+    from fedlora.config.resume import continued
 
     with pytest.raises(ConfigError, match="noise of this run is for 2 rounds"):
         continued(central.path, ["rounds=3"])

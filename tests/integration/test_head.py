@@ -33,7 +33,7 @@ def heads(run: Any) -> dict[str, torch.Tensor]:
 def test_only_the_last_layer_of_the_head_is_trained_and_sent_and_all_of_it_is_saved(
     run: Any, encoder: str
 ) -> None:
-    from fedlora.runner.export import verify
+    from fedlora.saved_runs.export import verify
 
     last, all_of_it, none = (
         run(encoder, f"lora.head={head}", "rounds=1") for head in ("last", "train", "freeze")

@@ -53,10 +53,11 @@ def test_rows_repeated_across_the_cut_and_rows_too_long_are_counted(
 def test_a_row_of_just_max_length_tokens_is_not_counted_as_cut(
     warned: Callable[..., list[str]], tmp_path: Path
 ) -> None:
+    from fedlora.config.translate import run_spec
     from fedlora.runner.assemble import assemble
 
     train = f"data.train={rows(tmp_path / 'rows.jsonl')}"
-    longest = max(len(example.input_ids) for example in assemble(compose([*JOB, train])).test)
+    longest = max(len(example.input_ids) for example in assemble(run_spec(compose([*JOB, train]))).test)
     test = f"data.test={rows(tmp_path / 'test.jsonl', 10)}"
     assert not [line for line in warned(train, test, f"data.max_length={longest}") if "longer" in line]
 

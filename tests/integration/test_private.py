@@ -80,7 +80,8 @@ def test_a_killed_run_pays_for_the_round_that_is_done_again_and_stops_at_the_bud
 ) -> None:
     from rich.console import Console
 
-    from fedlora.runner.run import continued, run_job
+    from fedlora.cli.run_job import run_job
+    from fedlora.config.resume import continued
 
     path = tmp_path / "killed"
     shutil.copytree(private.path, path)
@@ -101,7 +102,7 @@ def test_a_killed_run_pays_for_the_round_that_is_done_again_and_stops_at_the_bud
 
 
 def test_a_private_run_takes_no_more_rounds_than_its_noise_is_for(private: Any) -> None:
-    from fedlora.runner.run import continued
+    from fedlora.config.resume import continued
 
     with pytest.raises(ConfigError, match="noise of this run is for 2 rounds"):
         continued(private.path, ["rounds=3"])
@@ -168,8 +169,9 @@ def test_metrics_that_may_be_known_come_and_are_said_not_to_be_covered(run: Any)
 def test_a_resumed_run_notices_a_ledger_that_is_gone_or_older(private: Any, tmp_path: Path) -> None:
     from rich.console import Console
 
+    from fedlora.cli.run_job import run_job
+    from fedlora.config.resume import continued
     from fedlora.errors import CheckpointError
-    from fedlora.runner.run import continued, run_job
 
     for name, text in (("gone", None), ("older", Ledger(1e-5).plus(Entry(1.0, 0.1, 1)).dump())):
         path = tmp_path / name

@@ -122,7 +122,7 @@ def test_grouping_changes_rounding_only(flex: Any, run: Callable[..., Any]) -> N
 
 
 def test_the_config_alone_gives_the_run_again(flex: Any, result: Any, tmp_path: Path) -> None:
-    from fedlora.runner.run import run_job
+    from fedlora.cli.run_job import run_job
 
     config = OmegaConf.load(flex.path / "config.yaml")
     config.out = str(tmp_path / "again")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-import fedlora.runner.tracking as tracking
+import fedlora.config.translate as translate
 from fedlora.callbacks.trackers import CSV
 from fedlora.config.composition import compose
 from fedlora.errors import ConfigError
@@ -26,7 +26,7 @@ def test_a_tracked_run_is_the_same_run_with_its_numbers_beside_it(
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == [line["loss"] for line in kept.metrics]
     assert {"client/0/loss", "client/2/loss"} <= set(rows[0])
-    monkeypatch.setitem(tracking.TRACKERS, "csv", Full)
+    monkeypatch.setitem(translate.TRACKERS, "csv", Full)
     capsys.readouterr()
     broken = run("track=csv")
     assert capsys.readouterr().out.count("No space left") == 1
@@ -44,5 +44,5 @@ def test_a_tracked_run_is_the_same_run_with_its_numbers_beside_it(
 )
 def test_a_wrong_tracker_is_one_line(words: list[str], named: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        tracking.check(compose(words))
+        translate.run_spec(compose(words))
     assert all(word in str(caught.value) for word in named)

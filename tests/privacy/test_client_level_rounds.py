@@ -175,7 +175,9 @@ def test_nothing_is_paid_for_a_sum_of_another_length(lab: Any, tmp_path: Path) -
     from fedlora.errors import IncompatibleUpdates
 
     strategy, path = strategies.FFALoRA(), tmp_path / "ledger.json"
-    central = ClientLevelMechanism(ClientLevel(), Plan(ClientLevel(), 3, 1, 1e-5, 5.0, 1.0), path)
+    central = ClientLevelMechanism(
+        ClientLevel(rounds=1), Plan(ClientLevel(rounds=1), 3, 1, 1e-5, 5.0, 1.0), path
+    )
     wide = strategy.task(strategy.init(lab.adapter(4)), Peer(0, 4))
     central.sample([1, 2, 3], 1)
     with pytest.raises(IncompatibleUpdates, match="expected a sum of"):

@@ -7,7 +7,7 @@ import pytest
 from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, Entry, Ledger, calibrate, epsilon
 
-QUICK = DPSGD(accountant="rdp")
+QUICK = DPSGD(accountant="rdp", participations=1)
 
 
 @pytest.mark.parametrize("accountant", ["prv", "rdp"])
@@ -45,7 +45,7 @@ def test_a_run_of_a_hundred_rounds_is_three_not_eighteen() -> None:
     assert "budget is spent" in str(plan.refusal(ledger))
     assert ledger.epsilon <= 3
     assert ledger.entries[0].steps <= 1050
-    one = DPSGD(epsilon=3.0, delta=1e-5).plan(1000, 50, 10).sigma
+    one = DPSGD(participations=1, epsilon=3.0, delta=1e-5).plan(1000, 50, 10).sigma
     assert epsilon((Entry(one, 0.05, 1000),), 1e-5) == pytest.approx(18.3, rel=0.05)
 
 
@@ -55,14 +55,14 @@ def test_delta_is_ten_times_below_one_record() -> None:
     assert replace(QUICK, delta=1e-3).plan(100, 10, 1).delta == 1e-3
     for delta in (0.01, 0.02):
         with pytest.raises(ConfigError, match=r"expected less than 1/100"):
-            DPSGD(delta=delta).plan(100, 10, 1)
+            DPSGD(delta=delta, participations=1).plan(100, 10, 1)
 
 
 def test_the_share_is_the_batch_over_the_records_and_a_client_of_fewer_is_refused() -> None:
     assert QUICK.plan(103, 32, 1).q == 32 / 103
     assert QUICK.plan(8, 8, 1).q == 1
     with pytest.raises(ConfigError, match=r"7 records, expected at least client\.batch_size=8"):
-        DPSGD().plan(7, 8, 1)
+        DPSGD(participations=1).plan(7, 8, 1)
 
 
 def test_what_no_noise_reaches_is_refused() -> None:
@@ -158,7 +158,9 @@ def test_what_is_told_depends_on_no_count_unless_counts_are_public() -> None:
 def test_why_there_is_no_plan_tells_the_count_only_where_it_is_public(wrong: dict[str, Any]) -> None:
     def said(rows: int, public: bool) -> str:
         settings = {name: value for name, value in wrong.items() if name != "batch_size"}
-        privacy = DPSGD(**{"epsilon": 8.0, "accountant": "rdp", "public_counts": public} | settings)
+        privacy = DPSGD(
+            **{"epsilon": 8.0, "participations": 1, "accountant": "rdp", "public_counts": public} | settings
+        )
         with pytest.raises(ConfigError) as caught:
             privacy.plan(rows, wrong.get("batch_size", 10), math.ceil(rows / 10))
         return str(caught.value)

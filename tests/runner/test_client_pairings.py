@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel
 
 from fedlora.clients import GatedExperts, SlicedTraining, TwoPhase
 from fedlora.config.composition import compose
+from fedlora.config.translate import run_spec
 from fedlora.runner.assemble import assemble
 
 SMALL = ("model=tiny", "data=tiny", "clients=3", "ranks=4", "+data.source.rows=48")
@@ -40,7 +41,7 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(*overrides: str) -> Any:
-    return assemble(compose([*SMALL, *overrides]))
+    return assemble(run_spec(compose([*SMALL, *overrides])))
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def job(*overrides: str) -> Any:
     ],
 )
 def test_a_strategy_brings_its_client_and_the_settings_keep_their_names(words: list[str], kind: type) -> None:
-    client = job(*words, "client.epochs=3", "client.head_lr=0.5").site.client
+    client = job(*words, "client.epochs=3", "client.head_lr=0.5").runtime.client
     assert type(client) is kind
     assert client.local.epochs == 3
     assert client.local.head_lr == 0.5
@@ -85,19 +86,19 @@ def test_a_pairing_that_cannot_work_is_refused(
 
 def test_models_are_dealt_in_turn_each_with_its_own_tokens(narrow: Path) -> None:
     made = job("strategy=pfedlora", f"models=[tiny,'{narrow}']", "clients=4")
-    assert [base.model.config.hidden_size for base in made.site.bases] == [32, 12]
-    assert made.base is made.site.bases[0]
+    assert [base.model.config.hidden_size for base in made.runtime.bases] == [32, 12]
+    assert made.base is made.runtime.bases[0]
     assert [set(made.start.adapter.pairs)] == [{"shared"}]
     assert not made.start.adapter.extra
-    top = [max(i for row in made.site.rows(k) for i in row.input_ids) for k in range(4)]
+    top = [max(i for row in made.runtime.rows(k) for i in row.input_ids) for k in range(4)]
     assert max(top[1], top[3]) < 14 < min(top[0], top[2])
 
 
 def test_without_models_there_is_one(narrow: Path) -> None:
     made = job("strategy=pfedlora")
-    assert not made.site.bases
+    assert not made.runtime.bases
     assert made.base.model.config.hidden_size == 32
-    assert len(job("strategy=pfedlora", "models=tiny").site.bases) == 1
+    assert len(job("strategy=pfedlora", "models=tiny").runtime.bases) == 1
 
 
 def test_a_run_over_two_models(narrow: Path, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_a_client_s_own_adapter_is_what_it_evaluated(personal: Path, tmp_path: P
 
     from omegaconf import DictConfig, OmegaConf
 
+    from fedlora.config.translate import run_spec
     from fedlora.core.adapter import Adapter
     from fedlora.core.messages import Task
     from fedlora.models import by_peft
@@ -107,9 +108,9 @@ def test_a_client_s_own_adapter_is_what_it_evaluated(personal: Path, tmp_path: P
     main(["export", str(personal), "--client", "1", "--to", str(tmp_path / "one")])
     config = OmegaConf.load(personal / "config.yaml")
     assert isinstance(config, DictConfig)
-    job = assemble(config)
-    kept = job.site._split(1)[1]
-    plain = by_peft(load_base(config, job.dataset), tmp_path / "one")
+    job = assemble(run_spec(config))
+    kept = job.runtime._split(1)[1]
+    plain = by_peft(load_base(job.spec.model, job.dataset, job.spec.seed), tmp_path / "one")
     [(loss, right)] = evaluate(plain, [Task(Adapter({}))], [kept])
     said = json.loads((personal / "summary.json").read_text())["own"]["1"]
     assert (loss, right) == (pytest.approx(said["local_loss"], abs=1e-4), said["local_accuracy"])

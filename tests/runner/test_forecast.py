@@ -11,12 +11,15 @@ import torch
 
 from fedlora.cli.main import main
 from fedlora.config.composition import compose
+from fedlora.config.translate import run_spec
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger
 from fedlora.runner import audit as audit_module
 from fedlora.runner.assemble import assemble
-from fedlora.runner.forecast import _moved, ledgers, plan
+from fedlora.runner.forecast import _moved
+from fedlora.runner.forecast import plan as plan_of
+from fedlora.saved_runs.ledgers import ledgers
 from fedlora.storage.client_state import ClientStore
 
 pytestmark = pytest.mark.slow
@@ -31,6 +34,16 @@ TINY = (
     "client.steps=4",
 )
 TINY += ("privacy.accountant=rdp", "privacy=dp_sgd", "strategy=ffalora")
+
+
+def plan(words: list[str], records: int | None = None) -> list[Any]:
+    """The tables of a plan for the words of the command line."""
+    if not any(word.startswith("privacy=") for word in words):
+        words = [*words, "privacy=dp_sgd"]
+    rest = [word for word in words if not word.startswith("strategy")]
+    return plan_of(
+        run_spec(compose(words)), lambda name: run_spec(compose([*rest, f"strategy={name}"])), records
+    )
 
 
 def cells(table: Any, column: str) -> list[str]:
@@ -85,7 +98,7 @@ def test_a_plan_of_clients_has_one_ledger_and_the_server_s_noise() -> None:
 
 def test_noise_in_the_weights_is_measured_against_them() -> None:
     """‖ΔW_now − ΔW_start‖ / ‖W‖ over all adapted modules, by plain dense matrices."""
-    job = assemble(compose(["model=tiny", "data=tiny", "clients=3", "ranks=4"]))
+    job = assemble(run_spec(compose(["model=tiny", "data=tiny", "clients=3", "ranks=4"])))
     rng = np.random.default_rng(5)
     pairs = {
         m: Pair(*(torch.from_numpy(rng.normal(size=tuple(t.shape))).float() for t in (p.A, p.B)), p.scale)
@@ -119,7 +132,9 @@ def test_there_is_nothing_to_plan_without_privacy() -> None:
 
 
 def test_show_has_every_client_and_the_kinds_of_its_steps(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "config.yaml").write_text(
+        "seed: 1\nengine: {_target_: fedlora.engines.in_process.InProcess}\n"
+    )
     with pytest.raises(CheckpointError, match="it ran without privacy"):
         ledgers(tmp_path)
     memory = ClientStore(tmp_path / "checkpoint" / "clients")

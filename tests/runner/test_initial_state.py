@@ -9,6 +9,7 @@ import torch
 from command_lab import SMALL
 
 from fedlora.config.composition import compose
+from fedlora.config.translate import run_spec
 from fedlora.data import collate
 from fedlora.models import MultiAdapterModel, save_adapter
 from fedlora.models.dora import split
@@ -24,7 +25,7 @@ def words(value: Any) -> str:
 
 
 def job(*overrides: str) -> Assembly:
-    return assemble(compose([*SMALL, *overrides]))
+    return assemble(run_spec(compose([*SMALL, *overrides])))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_every_client_starts_from_the_function_of_the_base(overrides: list[str],
     with torch.no_grad():
         plain = found.base.logits(batch)
         for rank in set(found.ranks):
-            task = found.strategy.task(found.start, found.peer(0, rank))
+            task = found.spec.strategy.task(found.start, found.peer(0, rank))
             with MultiAdapterModel(found.base, [task]):
                 assert (found.base.logits(batch) - plain).abs().max() < 1e-5
     magnitudes = split(found.start.adapter)[0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedlora.config.composition import compose
+from fedlora.config.translate import model_spec
 from fedlora.data import Dataset
 from fedlora.runner.load_models import load_base
 
@@ -30,5 +31,5 @@ def test_bfloat16_on_a_processor_without_it_is_a_warning(
     dataset = Dataset("none", "classification", (), (), ("a", "b"))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        load_base(config, dataset, lambda *named: "loaded")  # type: ignore[arg-type, return-value]
+        load_base(model_spec(config), dataset, 0, lambda *named: "loaded")  # type: ignore[arg-type, return-value]
     assert [str(warning.message).split(":")[0] for warning in told] == ["model.dtype=bfloat16"] * slow

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from fedlora.config.composition import compose
+from fedlora.config.translate import run_spec
 from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, Entry, Ledger
 from fedlora.runner.assemble import assemble
@@ -61,7 +62,7 @@ def test_an_epsilon_out_of_the_air_costs_no_more_than_two_for_each_round() -> No
 
 @pytest.mark.parametrize("public", [True, False])
 def test_a_refusal_tells_numbers_only_where_counts_are_public(public: bool) -> None:
-    privacy = DPSGD(epsilon=3.0, public_counts=public, accountant="rdp")
+    privacy = DPSGD(participations=1, epsilon=3.0, public_counts=public, accountant="rdp")
     plan = privacy.plan(1234, 8, 4)
     why = plan.refusal(plan.after(None))
     assert why is not None
@@ -69,8 +70,8 @@ def test_a_refusal_tells_numbers_only_where_counts_are_public(public: bool) -> N
     assert any(c.isdigit() for c in why) is public
     for wrong in (
         lambda: privacy.plan(7, 8, 4),
-        lambda: DPSGD(delta=0.5, public_counts=public).plan(1234, 8, 4),
-        lambda: DPSGD(epsilon=1e-9, public_counts=public).plan(1234, 8, 4),
+        lambda: DPSGD(delta=0.5, participations=1, public_counts=public).plan(1234, 8, 4),
+        lambda: DPSGD(participations=1, epsilon=1e-9, public_counts=public).plan(1234, 8, 4),
     ):
         with pytest.raises(ConfigError) as told:
             wrong()
@@ -80,7 +81,7 @@ def test_a_refusal_tells_numbers_only_where_counts_are_public(public: bool) -> N
 
 def test_a_round_waits_for_all_of_a_poisson_sample_whatever_its_size() -> None:
     words = ["model=tiny", "data=tiny", "clients=6", "clients_per_round=2"]
-    plain = assemble(compose(words))
-    whole = assemble(compose([*words, "privacy=client_level", "privacy.accountant=rdp"]))
+    plain = assemble(run_spec(compose(words)))
+    whole = assemble(run_spec(compose([*words, "privacy=client_level", "privacy.accountant=rdp"])))
     assert [plain.enough(n) for n in (1, 2, 5)] == [1, 2, 2]
     assert [whole.enough(n) for n in (0, 1, 2, 5)] == [0, 1, 2, 5]

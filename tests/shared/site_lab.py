@@ -11,11 +11,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora.config.composition import compose
+from fedlora.config.translate import run_spec
 from fedlora.deploy.site_config import Invitation
 from fedlora.deploy.worker import Worker
 from fedlora.rounds.codec import write_task
 from fedlora.runner.assemble import assemble
-from fedlora.runner.load_models import heads_of
+from fedlora.runner.load_models import trained_heads
 
 JOB = (
     "engine=deploy",
@@ -64,8 +65,8 @@ class Asked:
         honest = OmegaConf.create(str(self.context.run_config["config"]))
         assert isinstance(honest, DictConfig)
         honest.privacy, honest.secure_sum = {"name": "none"}, False
-        job = assemble(honest)
-        return write_task(job.strategy.task(job.start, job.peer(0, 2)), round, 0)[0]
+        job = assemble(run_spec(honest))
+        return write_task(job.spec.strategy.task(job.start, job.peer(0, 2)), round, 0)[0]
 
     def why(self, reply: Message | None = None) -> str:
         """Why a message, or else the server's first, is refused."""
@@ -93,8 +94,8 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DictConf
 @pytest.fixture(scope="session")
 def model(composed: Any) -> str:
     """The fingerprint of the server's model."""
-    job = assemble(composed())
-    return job.base.fingerprint(heads_of(composed(), job.base))
+    job = assemble(run_spec(composed()))
+    return job.base.fingerprint(trained_heads(job.spec.lora, job.base))
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, A
     """The summary of the same job in this process, a client at a time as at sites."""
     from rich.console import Console
 
+    from fedlora.cli.run_job import run_job
     from fedlora.config.composition import compose
-    from fedlora.runner.run import run_job
 
     def go(*overrides: str) -> dict[str, Any]:
         config = compose([*JOB, "engine.fuse=1", *overrides])
