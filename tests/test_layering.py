@@ -21,7 +21,7 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
     {"fedlora.config"},
     {"fedlora.saved_runs"},
     {"fedlora.api"},
-    {"fedlora.deploy", "fedlora.cli"},
+    {"fedlora.deploy", "fedlora.cli", "fedlora.testing"},
     {"fedlora.experiments"},
 ]
 # Algorithms know nothing of what runs and shows them.
