@@ -5,8 +5,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.core.adapter import digest
@@ -14,6 +12,7 @@ from fedlora.errors import CheckpointError
 from fedlora.privacy import Ledger
 from fedlora.privacy.ledger_files import LEDGER, read_ledger, spend
 from fedlora.storage.atomic import locked, write_whole
+from fedlora.storage.tensors import digest_of, read_tensors, write_tensors
 
 FOLD = "fold/"  # begins the name of a fold's tensor in a packed task
 ANSWERED = "answered"  # the file that counts a client's trainings
@@ -44,18 +43,16 @@ class ClientStore:
         if not versions:
             return {}
         path = versions[-1][1]
-        if (kept := _read(path)) is None:
-            raise CheckpointError(f"'{path}', a client's own part, is damaged: its digest does not match")
-        return kept
+        try:
+            return read_tensors(path)[0]
+        except CheckpointError as error:
+            raise CheckpointError(f"'{path}', a client's own part, is damaged: {error}") from error
 
     def write(self, client: int, round: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep these tensors as of a round."""
         if not tensors:
             return
-        kept = {name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())}
-        note = {"digest": digest("", kept.items())}
-        final = self._folder / f"client-{client}" / f"round-{round:06d}.safetensors"
-        write_whole(final, lambda file: save_file(kept, file, note))
+        write_tensors(self._folder / f"client-{client}" / f"round-{round:06d}.safetensors", tensors)
         for _, old in [v for v in self._versions(client) if v[0] <= round][:-KEPT]:
             old.unlink()
 
@@ -153,8 +150,7 @@ class DownloadCache:
         """What a client holds; nothing where a file is damaged, so that the server has to send it again."""
         if self._folder is None:
             return self._held.get(client, {})
-        found = _read(self._file(client))
-        return {} if found is None else found
+        return self._read(client) or {}
 
     def hold(self, client: int, tensors: Mapping[str, Tensor], version: int | None = None) -> None:
         """A client holds these from now on, and nothing else.
@@ -165,7 +161,11 @@ class DownloadCache:
             version: the state that they come from, as `write_task` has it; None forgets no fold.
         """
         if self._folder is not None:
-            self._write(self._file(client), tensors)
+            if not tensors and not self._file(client).exists():
+                return
+            old = self._read(client)
+            if old is None or digest_of(old, {}) != digest_of(tensors, {}):
+                write_tensors(self._file(client), tensors)
             return
         seals = {name: digest("", [("", tensor)]) for name, tensor in tensors.items()}
         self._held[client] = {n: self._known.setdefault(seals[n], tensor) for n, tensor in tensors.items()}
@@ -192,13 +192,12 @@ class DownloadCache:
         assert self._folder is not None
         return self._folder / f"client-{client}" / "held.safetensors"
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        kept = {name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())}
-        seal = digest("", kept.items())
-        if path.exists() or kept:
-            old = _read(path)
-            if old is None or digest("", sorted(old.items())) != seal:
-                write_whole(path, lambda file: save_file(kept, file, {"digest": seal}))
+    def _read(self, client: int) -> dict[str, Tensor] | None:
+        """The tensors in a client's file; None where there is none, or it is damaged."""
+        try:
+            return read_tensors(self._file(client))[0]
+        except CheckpointError:
+            return None
 
 
 def forgotten(seen: Mapping[str, int], version: int) -> set[str]:
@@ -212,14 +211,3 @@ def forgotten(seen: Mapping[str, int], version: int) -> set[str]:
         version: of the state whose tasks are now sent.
     """
     return {seal for seal, last in seen.items() if last < version - 1}
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """A file's tensors; None where there is none, or it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            note = file.metadata() or {}
-            kept = {name: file.get_tensor(name) for name in sorted(file.keys())}  # no mapping
-    except (OSError, SafetensorError):
-        return None
-    return kept if note.get("digest") == digest("", kept.items()) else None

@@ -10,15 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
+from fedlora.core.adapter import digest
 from fedlora.core.messages import State
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.privacy import Ledger
 from fedlora.privacy.ledger_files import LEDGER, read_ledger
 from fedlora.storage.atomic import write_whole
 from fedlora.storage.client_state import ClientStore
+from fedlora.storage.tensors import read_tensors, write_tensors
 
 try:
     import fcntl
@@ -145,8 +146,8 @@ class RunFolder:
     def save_state(self, round: int, state: State) -> None:
         """Write the state after a round as one safetensors file with its own digest."""
         tensors, header = state.pack()
-        kept = {"round": str(round), "state": header, "digest": _seal(round, header, state)}
-        self.write(f"checkpoint/round-{round:06d}.safetensors", lambda file: save_file(tensors, file, kept))
+        path = self.path / "checkpoint" / f"round-{round:06d}.safetensors"
+        write_tensors(path, tensors, {"round": str(round), "state": header}, _digest)
         for old in self._checkpoints()[:-KEPT]:
             old.unlink()
 
@@ -166,7 +167,7 @@ class RunFolder:
         for path in reversed(self._checkpoints()):
             try:
                 round, state = _read_state(path)
-            except (CheckpointError, SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+            except (CheckpointError, KeyError, ValueError) as error:
                 warnings.warn(f"{path.name} is damaged ({error}); using the one before it", stacklevel=2)
                 continue
             return round, state
@@ -205,19 +206,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def _seal(round: int, header: str, state: State) -> str:
-    """SHA-256 of all that a checkpoint says."""
-    return hashlib.sha256(f"{round};{header};{state.digest()}".encode()).hexdigest()
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    """SHA-256 of all that a checkpoint says: its round, and the digest of its state (`State.digest`)."""
+    state = digest(header["state"], sorted(tensors.items()))
+    return hashlib.sha256(f"{header['round']};{header['state']};{state}".encode()).hexdigest()
 
 
 def _read_state(path: Path) -> tuple[int, State]:
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    state = State.unpack(tensors, header["state"])
-    if _seal(int(header["round"]), header["state"], state) != header["digest"]:
-        raise CheckpointError("its digest does not match")
-    return int(header["round"]), state
+    tensors, header = read_tensors(path, _digest)
+    return int(header["round"]), State.unpack(tensors, header["state"])
 
 
 def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

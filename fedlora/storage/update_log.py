@@ -5,14 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlora.core.adapter import digest
 from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import CheckpointError
-from fedlora.storage.atomic import write_whole
+from fedlora.storage.tensors import read_tensors, write_tensors
 
 
 class UpdateLog:
@@ -36,8 +33,7 @@ class UpdateLog:
             tensors |= own
             told.append({"form": form, "weight": update.weight, "peer": _of_peer(update.peer)})
         text = json.dumps({"round": round, "state": header, "updates": told})
-        note = {"recording": text, "digest": digest(text, sorted(tensors.items()))}
-        write_whole(self._file(round), lambda file: save_file(tensors, file, note))
+        write_tensors(self._file(round), tensors, {"recording": text})
 
     def rounds(self) -> list[int]:
         """The rounds that were kept."""
@@ -52,18 +48,14 @@ class UpdateLog:
             CheckpointError: the file is damaged.
         """
         try:
-            with safe_open(self._file(round), framework="pt") as file:
-                note = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if digest(note["recording"], sorted(tensors.items())) != note["digest"]:
-                raise CheckpointError("its digest does not match")
-            told = json.loads(note["recording"])
+            tensors, header = read_tensors(self._file(round))
+            told = json.loads(header["recording"])
             updates = [
                 Update(_unpacked(str(at), tensors, one["form"]).adapter, one["weight"], _peer(one["peer"]))
                 for at, one in enumerate(told["updates"])
             ]
             return _unpacked("state", tensors, told["state"]), updates
-        except (CheckpointError, SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        except (CheckpointError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"'{self._file(round)}', a recorded round, is damaged: {error}") from error
 
     def _file(self, round: int) -> Path:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import fedlora.storage.client_state as module
+import fedlora.storage.tensors as module
 from fedlora.errors import CheckpointError
 from fedlora.storage.client_state import ClientStore, DownloadCache
 
