@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
@@ -151,9 +151,4 @@ class Mixture:
 
 def _local(expert: Adapter, memory: Mapping[str, Tensor]) -> Adapter:
     """The client's own expert: the global one, with the tensors that the client has kept."""
-    found = {name: memory.get(f"local/{name}", tensor) for name, tensor in expert.tensors()}
-    pairs = {
-        name: Pair(scale=pair.scale, **{f: found[f"{name}.{f}"] for f, _ in pair.factors()})
-        for name, pair in expert.pairs.items()
-    }
-    return Adapter(pairs, {name: found[name] for name in expert.extra})
+    return expert.with_tensors({n: memory.get(f"local/{n}", tensor) for n, tensor in expert.tensors()})

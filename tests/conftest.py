@@ -65,15 +65,9 @@ class Make:
             return (tensor + step * torch.from_numpy(rng.standard_normal(tensor.shape))).to(tensor.dtype)
 
         shared = set(task.shared())
-
-        def after(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            return moved(tensor) if name in shared else tensor.clone()
-
-        pairs = {
-            name: Pair(scale=pair.scale, **{f: after(f"{name}.{f}", t) for f, t in pair.factors()})
-            for name, pair in task.adapter.pairs.items()
-        }
-        return Adapter(pairs, {name: after(name, tensor) for name, tensor in task.adapter.extra.items()})
+        return task.adapter.with_tensors(
+            {n: moved(t) if n in shared else t.clone() for n, t in task.adapter.tensors()}
+        )
 
     def round(
         self,

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -212,11 +213,20 @@ class State:
 
     def digest(self) -> str:
         """SHA-256 over all of it: equal if and only if the states are."""
-        tensors, header = self.pack()
-        return digest(header, sorted(tensors.items()))
+        return digest(f"{self._packed[1]}{self.tensor_digest}", [])
+
+    @cached_property
+    def tensor_digest(self) -> str:
+        """SHA-256 over its tensors and their names, which are all that training can change."""
+        return digest("", sorted(self._packed[0].items()))
 
     def pack(self) -> tuple[dict[str, Tensor], str]:
         """The state as named tensors and one line of JSON, ready for a safetensors file."""
+        tensors, header = self._packed
+        return dict(tensors), header
+
+    @cached_property
+    def _packed(self) -> tuple[dict[str, Tensor], str]:
         parts = {"adapter": self.adapter, "fold": Adapter(self.fold), "gain": Adapter(self.gain)}
         tensors, forms = _pack(parts | {"memory": Adapter({}, self.memory)})
         rest = {"round": self.round, "seed": self.seed, "metrics": dict(self.metrics)}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
 from fedlora.core.sparse import SPARSE, spread
 from fedlora.errors import ApartError, ModelError
@@ -140,20 +140,12 @@ class MultiAdapterModel:
 
     def adapter(self, slot: int) -> Adapter:
         """A copy of one slot's adapter as it now is."""
-        pairs = {
-            name: Pair(
-                scale=pair.scale, **{f: p.detach().clone() for f, p in self._pairs[slot][name].items()}
-            )
-            for name, pair in self._tasks[slot].adapter.pairs.items()
-        }
-        extra = {
-            f"{name}.{key}": value.detach().clone()
-            for name, head in self._heads[slot].items()
-            for key, value in head.named_parameters()
-        }
-        sparse = {f"{m}{SPARSE}": v.detach().clone() for m, (v, _, _) in self._sparse[slot].items()}
-        lengths = {f"{m}{MAGNITUDE}": v.detach().clone() for m, v in self._magnitudes[slot].items()}
-        return Adapter(pairs, extra | sparse | lengths)
+        now = {f"{m}.{f}": p for m, factors in self._pairs[slot].items() for f, p in factors.items()}
+        for name, head in self._heads[slot].items():
+            now |= {f"{name}.{key}": p for key, p in head.named_parameters()}
+        now |= {f"{m}{SPARSE}": p for m, (p, _, _) in self._sparse[slot].items()}
+        now |= {f"{m}{MAGNITUDE}": p for m, p in self._magnitudes[slot].items()}
+        return self._tasks[slot].adapter.with_tensors({n: p.detach().clone() for n, p in now.items()})
 
     def _hook(self, name: str) -> Any:
         pairs = [slot[name] for slot in self._pairs if name in slot]

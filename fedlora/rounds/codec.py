@@ -139,12 +139,7 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
         raise IncompatibleUpdates("the scales differ from those that were sent")
     wanted = dict(sent.tensors())
     found = {name: _checked(name, arrays[name], wanted[name]) for name in names}
-    pairs = {
-        name: Pair(scale=pair.scale, **{f: found.get(f"{name}.{f}", tensor) for f, tensor in pair.factors()})
-        for name, pair in sent.pairs.items()
-    }
-    adapter = Adapter(pairs, {name: found.get(name, tensor) for name, tensor in sent.extra.items()})
-    return Update(adapter, float(weight), peer, metrics_of(numbers))
+    return Update(sent.with_tensors(found), float(weight), peer, metrics_of(numbers))
 
 
 def told(reply: Message, round: int) -> dict[str, Any]:

@@ -67,10 +67,10 @@ def test_low_precision_costs_its_own_rounding_and_no_more(
     strategy, make, np64, rng, state, peers, weights, dtype, aggregate, same_model
 ):
     def wide(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-        return {m: Pair(scale=p.scale, **{f: t.double() for f, t in p.factors()}) for m, p in pairs.items()}
+        return dict(double(Adapter(pairs)).pairs)
 
     def double(adapter: Adapter) -> Adapter:
-        return Adapter(wide(adapter.pairs), {name: tensor.double() for name, tensor in adapter.extra.items()})
+        return adapter.with_tensors({name: tensor.double() for name, tensor in adapter.tensors()})
 
     def doubled(state: State) -> State:
         memory = {n: t.double() if t.is_floating_point() else t for n, t in state.memory.items()}

@@ -64,6 +64,26 @@ def test_the_digest_of_a_state_is_over_all_of_it(state):
     assert replace(state, fold=dict(reversed(state.fold.items()))).digest() == state.digest()
 
 
+def test_a_state_is_hashed_once_however_often_it_is_asked(state, monkeypatch):
+    """The round's look at what moved, the checkpoint and its seal all ask."""
+    hashed = []
+    monkeypatch.setattr("fedlora.core.messages.digest", lambda *given: hashed.append(given) or "seal")
+    for _ in range(3):
+        assert state.tensor_digest == "seal"
+        state.pack()[0].clear()
+        state.digest()
+    assert sum(bool(tensors) for _, tensors in hashed) == 1
+    assert state.pack()[0]
+
+
+def test_the_digest_of_the_tensors_says_whether_training_moved_anything(state):
+    told = replace(state, round=6, metrics={})
+    assert told.tensor_digest == state.tensor_digest
+    assert told.digest() != state.digest()
+    moved = replace(state, memory={**state.memory, "active": torch.tensor(4)})
+    assert moved.tensor_digest != state.tensor_digest
+
+
 def test_factors_of_any_memory_layout_can_be_saved():
     pair = Pair(torch.ones(3, 2).T, torch.ones(2, 4).T)
     tensors, header = State(Adapter({"m": pair}, {"w": torch.ones(4, 6)[:, ::2]}), fold={"m": pair}).pack()
