@@ -9,8 +9,9 @@ from hypothesis import settings
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, State, Task, Update
-from fedlora.core.sparse import places
+from fedlora.core.sparse import SparseMask, places
 from fedlora.core.strategy import Strategy
+from fedlora.training.expert import GlobalExpert
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("fedlora")
@@ -100,10 +101,16 @@ class Dense:
             if module in pairs:
                 total += self.delta(pairs[module])
         values = adapter.extra.get(f"{module}.sparse")
-        if task.mask is not None and values is not None:
+        mask = task.part(SparseMask)
+        if mask is not None and values is not None:
             flat = total.reshape(-1)
-            flat[places(task.mask, module, shape, len(values)).numpy()] += values.double().numpy()
+            flat[places(mask.seed, module, shape, len(values)).numpy()] += values.double().numpy()
         return total
+
+    def working(self, task: Task) -> Adapter:
+        """The adapter that a client starts from: the task's, or the global expert of a mixture."""
+        expert = task.part(GlobalExpert)
+        return task.adapter if expert is None else expert.adapter
 
     def sum(self, pairs: Sequence[Pair], weights: Sequence[float]) -> np.ndarray:
         return sum(w * self.delta(pair) for pair, w in zip(pairs, weights, strict=True))

@@ -67,11 +67,12 @@ class MultiAdapterModel:
         self.unpadded = base.offset is not None and not per_row and not every_token
         self._batch = threading.local()  # batches may be on their way in several threads
         self._tasks = tasks
-        self._pairs = [adapter_parameters.leaves(base, task, train) for task in tasks]
+        each = [(task, frozenset(task.trained() if train else ())) for task in tasks]
+        self._pairs = [adapter_parameters.leaves(base, task.adapter, trained) for task, trained in each]
         self._folds = adapter_parameters.folds(base, tasks)
-        self._sparse = [adapter_parameters.values(base, task, train) for task in tasks]
-        self._magnitudes = [adapter_parameters.magnitudes(base, task.adapter, train) for task in tasks]
-        self._heads = [adapter_parameters.copies(base, task.adapter, train) for task in tasks]
+        self._sparse = [adapter_parameters.values(base, task, trained) for task, trained in each]
+        self._magnitudes = [adapter_parameters.magnitudes(base, t.adapter, trained) for t, trained in each]
+        self._heads = [adapter_parameters.copies(base, task.adapter, trained) for task, trained in each]
         if per_row and (any(self._sparse) or any(self._magnitudes)):
             raise ModelError("sparse values and DoRA's magnitudes have no gradient for each row")
         alone = range(len(tasks)) if per_row else ()
