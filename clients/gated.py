@@ -21,13 +21,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base, HiddenStateHook, MultiAdapterModel
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.evaluation import measure
+from fedlora.training.expert import GlobalExpert
 
 from .local import LocalTraining
 
@@ -38,8 +39,8 @@ NOBODY: frozenset[str] = frozenset()
 class GatedExperts(Client):
     """A gate between the global expert and a local one, where the task brings an expert; else as `local`.
 
-    The local expert starts as the global one, trains every round the modules that the task names as active,
-    and stays in the client's memory.
+    The local expert starts as the global one, trains every round the modules that are not frozen, and stays
+    in the client's memory.
 
     Args:
         local: the optimizer, rates and batches of both stages; the gate learns at its `lr`.
@@ -54,13 +55,13 @@ class GatedExperts(Client):
 
     def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Tasks without an expert in one pass, those with one client by client."""
-        plain = [a for a in assignments if a.task.expert is None]
+        plain = [a for a in assignments if a.task.part(GlobalExpert) is None]
         found = dict(zip(map(id, plain), self.local.train(base, plain) if plain else (), strict=True))
         return [found[id(a)] if id(a) in found else self._mix(base, a) for a in assignments]
 
     def evaluate(self, base: Base, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         """Loss and share of right answers of the mixture; of the adapter alone where there is no expert."""
-        plain = [a for a in assignments if a.task.expert is None]
+        plain = [a for a in assignments if a.task.part(GlobalExpert) is None]
         found = dict(zip(map(id, plain), self.local.evaluate(base, plain) if plain else (), strict=True))
         for a in assignments:
             if id(a) not in found:
@@ -98,14 +99,14 @@ class Mixture:
     """
 
     def __init__(self, base: Base, assignment: TrainRequest, train: bool = False) -> None:
-        task, expert = assignment.task, assignment.task.expert
-        if expert is None or not expert.pairs:
+        task, mixed = assignment.task, assignment.task.part(GlobalExpert)
+        if mixed is None or not mixed.adapter.pairs:
             raise ConfigError("FedMS needs LoRA pairs, for its gate to look at; name some lora.targets")
-        own = _local(expert, assignment.memory)
+        expert, own = mixed.adapter, _local(mixed.adapter, assignment.memory)
         self._base, self._open = base, ExitStack()
         self._bank = MultiAdapterModel(
             base,
-            [Task(expert, NOBODY, fold=task.fold), Task(own, active=task.active, fold=task.fold)],
+            [Task(expert, NOBODY, fold=task.fold), Task(own, frozen=mixed.frozen, fold=task.fold)],
             train,
             every_token=True,
         )
@@ -151,9 +152,4 @@ class Mixture:
 
 def _local(expert: Adapter, memory: Mapping[str, Tensor]) -> Adapter:
     """The client's own expert: the global one, with the tensors that the client has kept."""
-    found = {name: memory.get(f"local/{name}", tensor) for name, tensor in expert.tensors()}
-    pairs = {
-        name: Pair(scale=pair.scale, **{f: found[f"{name}.{f}"] for f, _ in pair.factors()})
-        for name, pair in expert.pairs.items()
-    }
-    return Adapter(pairs, {name: found[name] for name in expert.extra})
+    return expert.with_tensors({n: memory.get(f"local/{n}", tensor) for n, tensor in expert.tensors()})

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.algebra import truncate
-from fedlora.core.messages import Tail
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base
 from fedlora.privacy import DPSGD, Plan, self_test
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
+from fedlora.training.rules import RankPruning
 from fedlora.training.trainer import FitJob, Parameters, descend, fit
 
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)  # the default of `optimizer`
@@ -184,11 +184,12 @@ class LocalTraining(Client):
 def _outcome(assignment: TrainRequest, trained: Adapter) -> TrainResult:
     """What was trained, pruned where the task says so, and what of it is the client's own."""
     tensors, task = dict(trained.tensors()), assignment.task
-    adapter = trained if task.tail is None else pruned(trained, assignment.start, task.tail)
+    rule = task.part(RankPruning)
+    adapter = trained if rule is None else pruned(trained, assignment.start, rule)
     return TrainResult(adapter, {}, {name: tensors[name] for name in task.own()})
 
 
-def pruned(trained: Adapter, start: Adapter, tail: Tail) -> Adapter:
+def pruned(trained: Adapter, start: Adapter, tail: RankPruning) -> Adapter:
     """HetLoRA's self-pruning: every pair loses its tail where training has made the tails lighter in all."""
 
     def weight(adapter: Adapter) -> float:

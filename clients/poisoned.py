@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base
@@ -111,23 +111,18 @@ class PoisonedTraining(Client):
     def _turned(self, assignment: TrainRequest, trained: Adapter) -> Adapter:
         """The trained adapter with the attack on all that is shared."""
         rng = generator(assignment.seed, "poison", assignment.client, assignment.round)
-        start, shared = dict(assignment.start.tensors()), {*assignment.task.shared()}
+        start, tensors = dict(assignment.start.tensors()), dict(trained.tensors())
 
-        def sent(name: str, tensor: Tensor) -> Tensor:
+        def sent(name: str) -> Tensor:
+            tensor = tensors[name]
             old = start[name][tuple(slice(0, n) for n in tensor.shape)]  # a pruned rank has fewer
-            if name not in shared:
-                return tensor
             way: Tensor = old - tensor
             if self.kind == "noise":
                 z = torch.from_numpy(rng.standard_normal(tuple(tensor.shape))).to(tensor)
                 way = z * (way.norm() / z.norm())
             return old.add(way, alpha=self.boost)
 
-        pairs = {
-            m: Pair(scale=pair.scale, **{f: sent(f"{m}.{f}", tensor) for f, tensor in pair.factors()})
-            for m, pair in trained.pairs.items()
-        }
-        return Adapter(pairs, {name: sent(name, tensor) for name, tensor in trained.extra.items()})
+        return trained.with_tensors({name: sent(name) for name in assignment.task.shared()})
 
 
 def _flipped(rows: Sequence[Example], labels: int) -> list[Example]:

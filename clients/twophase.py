@@ -215,6 +215,4 @@ def _projection(seed: int, width: int, base: Base) -> Tensor:
 
 def _own(fresh: Adapter, memory: Mapping[str, Tensor]) -> Adapter:
     """The client's own pairs and head: fresh ones, with the tensors that it has kept."""
-    found = {name: memory.get(f"local/{name}", tensor) for name, tensor in fresh.tensors()}
-    pairs = {m: Pair(found[f"{m}.A"], found[f"{m}.B"], pair.scale) for m, pair in fresh.pairs.items()}
-    return Adapter(pairs, {name: found[name] for name in fresh.extra})
+    return fresh.with_tensors({n: memory.get(f"local/{n}", tensor) for n, tensor in fresh.tensors()})

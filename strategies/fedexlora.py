@@ -27,7 +27,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.algebra import accumulate, mean_extras, mean_factors, stack
+from fedlora.core.algebra import mean_extras, mean_factors, stack
+from fedlora.core.base_delta import BaseDelta
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 
@@ -42,7 +43,7 @@ class FedExLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both mean factors, on the base with all that was added."""
-        return Task(slice_to_rank(state.adapter, peer), fold=state.fold, gain=state.gain)
+        return Task(slice_to_rank(state.adapter, peer), fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself, and add to the base what that loses."""
@@ -54,9 +55,9 @@ class FedExLoRA(Strategy):
             lost = covariance(own, w, old.scale)
             if lost is not None:
                 gain[m] = lost
-        fold = {m: accumulate(state.fold.get(m), lost) for m, lost in gain.items()}
         adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
-        return replace(state, adapter=adapter, round=state.round + 1, fold={**state.fold, **fold}, gain=gain)
+        fold = BaseDelta.of(state.fold).plus(gain)
+        return replace(state, adapter=adapter, round=state.round + 1, fold=fold)
 
 
 def covariance(pairs: Sequence[Pair], weights: Sequence[float], scale: float) -> Pair | None:

@@ -38,6 +38,7 @@ from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.errors import ConfigError
 from fedlora.seeds import generator
+from fedlora.training.expert import GlobalExpert
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,12 @@ class FedMS(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Stage 1: the expert, partly to train. Stage 2: the gate, the expert, and the modules to train."""
-        expert, active = slice_to_rank(state.adapter, peer), self._trained(state, peer)
+        expert = slice_to_rank(state.adapter, peer)
+        frozen = frozenset(expert.pairs) - self._trained(state, peer)
         if state.round < self.global_rounds:
-            return Task(expert, active=active, fold=state.fold)
-        return Task(_gate(state), frozenset(), frozenset(), active=active, fold=state.fold, expert=expert)
+            return Task(expert, frozen=frozen, fold=state.fold)
+        mixture = (GlobalExpert(expert, frozen),)
+        return Task(_gate(state), frozenset(), frozenset(), fold=state.fold, method=mixture)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Stage 1: each module's mean over those that had it active. Stage 2: the gate's mean."""

@@ -38,7 +38,8 @@ class FedSALoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """A to train and share; B and the head, where the client has none yet, to train and keep."""
         adapter = slice_to_rank(state.adapter, peer)
-        return Task(adapter, train=BOTH, share=frozenset("A"), own_extra=True, fold=state.fold)
+        personal = frozenset(adapter.extra)
+        return Task(adapter, train=BOTH, share=frozenset("A"), personal=personal, fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A; the initial B and head stay as they were, for clients yet to come."""

@@ -25,6 +25,7 @@ import torch
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import accumulate, mean_extras, stack
+from fedlora.core.base_delta import BaseDelta
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.seeds import generator
@@ -50,17 +51,17 @@ class FLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """The fresh factors at the peer's rank, on the base with all that was merged."""
-        return Task(slice_to_rank(state.adapter, peer), fold=state.fold, gain=state.gain)
+        return Task(slice_to_rank(state.adapter, peer), fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Stack, merge, start anew."""
         sent, w = self.admit(state, updates)
         done, old = state.round + 1, state.adapter.pairs
         gain = {m: stack([u.adapter.pairs[m] for u in sent], w) for m in old}
-        fold = {m: accumulate(state.fold.get(m), gain[m]) for m in old}
+        fold = BaseDelta.of(state.fold).plus(gain)
         fresh = {m: _fresh(m, pair, state.seed, done) for m, pair in old.items()}
         adapter = Adapter(fresh, mean_extras([u.adapter.extra for u in sent], w))
-        return replace(state, adapter=adapter, round=done, fold={**state.fold, **fold}, gain=gain)
+        return replace(state, adapter=adapter, round=done, fold=fold)
 
 
 def _fresh(module: str, like: Pair, seed: int, round: int) -> Pair:

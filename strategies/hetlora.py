@@ -41,9 +41,10 @@ from fedlora.core.algebra import (
     rescale,
     truncate,
 )
-from fedlora.core.messages import Peer, State, Tail, Task, Update
+from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
+from fedlora.training.rules import RankPruning
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class HetLoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """The first directions, as many as the client has left, and the rule of the tail."""
         peer = replace(peer, ranks=self._ranks(state, peer))
-        return Task(slice_to_rank(grow_rank(state, peer), peer), fold=state.fold, tail=self._tail)
+        return Task(slice_to_rank(grow_rank(state, peer), peer), fold=state.fold, method=(self._rule,))
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself and weighted by norm; note who has pruned."""
@@ -120,14 +121,14 @@ class HetLoRA(Strategy):
         return Pair(A, B, old.scale)
 
     @property
-    def _tail(self) -> Tail:
-        return Tail(self.gamma, self.penalty, self.least_rank)
+    def _rule(self) -> RankPruning:
+        return RankPruning(self.gamma, self.penalty, self.least_rank)
 
     def _ranks(self, state: State, peer: Peer) -> dict[str, int]:
         """A client's ranks after as many prunings as the server has seen of it."""
         ranks = {m: peer.ranks.get(m, peer.rank) for m in state.adapter.pairs}
         for _ in range(int(state.memory.get(_key(peer), 0))):
-            ranks = {m: self._tail.pruned(rank) for m, rank in ranks.items()}
+            ranks = {m: self._rule.pruned(rank) for m, rank in ranks.items()}
         return ranks
 
     def _prunings(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ class HetLoRA(Strategy):
             if update.peer is None:
                 continue
             before = self._ranks(state, update.peer)
-            after = {m: self._tail.pruned(rank) for m, rank in before.items()}
+            after = {m: self._rule.pruned(rank) for m, rank in before.items()}
             if before != after == {m: pair.rank for m, pair in update.adapter.pairs.items()}:
                 counts[_key(update.peer)] = torch.tensor(int(state.memory.get(_key(update.peer), 0)) + 1)
         return counts

@@ -38,7 +38,7 @@ from fedlora.core.algebra import (
     weighted_sum,
 )
 from fedlora.core.messages import Peer, State, Task, Update
-from fedlora.core.sparse import SPARSE, places, spread
+from fedlora.core.sparse import SPARSE, SparseMask, places, spread
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
 from fedlora.seeds import generator
@@ -111,9 +111,8 @@ class SLoRA(Strategy):
             return Task(own, fold=state.fold)
         values = {name: tensor.clone() for name, tensor in state.memory.items()}
         held = {m: stack([pair], [1.0]) for m, pair in state.adapter.pairs.items() if pair.B.any()}
-        return Task(
-            Adapter({}, {**own.extra, **values}), frozenset(), frozenset(), fold=held, mask=state.seed
-        )
+        mask = (SparseMask(state.seed),)
+        return Task(Adapter({}, {**own.extra, **values}), frozenset(), frozenset(), fold=held, method=mask)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """The mean of the values, until they become factors; then FedIT's or FlexLoRA's step."""

@@ -9,8 +9,9 @@ from hypothesis import settings
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, State, Task, Update
-from fedlora.core.sparse import places
+from fedlora.core.sparse import SparseMask, places
 from fedlora.core.strategy import Strategy
+from fedlora.training.expert import GlobalExpert
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("fedlora")
@@ -65,15 +66,9 @@ class Make:
             return (tensor + step * torch.from_numpy(rng.standard_normal(tensor.shape))).to(tensor.dtype)
 
         shared = set(task.shared())
-
-        def after(name: str, tensor: torch.Tensor) -> torch.Tensor:
-            return moved(tensor) if name in shared else tensor.clone()
-
-        pairs = {
-            name: Pair(scale=pair.scale, **{f: after(f"{name}.{f}", t) for f, t in pair.factors()})
-            for name, pair in task.adapter.pairs.items()
-        }
-        return Adapter(pairs, {name: after(name, tensor) for name, tensor in task.adapter.extra.items()})
+        return task.adapter.with_tensors(
+            {n: moved(t) if n in shared else t.clone() for n, t in task.adapter.tensors()}
+        )
 
     def round(
         self,
@@ -106,10 +101,16 @@ class Dense:
             if module in pairs:
                 total += self.delta(pairs[module])
         values = adapter.extra.get(f"{module}.sparse")
-        if task.mask is not None and values is not None:
+        mask = task.part(SparseMask)
+        if mask is not None and values is not None:
             flat = total.reshape(-1)
-            flat[places(task.mask, module, shape, len(values)).numpy()] += values.double().numpy()
+            flat[places(mask.seed, module, shape, len(values)).numpy()] += values.double().numpy()
         return total
+
+    def working(self, task: Task) -> Adapter:
+        """The adapter that a client starts from: the task's, or the global expert of a mixture."""
+        expert = task.part(GlobalExpert)
+        return task.adapter if expert is None else expert.adapter
 
     def sum(self, pairs: Sequence[Pair], weights: Sequence[float]) -> np.ndarray:
         return sum(w * self.delta(pair) for pair, w in zip(pairs, weights, strict=True))

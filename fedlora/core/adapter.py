@@ -100,6 +100,25 @@ class Adapter:
             yield from ((f"{name}.{factor}", tensor) for factor, tensor in pair.factors())
         yield from self.extra.items()
 
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Adapter":
+        """The adapter with other tensors under these names; the rest of it and all scales stay.
+
+        Args:
+            tensors: name, as `tensors` has it, -> the tensor that takes that place.
+
+        Raises:
+            IncompatibleUpdates: the adapter has no tensor of a name, or the factors of a pair no longer fit.
+        """
+        if unknown := sorted(tensors.keys() - {name for name, _ in self.tensors()}):
+            raise IncompatibleUpdates(f"expected tensors of this adapter, got {unknown[:3]}, which it lacks")
+        pairs = {
+            module: Pair(
+                scale=pair.scale, **{f: tensors.get(f"{module}.{f}", old) for f, old in pair.factors()}
+            )
+            for module, pair in self.pairs.items()
+        }
+        return Adapter(pairs, {name: tensors.get(name, old) for name, old in self.extra.items()})
+
     def top_down(self) -> list[str]:
         """The modules from the top layer down: by the numbers in their paths, falling, then by name.
 

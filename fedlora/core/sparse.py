@@ -5,13 +5,26 @@ https://arxiv.org/abs/2308.06522
 """
 
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedlora.core.method import MethodPart
 from fedlora.seeds import generator
 
 SPARSE = ".sparse"  # an extra of this ending holds the values of a sparse update of the module before it
+
+
+@dataclass(frozen=True)
+class SparseMask(MethodPart):
+    """Where the values of a task's sparse updates go; without it they change nothing.
+
+    Args:
+        seed: gives the places (see `places`).
+    """
+
+    seed: int
 
 
 def places(seed: int, module: str, shape: tuple[int, int], count: int) -> Tensor:

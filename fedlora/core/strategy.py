@@ -224,16 +224,12 @@ def grow_rank(state: State, peer: Peer) -> Adapter:
 
 def _plain(update: Update, expected: Adapter) -> Update:
     """The update without autograd graphs, and in no lower precision than the state."""
-    pairs = {}
-    for m, pair in update.adapter.pairs.items():
-        dtype = torch.promote_types(pair.A.dtype, expected.pairs[m].A.dtype)
-        found = {factor: tensor.detach().to(dtype) for factor, tensor in pair.factors()}
-        pairs[m] = Pair(scale=pair.scale, **found)
-    extra = {
-        name: tensor.detach().to(torch.promote_types(tensor.dtype, expected.extra[name].dtype))
-        for name, tensor in update.adapter.extra.items()
+    kinds = {name: tensor.dtype for name, tensor in expected.tensors()}
+    lifted = {
+        name: tensor.detach().to(torch.promote_types(tensor.dtype, kinds.get(name, tensor.dtype)))
+        for name, tensor in update.adapter.tensors()
     }
-    return replace(update, adapter=Adapter(pairs, extra))
+    return replace(update, adapter=update.adapter.with_tensors(lifted))
 
 
 def _fits(expected: Adapter, got: Adapter, who: str) -> None:

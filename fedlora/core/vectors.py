@@ -82,16 +82,8 @@ def moved_factors(wide: Task, change: Mapping[str, Tensor]) -> Adapter:
 
 def with_shared(wide: Task, shared: Mapping[str, Tensor]) -> Adapter:
     """The widest task's adapter with other shared tensors, in its own precision."""
-    old = wide.adapter
-
-    def new(name: str, tensor: Tensor) -> Tensor:
-        return shared[name].to(tensor) if name in shared else tensor
-
-    pairs = {
-        name: Pair(scale=pair.scale, **{f: new(f"{name}.{f}", tensor) for f, tensor in pair.factors()})
-        for name, pair in old.pairs.items()
-    }
-    return Adapter(pairs, {name: new(name, tensor) for name, tensor in old.extra.items()})
+    old = dict(wide.adapter.tensors())
+    return wide.adapter.with_tensors({name: tensor.to(old[name]) for name, tensor in shared.items()})
 
 
 def clipped(change: Tensor, clip: float) -> Tensor:

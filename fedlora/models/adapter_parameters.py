@@ -1,17 +1,17 @@
 """What the tasks of a bank bring with them, as the parameters of its slots."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SPARSE, places
+from fedlora.core.sparse import SPARSE, SparseMask, places
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
-from fedlora.models.dora import split
+from fedlora.models.dora import MAGNITUDE, split
 from fedlora.models.lora import layer_shape
 
 
@@ -19,14 +19,11 @@ def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=trained)
 
 
-def leaves(base: Base, task: Task, train: bool) -> dict[str, dict[str, nn.Parameter]]:
+def leaves(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, dict[str, nn.Parameter]]:
     """A parameter for every factor, those to train with a gradient."""
     return {
-        name: {
-            factor: _leaf(tensor, base.device, train and factor in task.train and task.trains(name))
-            for factor, tensor in pair.factors()
-        }
-        for name, pair in task.adapter.pairs.items()
+        name: {f: _leaf(tensor, base.device, f"{name}.{f}" in trained) for f, tensor in pair.factors()}
+        for name, pair in adapter.pairs.items()
     }
 
 
@@ -52,26 +49,32 @@ def _same(one: Pair, two: Pair) -> bool:
     return one.scale == two.scale and torch.equal(one.A, two.A) and torch.equal(one.B, two.B)
 
 
-def values(base: Base, task: Task, train: bool) -> dict[str, tuple[nn.Parameter, Tensor, tuple[int, int]]]:
+def values(
+    base: Base, task: Task, trained: Collection[str]
+) -> dict[str, tuple[nn.Parameter, Tensor, tuple[int, int]]]:
     """Module -> the values of its sparse update, their places, and the layer's shape."""
-    if task.mask is None:
+    mask = task.part(SparseMask)
+    if mask is None:
         return {}
     found = {}
     for key, values in task.adapter.extra.items():
         if key.endswith(SPARSE):
             name = key.removesuffix(SPARSE)
             shape = layer_shape(base.model.get_submodule(name), name)
-            indices = places(task.mask, name, shape, len(values)).to(base.device)
-            found[name] = (_leaf(values, base.device, train), indices, shape)
+            indices = places(mask.seed, name, shape, len(values)).to(base.device)
+            found[name] = (_leaf(values, base.device, key in trained), indices, shape)
     return found
 
 
-def magnitudes(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Parameter]:
+def magnitudes(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, nn.Parameter]:
     """Module -> the lengths of its weight's rows, by DoRA."""
-    return {name: _leaf(value, base.device, trained) for name, value in split(adapter)[0].items()}
+    return {
+        name: _leaf(value, base.device, name + MAGNITUDE in trained)
+        for name, value in split(adapter)[0].items()
+    }
 
 
-def copies(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Module]:
+def copies(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, nn.Module]:
     """The adapter's own copy of every head of which it has tensors; the base's own serves for the others."""
     extra = {key: value for key, value in split(adapter)[1].items() if not key.endswith(SPARSE)}
     copies = {}
@@ -85,7 +88,7 @@ def copies(base: Base, adapter: Adapter, trained: bool) -> dict[str, nn.Module]:
                     f"the model's {tuple(parameter.shape)}"
                 )
             parameter.data = given.detach().to(parameter.device, copy=True)
-            parameter.requires_grad_(trained)
+            parameter.requires_grad_(f"{name}.{key}" in trained)
         copies[name] = twin
     if unknown := _unknown(extra, base.heads):
         raise ModelError(f"the adapter has tensors that no head of the model owns: {unknown[:3]}")

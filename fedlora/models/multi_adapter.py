@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
 from fedlora.core.sparse import SPARSE, spread
 from fedlora.errors import ApartError, ModelError
@@ -67,11 +67,12 @@ class MultiAdapterModel:
         self.unpadded = base.offset is not None and not per_row and not every_token
         self._batch = threading.local()  # batches may be on their way in several threads
         self._tasks = tasks
-        self._pairs = [adapter_parameters.leaves(base, task, train) for task in tasks]
+        each = [(task, frozenset(task.trained() if train else ())) for task in tasks]
+        self._pairs = [adapter_parameters.leaves(base, task.adapter, trained) for task, trained in each]
         self._folds = adapter_parameters.folds(base, tasks)
-        self._sparse = [adapter_parameters.values(base, task, train) for task in tasks]
-        self._magnitudes = [adapter_parameters.magnitudes(base, task.adapter, train) for task in tasks]
-        self._heads = [adapter_parameters.copies(base, task.adapter, train) for task in tasks]
+        self._sparse = [adapter_parameters.values(base, task, trained) for task, trained in each]
+        self._magnitudes = [adapter_parameters.magnitudes(base, t.adapter, trained) for t, trained in each]
+        self._heads = [adapter_parameters.copies(base, task.adapter, trained) for task, trained in each]
         if per_row and (any(self._sparse) or any(self._magnitudes)):
             raise ModelError("sparse values and DoRA's magnitudes have no gradient for each row")
         alone = range(len(tasks)) if per_row else ()
@@ -140,20 +141,12 @@ class MultiAdapterModel:
 
     def adapter(self, slot: int) -> Adapter:
         """A copy of one slot's adapter as it now is."""
-        pairs = {
-            name: Pair(
-                scale=pair.scale, **{f: p.detach().clone() for f, p in self._pairs[slot][name].items()}
-            )
-            for name, pair in self._tasks[slot].adapter.pairs.items()
-        }
-        extra = {
-            f"{name}.{key}": value.detach().clone()
-            for name, head in self._heads[slot].items()
-            for key, value in head.named_parameters()
-        }
-        sparse = {f"{m}{SPARSE}": v.detach().clone() for m, (v, _, _) in self._sparse[slot].items()}
-        lengths = {f"{m}{MAGNITUDE}": v.detach().clone() for m, v in self._magnitudes[slot].items()}
-        return Adapter(pairs, extra | sparse | lengths)
+        now = {f"{m}.{f}": p for m, factors in self._pairs[slot].items() for f, p in factors.items()}
+        for name, head in self._heads[slot].items():
+            now |= {f"{name}.{key}": p for key, p in head.named_parameters()}
+        now |= {f"{m}{SPARSE}": p for m, (p, _, _) in self._sparse[slot].items()}
+        now |= {f"{m}{MAGNITUDE}": p for m, p in self._magnitudes[slot].items()}
+        return self._tasks[slot].adapter.with_tensors({n: p.detach().clone() for n, p in now.items()})
 
     def _hook(self, name: str) -> Any:
         pairs = [slot[name] for slot in self._pairs if name in slot]

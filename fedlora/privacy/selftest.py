@@ -6,6 +6,7 @@ data.
 """
 
 import weakref
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,7 @@ def self_test(base: Base, task: Task) -> None:
 
 def _form(task: Task) -> str:
     tensors = [f"{name}{tuple(tensor.shape)}" for name, tensor in task.adapter.tensors()]
-    active = None if task.active is None else sorted(task.active)
-    return f"{sorted(task.train)} {active} {sorted(task.fold)} {tensors}"
+    return f"{task.trained()} {sorted(task.fold)} {tensors}"
 
 
 def _made_up(base: Base, task: Task) -> Task:
@@ -82,7 +82,7 @@ def _made_up(base: Base, task: Task) -> Task:
         for name, pair in task.adapter.pairs.items()
     }
     extra = {name: value + normal(value, 0.02) for name, value in task.adapter.extra.items()}
-    return Task(Adapter(pairs, extra), task.train, active=task.active, fold=task.fold)
+    return replace(task, adapter=Adapter(pairs, extra))
 
 
 def _rows(base: Base) -> list[Example]:

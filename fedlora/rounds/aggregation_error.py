@@ -4,16 +4,11 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from fedlora.core.adapter import Pair, digest
+from fedlora.core.adapter import Pair
 from fedlora.core.algebra import compress, effective_rank, error_and_norm, norm, normalised
 from fedlora.core.messages import State, Task, Update
 
 ROUNDING = 1e-10  # of ‖ΔW‖²: a tail below it is none
-
-
-def state_digest(state: State) -> str:
-    """A digest of all that training can change."""
-    return digest("", sorted(state.pack()[0].items()))
 
 
 def aggregation_error(state: State, updates: Sequence[Update], tasks: Sequence[Task]) -> dict[str, float]:

@@ -16,9 +16,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fedlora.core.adapter import Adapter, Pair, digest
-from fedlora.core.algebra import accumulate, truncate
+from fedlora.core.base_delta import BaseDelta
 from fedlora.core.messages import Peer, Task, Update
 from fedlora.errors import CheckpointError, IncompatibleUpdates
+from fedlora.storage.client_state import FOLD
 from fedlora.training.client import TrainResult
 
 MOST_EXAMPLES = 1e12  # more rows than any client has; sums of such weights stay exact enough
@@ -28,6 +29,7 @@ REFUSED = 1000  # code of the error with which a client replies that it must not
 MOST_METRICS = 64  # numbers that a client may report
 LONGEST = 400  # characters of a client's own words that are worth repeating
 RECORDS = {"arrays", "metrics", "config"}  # of an update
+GAIN = "gain/"  # begins the name of a tensor of a fold's increment
 LARGEST = 1e6  # a trained tensor's norm beyond this is a diverged or hostile client, never a useful update
 
 
@@ -45,7 +47,8 @@ def write_task(
     """What the server sends, with the bytes of the whole task, and what the node holds once it has it.
 
     A tensor goes unless the node holds the same bits from the task before, as it does those that it did not
-    both train and share; and of a fold that has grown since the node's only the gain, where that is less.
+    both train and share; and of a fold that has grown since the node's only the increment, where that is
+    less.
 
     Args:
         task: what is asked.
@@ -56,24 +59,22 @@ def write_task(
     """
     held = held or Held()
     tensors, header = task.pack()
-    digests = {name: _seal(tensor) for name, tensor in _kept(task, tensors).items()}
+    folded = _folded(task)
+    digests = {n: folded[n] if n in folded else _seal(tensor) for n, tensor in _kept(task).items()}
     missing = {name for name in digests if held.digests.get(name) != digests[name]}
-    gain = {name for name in tensors if name.startswith("gain/")}
-    fold = {name for name in missing if name.startswith("fold/")}
+    gain = {f"{GAIN}{name}": tensor for name, tensor in Adapter(BaseDelta.of(task.fold).increment).tensors()}
+    fold = missing & folded.keys()
     follows = None not in (version, held.version) and version == held.version + 1  # type: ignore[operator]
-    grown = bool(follows and gain and _bytes(tensors, gain) < _bytes(tensors, fold))
-    shared = tensors.keys() - digests.keys() - gain
+    grown = bool(follows and gain and _bytes(gain.values()) < _bytes(tensors[name] for name in fold))
+    shared = tensors.keys() - digests.keys()
     still = {name for name in shared & held.digests.keys() if held.digests[name] == _seal(tensors[name])}
-    sent = (
-        (shared - still)  # a factor that was frozen the last time is there from then
-        | (missing - fold if grown else missing)
-        | (gain if grown else set())
-    )
-    to = _fold_seal(digests) if grown else ""
-    whole = _bytes(tensors, tensors.keys() - gain)
+    # A factor that was frozen the last time is there from then.
+    sent = {name: tensors[name] for name in (shared - still) | (missing - fold if grown else missing)}
+    to = _fold_seal(folded) if grown else ""
+    whole = _bytes(tensors.values())
     numbers = {"round": round, "seed": seed, "whole": whole, "version": -1 if version is None else version}
     config = ConfigRecord({**numbers, "task": header, "grown": to})
-    arrays = ArrayRecord({name: _array(tensors[name]) for name in sorted(sent)})
+    arrays = ArrayRecord({n: _array(t) for n, t in sorted((sent | gain if grown else sent).items())})
     return RecordDict({"arrays": arrays, "config": config}), Held(digests, version)
 
 
@@ -84,7 +85,8 @@ def read_task(
 
     Raises:
         CheckpointError: the server counts on tensors that this node does not hold, or on a fold to which the
-            gain leads nowhere here.
+            increment does not lead here.
+        ConfigError: the task has a part of a class that this node has not imported.
     """
     config, arrays = content.config_records["config"], content.array_records["arrays"]
     tensors = dict(held or {}) | {n: torch.from_numpy(array.numpy().copy()) for n, array in arrays.items()}
@@ -94,8 +96,8 @@ def read_task(
         task = Task.unpack(tensors, str(config["task"]))
     except KeyError as error:
         raise CheckpointError(f"this node was restarted and lacks {error}, which it held before") from error
-    kept = {name: tensors[name] for name in _kept(task, task.pack()[0])}
-    if config["grown"] and config["grown"] != _fold_seal({name: _seal(t) for name, t in kept.items()}):
+    kept = _kept(task)
+    if config["grown"] and config["grown"] != _fold_seal(_folded(task)):
         raise CheckpointError("this node was restarted: what it holds is not the fold that has grown")
     return task, int(config["round"]), int(config["seed"]), kept  # type: ignore[arg-type]
 
@@ -131,7 +133,7 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
         raise IncompatibleUpdates(
             f"expected a number of examples from 1 to {MOST_EXAMPLES:.0e}, got {weight!s:.20}"
         )
-    names, sent = task.shared(), _pruned(task, arrays)
+    names, sent = task.shared(), _answered(task, arrays)
     if set(names) != arrays.keys():
         missing, unknown = sorted(set(names) - arrays.keys()), sorted(arrays.keys() - set(names))
         raise IncompatibleUpdates(f"wrong tensors: missing {missing[:3]}, unknown {_said(unknown[:3])}")
@@ -139,12 +141,7 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
         raise IncompatibleUpdates("the scales differ from those that were sent")
     wanted = dict(sent.tensors())
     found = {name: _checked(name, arrays[name], wanted[name]) for name in names}
-    pairs = {
-        name: Pair(scale=pair.scale, **{f: found.get(f"{name}.{f}", tensor) for f, tensor in pair.factors()})
-        for name, pair in sent.pairs.items()
-    }
-    adapter = Adapter(pairs, {name: found.get(name, tensor) for name, tensor in sent.extra.items()})
-    return Update(adapter, float(weight), peer, metrics_of(numbers))
+    return Update(sent.with_tensors(found), float(weight), peer, metrics_of(numbers))
 
 
 def told(reply: Message, round: int) -> dict[str, Any]:
@@ -231,35 +228,40 @@ def _checked(name: str, array: Array, want: Tensor) -> Tensor:
     return value
 
 
-def _kept(task: Task, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _kept(task: Task) -> dict[str, Tensor]:
     """The tensors of a packed task that a node holds on to: all but those that change hands every round."""
     shared = {f"adapter/{name}" for name in task.shared()}
-    return {n: tensor for n, tensor in tensors.items() if n not in shared and not n.startswith("gain/")}
+    return {name: tensor for name, tensor in task.pack()[0].items() if name not in shared}
+
+
+def _folded(task: Task) -> dict[str, str]:
+    """The digests of the fold's tensors, by their packed names."""
+    return {f"{FOLD}{name}": seal for name, seal in BaseDelta.of(task.fold).digests.items()}
 
 
 def _grown(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fold's tensors after the gain, from those before; a fold has scale 1 once it has grown."""
-    grown: dict[str, Tensor] = {}
-    for name in sorted(name for name in tensors if name.startswith("gain/") and name.endswith(".A")):
-        module = name[len("gain/") : -len(".A")]
-        gain = Pair(tensors[f"gain/{module}.A"], tensors[f"gain/{module}.B"])
-        before = None
-        if f"fold/{module}.A" in tensors:
-            before = Pair(tensors[f"fold/{module}.A"], tensors[f"fold/{module}.B"])
-        after = accumulate(before, gain)
-        grown |= {f"fold/{module}.A": after.A, f"fold/{module}.B": after.B}
-    return grown
+    """The fold's tensors after its increment, from those before; it has scale 1 once it has grown."""
+    parts = [
+        {
+            name.removeprefix(part).removesuffix(".A"): Pair(tensor, tensors[f"{name.removesuffix('.A')}.B"])
+            for name, tensor in sorted(tensors.items())
+            if name.startswith(part) and name.endswith(".A")
+        }
+        for part in (FOLD, GAIN)
+    ]
+    before, gain = parts
+    grown = BaseDelta(before).plus(gain)
+    return {f"{FOLD}{name}": tensor for name, tensor in Adapter({m: grown[m] for m in gain}).tensors()}
 
 
-def _pruned(task: Task, arrays: ArrayRecord) -> Adapter:
-    """The task's adapter, in the smaller ranks of a client that has pruned where the task allows it."""
-    if task.tail is None:
-        return task.adapter
-    pairs = {m: truncate(p, task.tail.pruned(p.rank)) for m, p in task.adapter.pairs.items()}
-    sent = {m: arrays[f"{m}.A"].shape[:1] if f"{m}.A" in arrays else None for m in pairs}
-    if sent != {m: (pair.rank,) for m, pair in pairs.items()}:
-        return task.adapter
-    return Adapter(pairs, task.adapter.extra)
+def _answered(task: Task, arrays: ArrayRecord) -> Adapter:
+    """The task's adapter, or one in other shapes where the method allows them and the reply has them."""
+    sent = {name: tuple(array.shape) for name, array in arrays.items()}
+    for form in (task.adapter, *(other for part in task.method for other in part.replies(task.adapter))):
+        shapes = {name: tuple(tensor.shape) for name, tensor in form.tensors()}
+        if all(sent.get(name) == shapes[name] for name in task.shared()):
+            return form
+    return task.adapter
 
 
 def _scales(adapter: Adapter) -> ConfigRecord:
@@ -277,8 +279,8 @@ def _seal(tensor: Tensor) -> str:
 
 def _fold_seal(seals: Mapping[str, str]) -> str:
     """One digest of a whole fold, from those of its tensors."""
-    return digest(json.dumps(sorted(item for item in seals.items() if item[0].startswith("fold/"))), [])
+    return digest(json.dumps(sorted(seals.items())), [])
 
 
-def _bytes(tensors: Mapping[str, Tensor], names: Iterable[str]) -> int:
-    return sum(tensors[name].nbytes for name in names)
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

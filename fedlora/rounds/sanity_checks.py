@@ -14,7 +14,7 @@ import torch
 from fedlora.core.algebra import mean_tensors, normalised
 from fedlora.core.messages import State, Task, Update
 from fedlora.core.strategy import Strategy
-from fedlora.rounds.aggregation_error import aggregation_error, sizes, state_digest, tail_kept
+from fedlora.rounds.aggregation_error import aggregation_error, sizes, tail_kept
 
 SHOWN = 3  # names in a warning
 
@@ -61,7 +61,7 @@ def check_state(
     """
     found = (
         []
-        if state_digest(after) != state_digest(before)
+        if after.tensor_digest != before.tensor_digest
         else ["the adapter did not move; is anything trained?"]
     )
     found += [*_lost(before, after), *_scales(before, after, updates, tasks)]

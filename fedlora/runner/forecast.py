@@ -133,13 +133,8 @@ def _noise(job: Assembly, state: State, plans: Sequence[Plan], round: int) -> It
 
 def _trained(task: Task) -> int:
     """How many numbers a client trains."""
-    factors = [
-        tensor.numel()
-        for module, pair in task.adapter.pairs.items()
-        for factor, tensor in pair.factors()
-        if factor in task.train and task.trains(module)
-    ]
-    return sum(factors) + sum(tensor.numel() for tensor in task.adapter.extra.values())
+    tensors = dict(task.adapter.tensors())
+    return sum(tensors[name].numel() for name in task.trained())
 
 
 def _moved(job: Assembly, state: State) -> float:

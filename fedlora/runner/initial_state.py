@@ -74,7 +74,7 @@ def _check_served(strategy: Strategy, start: State, peers: Iterable[Peer], fold:
     name = type(strategy).__name__
     for peer in peers:
         task = strategy.task(start, peer)
-        if fold and task.tail is not None:
+        if fold and any(part.replies(task.adapter) for part in task.method):
             raise ConfigError(
                 f"lora.init: strategy {name} prunes directions, which here are a part of the base; "
                 "use lora.init=lora"

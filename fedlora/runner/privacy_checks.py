@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from fedlora.core.messages import Task
+from fedlora.core.sparse import SparseMask
 from fedlora.core.strategy import Strategy
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base
@@ -26,7 +27,7 @@ def try_out(
         ConfigError: a client's records are too few, or no noise is enough.
         ModelError: the model mixes records.
     """
-    if any(task.mask is not None for task in tasks):
+    if any(task.part(SparseMask) is not None for task in tasks):
         raise ConfigError(
             f"privacy: the sparse rounds of {type(strategy).__name__} have no gradient for each record; say "
             "strategy.sparse_rounds=0, or privacy=none"

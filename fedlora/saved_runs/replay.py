@@ -124,10 +124,10 @@ def _check_alike(other: Strategy, recorder: Strategy, asked: Task, was: Task, pe
     """Refuse updates that answer to another question."""
     forms = [
         (
-            "sparse values" if task.mask is not None else "factors",
+            " and ".join(["factors", *(type(part).__name__ for part in task.method)]),
             "+".join(sorted(task.train)) + " trained",
-            "+".join(sorted(task.share)) + (" without the head" if task.own_extra else "") + " shared",
-            "all modules" if task.active is None else f"{len(task.active)} modules",
+            "+".join(sorted(task.share)) + " shared",
+            f"{len(task.shared())} shared tensors",
             f"ranks {sorted({pair.rank for pair in task.adapter.pairs.values()})}",
             f"{len(task.adapter.extra)} extras",
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
@@ -40,14 +40,8 @@ class TrainRequest:
     @property
     def start(self) -> Adapter:
         """The task's adapter, with the client's own parts where it has them from before."""
-        adapter, own = self.task.adapter, {n: self.memory[n] for n in self.task.own() if n in self.memory}
-        pairs = {
-            module: Pair(
-                scale=pair.scale, **{f: own.get(f"{module}.{f}", tensor) for f, tensor in pair.factors()}
-            )
-            for module, pair in adapter.pairs.items()
-        }
-        return Adapter(pairs, {name: own.get(name, tensor) for name, tensor in adapter.extra.items()})
+        own = {name: self.memory[name] for name in self.task.own() if name in self.memory}
+        return self.task.adapter.with_tensors(own)
 
 
 @dataclass(frozen=True)

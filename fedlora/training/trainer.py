@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.messages import Tail, Task
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base, MultiAdapterModel
 from fedlora.privacy import Mechanism
 from fedlora.training.batches import MANY, TOGETHER, Micro, budget, groups, micro_batches
 from fedlora.training.evaluation import losses_of
+from fedlora.training.rules import RankPruning
 from fedlora.training.workers import Workers
 
 
@@ -143,8 +144,8 @@ class _Learner:
             self.private.release(len(self.job.batches[step]))
         if step == 0:
             _all_called(self.leaves)
-        if self.job.task.tail is not None:
-            _press(self.factors, self.job.task.tail)
+        if (rule := self.job.task.part(RankPruning)) is not None:
+            _press(self.factors, rule)
         _step(self.optimizer, clip, self.rates, schedule, step, len(self.job.batches))
 
     def fitted(self, adapter: Adapter) -> FitResult:
@@ -212,7 +213,7 @@ def _collect(grads: Gradients) -> None:
             parameter.grad_sample = [rows] if held is None else [*held, rows]  # type: ignore[attr-defined]
 
 
-def _press(factors: Parameters, tail: Tail) -> None:
+def _press(factors: Parameters, tail: RankPruning) -> None:
     """Add the gradient of HetLoRA's λ · Σ_m ‖B_m[:, ⌊γr⌋:]‖ · ‖A_m[⌊γr⌋:, :]‖, zero off the tail."""
     pairs = list(zip(factors.get("A", []), factors.get("B", []), strict=True))
     if tail.penalty and pairs:

@@ -18,6 +18,7 @@ from fedlora.models import Base, LoRA, MultiAdapterModel, fresh_adapter, targets
 from fedlora.strategies import FedMS
 from fedlora.training.client import TrainRequest
 from fedlora.training.evaluation import evaluate
+from fedlora.training.expert import GlobalExpert
 
 CLIENT = GatedExperts.of(lr=0.01, batch_size=4, epochs=2)
 
@@ -55,7 +56,9 @@ def gate(width: int, seed: int = 0, large: float = 0.0) -> Adapter:
 
 def work(base: Base, common: Adapter, own: Adapter | None = None, **more: Any) -> TrainRequest:
     width = common.pairs[common.top_down()[0]].shape[1]
-    task = Task(more.pop("gate", None) or gate(width), frozenset(), frozenset(), expert=common)
+    task = Task(
+        more.pop("gate", None) or gate(width), frozenset(), frozenset(), method=(GlobalExpert(common),)
+    )
     memory = {f"local/{n}": t for n, t in own.tensors()} if own else {}
     return TrainRequest(0, 1, 0, task, more.pop("rows", rows(11)), memory)
 
@@ -87,7 +90,7 @@ def decoder() -> Base:
 def test_stage_1_is_local_training_bit_for_bit(base: Base) -> None:
     own = [
         TrainRequest(
-            k, 1, 0, Task(expert(base, k), active=frozenset(expert(base).top_down()[:3])), rows(9, k)
+            k, 1, 0, Task(expert(base, k), frozen=frozenset(expert(base).top_down()[3:])), rows(9, k)
         )
         for k in range(2)
     ]
@@ -229,6 +232,8 @@ def test_a_decoders_gate_sees_nothing_of_later_tokens(decoder: Base) -> None:
 
 def test_an_expert_without_pairs_is_refused(base: Base) -> None:
     head = Adapter({}, base.head_state())
-    job = TrainRequest(0, 1, 0, Task(gate(0), frozenset(), frozenset(), expert=head), rows(3))
+    job = TrainRequest(
+        0, 1, 0, Task(gate(0), frozenset(), frozenset(), method=(GlobalExpert(head),)), rows(3)
+    )
     with pytest.raises(ConfigError, match=r"lora\.targets"):
         CLIENT.train(base, [job])

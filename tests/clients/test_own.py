@@ -10,10 +10,11 @@ import torch
 
 from fedlora.clients import LocalTraining
 from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.messages import Tail, Task
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.models import Base, LoRA, fresh_adapter, targets
 from fedlora.training.client import TrainRequest
+from fedlora.training.rules import RankPruning
 
 SGD = partial(torch.optim.SGD)
 CLIENT = LocalTraining(lr=0.1, batch_size=4, optimizer=SGD, clip=None)
@@ -37,16 +38,16 @@ def close(one: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("own_extra", [False, True])
-def test_own_parts_go_on_from_memory_and_the_shared_ones_from_the_task(base: Base, own_extra: bool) -> None:
-    task = Task(start(base, 2), share=frozenset("A"), own_extra=own_extra)
+@pytest.mark.parametrize("own_head", [False, True])
+def test_own_parts_go_on_from_memory_and_the_shared_ones_from_the_task(base: Base, own_head: bool) -> None:
+    task = Task(start(base, 2), share=frozenset("A"), personal=frozenset({"classifier"} if own_head else ()))
     first = TrainRequest(1, 1, 0, task, rows(6))
     [one] = CLIENT.train(base, [first])
     after = dict(one.adapter.tensors())
     assert one.memory.keys() == {*task.own()}
     assert {name.rpartition(".")[2] for name in one.memory} == {
         "B",
-        *(["weight", "bias"] if own_extra else []),
+        *(["weight", "bias"] if own_head else []),
     }
     assert all(torch.equal(tensor, after[name]) for name, tensor in one.memory.items())
 
@@ -78,7 +79,7 @@ def test_a_memory_is_for_its_own_part_alone(base: Base) -> None:
 
 
 def test_clients_of_one_pass_keep_their_own(base: Base) -> None:
-    task = Task(start(base, 2), share=frozenset("A"), own_extra=True)
+    task = Task(start(base, 2), share=frozenset("A"), personal=frozenset({"classifier"}))
     memories = [dict(start(base, 2, seed).tensors()) for seed in (3, 4)]
     work = [TrainRequest(i, 2, 0, task, rows(5, i), memory) for i, memory in enumerate(memories)]
     together = CLIENT.train(base, work)
@@ -92,7 +93,7 @@ def test_clients_of_one_pass_keep_their_own(base: Base) -> None:
 
 
 def test_a_client_is_evaluated_with_its_own_parts_and_before_it_trains(base: Base) -> None:
-    task = Task(start(base, 2), share=frozenset("A"), own_extra=True)
+    task = Task(start(base, 2), share=frozenset("A"), personal=frozenset({"classifier"}))
     [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, task, rows(6))])
     later = TrainRequest(1, 2, 0, task, rows(9, 7), one.memory)
     whole = replace(later, task=Task(later.start), memory={})
@@ -109,7 +110,7 @@ def test_a_client_without_own_parts_keeps_nothing(base: Base) -> None:
 def test_a_resting_module_is_neither_moved_nor_kept(base: Base) -> None:
     adapter = start(base, 2)
     awake = frozenset(list(adapter.pairs)[:1])
-    task = Task(adapter, share=frozenset("A"), active=awake)
+    task = Task(adapter, share=frozenset("A"), frozen=frozenset(adapter.pairs) - awake)
     [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, task, rows(4))])
     assert {*one.memory} == {f"{m}.B" for m in awake}
     for m, pair in one.adapter.pairs.items():
@@ -120,7 +121,7 @@ def test_a_resting_module_is_neither_moved_nor_kept(base: Base) -> None:
 # --- the tail -----------------------------------------------------------------------------------------------
 
 
-def penalty(adapter: Adapter, tail: Tail) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def penalty(adapter: Adapter, tail: RankPruning) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The paper's formula by autograd, and its leaves."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in adapter.tensors()}
     total = torch.zeros(())
@@ -131,11 +132,13 @@ def penalty(adapter: Adapter, tail: Tail) -> tuple[torch.Tensor, dict[str, torch
 
 
 def test_the_penalty_moves_the_tail_by_its_gradient_and_nothing_else(base: Base) -> None:
-    tail, adapters = Tail(0.5, 0.3, 1), [start(base, 4, 1), start(base, 3, 2)]
+    tail, adapters = RankPruning(0.5, 0.3, 1), [start(base, 4, 1), start(base, 3, 2)]
     plain = [TrainRequest(i, 1, 0, Task(a), rows(4, i)) for i, a in enumerate(adapters)]
     client = replace(CLIENT, lr=1.0)
     free = client.train(base, plain)
-    pressed = client.train(base, [replace(a, task=replace(a.task, tail=Tail(0.5, 0.3, 4))) for a in plain])
+    pressed = client.train(
+        base, [replace(a, task=replace(a.task, method=(RankPruning(0.5, 0.3, 4),))) for a in plain]
+    )
     for before, one, other in zip(adapters, free, pressed, strict=True):
         total, leaves = penalty(before, tail)
         total.backward()  # type: ignore[no-untyped-call]
@@ -156,7 +159,7 @@ def test_a_tail_that_training_made_lighter_is_pruned_but_not_below_the_least(
     base: Base, least: int, rank: int
 ) -> None:
     adapter = start(base, 4)
-    strong = Task(adapter, tail=Tail(0.5, 1.0, least))
+    strong = Task(adapter, method=(RankPruning(0.5, 1.0, least),))
     [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, strong, rows(8))])
     assert {pair.rank for pair in one.adapter.pairs.values()} == {rank}
     assert one.adapter.extra.keys() == adapter.extra.keys()
@@ -164,12 +167,12 @@ def test_a_tail_that_training_made_lighter_is_pruned_but_not_below_the_least(
 
 def test_without_training_nothing_is_lighter_and_nothing_pruned(base: Base) -> None:
     adapter = start(base, 4)
-    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, Task(adapter, tail=Tail(0.5, 1.0, 1)), [])])
+    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, Task(adapter, method=(RankPruning(0.5, 1.0, 1),)), [])])
     assert one.adapter.digest() == adapter.digest()
 
 
 def test_a_head_alone_has_no_tail(base: Base) -> None:
-    head: Any = Task(Adapter({}, base.head_state()), tail=Tail(0.5, 1.0, 1))
+    head: Any = Task(Adapter({}, base.head_state()), method=(RankPruning(0.5, 1.0, 1),))
     [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, head, rows(4))])
     assert one.adapter.pairs == {}
     assert not torch.equal(*(a["classifier.weight"] for a in (one.adapter.extra, head.adapter.extra)))

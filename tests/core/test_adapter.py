@@ -61,6 +61,25 @@ def test_an_adapter_keeps_its_own_dictionaries():
     assert (list(adapter.pairs), list(adapter.extra)) == (["m"], ["w"])
 
 
+def test_other_tensors_take_the_places_that_they_name_and_the_rest_stays():
+    core = Pair(A, B, 0.5, torch.eye(2))
+    adapter = Adapter({"m": Pair(A, B, 2.0), "n": core}, {"m.magnitude": torch.ones(4), "w": A})
+    given = {"n.M": torch.zeros(2, 2), "m.B": B + 1, "m.magnitude": torch.zeros(4)}
+    found = adapter.with_tensors(given)
+    assert dict(found.tensors()).keys() == dict(adapter.tensors()).keys()
+    for name, tensor in found.tensors():
+        assert tensor is given.get(name, dict(adapter.tensors())[name])
+    assert [pair.scale for pair in found.pairs.values()] == [2.0, 0.5]
+    assert adapter.with_tensors({}).digest() == adapter.digest()
+    assert torch.equal(dict(adapter.tensors())["m.B"], B)
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("m.M", torch.eye(2)), ("o.A", A), ("m", A), ("m.A", A[:1])])
+def test_a_tensor_that_has_no_place_is_refused(name, tensor):
+    with pytest.raises(IncompatibleUpdates, match=r"'m\.M'|'o\.A'|'m'|A \(1, 3\)"):
+        Adapter({"m": Pair(A, B)}).with_tensors({name: tensor})
+
+
 def test_digest_is_equal_for_equal_values_wherever_and_however_they_lie_in_memory():
     one = Adapter({"m": Pair(A, B)}, {"w": torch.ones(3)})
     two = Adapter({"m": Pair(A.T.contiguous().T, B.clone().requires_grad_())}, {"w": torch.ones(6)[::2]})

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import State, Task
-from fedlora.core.sparse import SPARSE, places
+from fedlora.core.sparse import SPARSE, SparseMask, places
 from fedlora.models import (
     MultiAdapterModel,
     load_adapter,
@@ -194,7 +194,7 @@ def test_sparse_values_count_to_the_direction_too(zoo: Any) -> None:
     V.reshape(-1)[places(3, m, (d_out, d_in), 40).numpy()] += values.numpy()
     W = magnitudes.numpy()[:, None] * V / np.linalg.norm(V, axis=1)[:, None]
     extra = {m + SPARSE: values, m + MAGNITUDE: magnitudes}
-    with torch.no_grad(), MultiAdapterModel(base, [Task(Adapter({}, extra), mask=3)]):
+    with torch.no_grad(), MultiAdapterModel(base, [Task(Adapter({}, extra), method=(SparseMask(3),))]):
         got = module(x)
     np.testing.assert_allclose(got, x.numpy() @ W.T + module.bias.detach().numpy(), atol=1e-12)
 

@@ -14,11 +14,12 @@ from torch import Tensor
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import of_dense
 from fedlora.core.messages import Task
-from fedlora.core.sparse import places, spread
+from fedlora.core.sparse import SparseMask, places, spread
 from fedlora.data import collate
 from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel, targets
 from fedlora.training.evaluation import evaluate
+from fedlora.training.expert import GlobalExpert
 from fedlora.training.trainer import FitJob, fit
 
 NAMES = ["bert", "gpt2"]  # linear layers, and Conv1D, whose weight is transposed
@@ -109,7 +110,7 @@ def check(
         for tensor_name, start in task.adapter.tensors():
             module, _, factor = tensor_name.rpartition(".")
             pair = module in task.adapter.pairs
-            trained = (factor in task.train and task.trains(module)) if pair else True
+            trained = (factor in task.train and module not in task.frozen) if pair else True
             step = after[tensor_name] - start
             if trained:
                 grad = own[tensor_name].grad
@@ -183,7 +184,9 @@ def test_a_core_between_the_factors(zoo: Any, name: str, train: str) -> None:
 
 def sparse(base: Base, seed: int, mask: int, count: int) -> Task:
     values = {f"{m}.sparse": random(seed, count) for m in targets(base, "all-linear")}
-    return Task(Adapter({}, values), frozenset(), frozenset(), mask=mask, fold=folds(base, seed, 1))
+    return Task(
+        Adapter({}, values), frozenset(), frozenset(), method=(SparseMask(mask),), fold=folds(base, seed, 1)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,7 +196,7 @@ def test_values_at_sparse_places_are_a_dense_change_and_nothing_else_moves(zoo: 
 
     def term(task: Task, own: Mapping[str, Tensor], m: str) -> Tensor:
         values = own[f"{m}.sparse"]
-        return spread(values, places(task.mask, m, shapes[m], len(values)), shapes[m])  # type: ignore[arg-type]
+        return spread(values, places(task.method[0].seed, m, shapes[m], len(values)), shapes[m])  # type: ignore[arg-type]
 
     check(zoo, name, [sparse(base, 1, 5, 12), sparse(base, 2, 6, 12)], term)
 
@@ -208,20 +211,21 @@ def test_one_slot_s_places_are_not_the_other_s(zoo: Any) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inactive_modules_work_as_they_are_and_do_not_move(zoo: Any, name: str) -> None:
+def test_frozen_modules_work_as_they_are_and_do_not_move(zoo: Any, name: str) -> None:
     base = zoo.base(name, double=True)
     adapter = zoo.adapter(base, 2, head=False)
-    few, first = frozenset(list(adapter.pairs)[1:4]), frozenset(list(adapter.pairs)[:1])
-    check(zoo, name, [Task(adapter, active=few), Task(adapter, active=first), Task(adapter)])
-    with MultiAdapterModel(base, [Task(adapter, active=few)], train=True) as bank:
+    all_but = [frozenset([*adapter.pairs][:1] + [*adapter.pairs][4:]), frozenset([*adapter.pairs][1:])]
+    few, first = (Task(adapter, frozen=frozen) for frozen in all_but)
+    check(zoo, name, [few, first, Task(adapter)])
+    with MultiAdapterModel(base, [few], train=True) as bank:
         assert {group: len(found) for group, found in bank.factors(0).items()} == {"A": 3, "B": 3}
 
 
-def test_the_expert_and_the_gain_are_not_added_by_the_bank(zoo: Any) -> None:
+def test_a_global_expert_is_not_added_to_the_adapter(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
     adapter, rows = zoo.adapter(base, 2), zoo.rows(base, 4, 1)
     plain = Task(adapter)
-    more = Task(adapter, expert=zoo.adapter(base, 3, seed=9), gain=folds(base, 3, 2))
+    more = Task(adapter, method=(GlobalExpert(zoo.adapter(base, 3, seed=9)),))
     assert evaluate(base, [plain], [rows]) == evaluate(base, [more], [rows])
 
 

@@ -10,7 +10,7 @@ import transformers
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SPARSE
+from fedlora.core.sparse import SPARSE, SparseMask
 from fedlora.data import Example
 from fedlora.models import Base, MultiAdapterModel, targets
 from fedlora.models.attention import OURS, Pack, attend_our_way
@@ -78,7 +78,7 @@ def task_of(base: Base, seed: int, rank: int, sparse: bool = False, fold: bool =
     folded = {n: Pair(random(3, i), random(o, 3), 0.1) for n, (o, i) in shapes.items()} if fold else {}
     adapter = Adapter(pairs, {**base.head_state(), **values})
     train = frozenset({"A", "B", "extra"})
-    return Task(adapter, train, mask=5 if sparse else None, fold=folded)
+    return Task(adapter, train, method=(SparseMask(5),) if sparse else (), fold=folded)
 
 
 def results(base: Base, tasks: list[Task], micro: list[tuple[int, Example]]) -> list[torch.Tensor]:

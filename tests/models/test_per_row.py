@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
+from fedlora.core.sparse import SparseMask
 from fedlora.data import Example, collate
 from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel
@@ -81,7 +82,7 @@ def test_with_a_frozen_head_the_rows_equal_autograd(zoo: Any, name: str) -> None
     check(zoo, base, tasks(zoo, base, head=False))
 
 
-def test_a_core_a_fold_and_inactive_modules_equal_autograd(zoo: Any) -> None:
+def test_a_core_a_fold_and_frozen_modules_equal_autograd(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
     made = torch.Generator().manual_seed(1)
     work = []
@@ -91,8 +92,8 @@ def test_a_core_a_fold_and_inactive_modules_equal_autograd(zoo: Any) -> None:
             for m, p in task.adapter.pairs.items()
         }
         fold = zoo.adapter(base, 2, 1.0, seed=9).pairs
-        active = frozenset(list(pairs)[:3])
-        work.append(replace(task, adapter=Adapter(pairs, task.adapter.extra), fold=fold, active=active))
+        frozen = frozenset(list(pairs)[3:])
+        work.append(replace(task, adapter=Adapter(pairs, task.adapter.extra), fold=fold, frozen=frozen))
     check(zoo, base, work)
     check(zoo, base, [replace(task, train=frozenset("ABM")) for task in work])
 
@@ -189,7 +190,7 @@ def test_what_has_no_gradient_of_rows_is_refused(zoo: Any) -> None:
         MultiAdapterModel(base, [Task(lengths)], train=True, per_row=True)
     values = Adapter({}, {f"{name}.sparse": torch.ones(4)})
     with pytest.raises(ModelError, match="no gradient for each row"):
-        MultiAdapterModel(base, [Task(values, mask=3)], train=True, per_row=True)
+        MultiAdapterModel(base, [Task(values, method=(SparseMask(3),))], train=True, per_row=True)
 
 
 class Slow(nn.Linear):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.messages import Tail, Task
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base
 from fedlora.privacy import Mechanism, Source
+from fedlora.training.rules import RankPruning
 from fedlora.training.trainer import FitJob, Parameters, fit
 
 from_sgd = partial(torch.optim.SGD, lr=1.0)
@@ -170,8 +171,8 @@ def test_the_penalty_of_a_tail_comes_after_the_noise(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
     adapter = Adapter(zoo.adapter(base, 4, head=False).pairs)
     [plain] = fit(base, [FitJob(Task(adapter), [[]], mechanism(0.0))], sgd)
-    tail = Tail(0.5, 10.0, 1)
-    [pressed] = fit(base, [FitJob(Task(adapter, tail=tail), [[]], mechanism(0.0))], sgd)
+    tail = RankPruning(0.5, 10.0, 1)
+    [pressed] = fit(base, [FitJob(Task(adapter, method=(tail,)), [[]], mechanism(0.0))], sgd)
     assert float(moved(adapter, plain.adapter).norm()) == 0
     assert float(moved(adapter, pressed.adapter).norm()) > 0.5  # not clipped
 

@@ -57,15 +57,8 @@ def boosted(strategy, state, update, boost):
     task = strategy.task(state, update.peer)
     old, shared = dict(task.adapter.tensors()), task.shared()
 
-    def turn(name, tensor):
-        return old[name] - boost * (tensor - old[name]) if name in shared else tensor
-
-    pairs = {
-        m: Pair(scale=p.scale, **{f: turn(f"{m}.{f}", t) for f, t in p.factors()})
-        for m, p in update.adapter.pairs.items()
-    }
-    extra = {n: turn(n, t) for n, t in update.adapter.extra.items()}
-    return replace(update, adapter=Adapter(pairs, extra))
+    turned = {n: old[n] - boost * (t - old[n]) for n, t in update.adapter.tensors() if n in shared}
+    return replace(update, adapter=update.adapter.with_tensors(turned))
 
 
 def test_no_change_is_longer_than_the_median_of_all(make, np64, rng, strategy, state, peers):

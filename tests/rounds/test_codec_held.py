@@ -1,17 +1,17 @@
 """What a node holds is not sent again, and never taken for what it is not."""
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.algebra import accumulate
+from fedlora.core.adapter import Adapter, Pair, digest
+from fedlora.core.base_delta import BaseDelta
 from fedlora.core.messages import Task
 from fedlora.errors import CheckpointError
 from fedlora.rounds.codec import Held, read_task, size, write_task
+from fedlora.training.expert import GlobalExpert
 
 
 def pair(seed: int, rank: int, d_out: int = 6, d_in: int = 8) -> Pair:
@@ -24,11 +24,10 @@ def pair(seed: int, rank: int, d_out: int = 6, d_in: int = 8) -> Pair:
 
 
 def same(one: Task, two: Task) -> bool:
-    """Bit for bit, but for the gain."""
-    folds = Adapter(one.fold).digest() == Adapter(two.fold).digest()
-    rest = replace(one, gain={}).pack()[1] == replace(two, gain={}).pack()[1]
-    expert = (one.expert or Adapter({})).digest() == (two.expert or Adapter({})).digest()
-    return folds and rest and expert and one.adapter.digest() == two.adapter.digest()
+    """Bit for bit."""
+    packs = [task.pack() for task in (one, two)]
+    (tensors, header), (others, other) = packs
+    return header == other and digest("", sorted(tensors.items())) == digest("", sorted(others.items()))
 
 
 class Node:
@@ -82,20 +81,21 @@ def test_a_factor_that_was_frozen_the_last_time_is_there_when_its_turn_comes() -
 def test_an_own_part_is_sent_once_as_where_it_began() -> None:
     def task(seed: int) -> Task:
         adapter = Adapter({"m": Pair(pair(seed, 2).A, pair(0, 2).B)}, {"head": torch.ones(3)})
-        return Task(adapter, share=frozenset("A"), own_extra=True)
+        return Task(adapter, share=frozenset("A"), personal=frozenset({"head"}))
 
     node = Node()
     assert node.send(task(1)) == ["adapter/head", "adapter/m.A", "adapter/m.B"]
     assert node.send(task(2)) == ["adapter/m.A"]
 
 
-def test_an_inactive_module_and_an_expert_are_sent_when_they_change() -> None:
+def test_a_frozen_module_and_a_part_of_the_method_are_sent_when_they_change() -> None:
     def task(seed: int, other: int, expert: int) -> Task:
         adapter = Adapter({"m": pair(seed, 2), "n": pair(other, 2)})
-        return Task(adapter, active=frozenset("m"), expert=Adapter({"m": pair(expert, 3)}))
+        more = (GlobalExpert(Adapter({"m": pair(expert, 3)})),)
+        return Task(adapter, frozen=frozenset("n"), method=more)
 
     node, moving = Node(), ["adapter/m.A", "adapter/m.B"]
-    still, expert = ["adapter/n.A", "adapter/n.B"], ["expert/m.A", "expert/m.B"]
+    still, expert = ["adapter/n.A", "adapter/n.B"], ["method/0/adapter/m.A", "method/0/adapter/m.B"]
     assert node.send(task(1, 5, 7)) == [*moving, *still, *expert]
     assert node.send(task(2, 5, 7)) == moving
     assert node.send(task(3, 6, 7)) == [*moving, *still]
@@ -104,12 +104,11 @@ def test_an_inactive_module_and_an_expert_are_sent_when_they_change() -> None:
 
 def grown(rounds: int, rank: int = 1, first: int = 0) -> list[Task]:
     """The tasks of a run whose fold grows by one gain a round; dense from the sixth on."""
-    fold: dict[str, Pair] = {"n": pair(99, 2)} if first else {}
+    fold = BaseDelta({"n": pair(99, 2)} if first else {})
     tasks = []
     for round in range(rounds):
-        gain = {"m": pair(round, rank)}
-        fold = {**fold, "m": accumulate(fold.get("m"), gain["m"])}
-        tasks.append(Task(Adapter({"m": pair(50 + round, 2)}), fold=fold, gain=gain))
+        fold = fold.plus({"m": pair(round, rank)})
+        tasks.append(Task(Adapter({"m": pair(50 + round, 2)}), fold=fold))
     return tasks
 
 

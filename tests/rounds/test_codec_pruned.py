@@ -4,12 +4,13 @@ import pytest
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.algebra import truncate
-from fedlora.core.messages import Peer, Tail, Task
+from fedlora.core.messages import Peer, Task
 from fedlora.errors import IncompatibleUpdates
 from fedlora.rounds.codec import read_update, write_update
 from fedlora.training.client import TrainResult
+from fedlora.training.rules import RankPruning
 
-TAIL = Tail(0.5, 0.0, 2)
+TAIL = RankPruning(0.5, 0.0, 2)
 
 
 def answered(respond, task, ranks):
@@ -19,10 +20,10 @@ def answered(respond, task, ranks):
     return {m: p.rank for m, p in read_update(respond(reply), task, Peer(5, 8), 1).adapter.pairs.items()}
 
 
-def task_of(wire, ranks, tail=TAIL):
+def task_of(wire, ranks, method=(TAIL,)):
     adapter = wire.adapter(8)
     return Task(
-        Adapter({m: truncate(p, ranks[m]) for m, p in adapter.pairs.items()}, adapter.extra), tail=tail
+        Adapter({m: truncate(p, ranks[m]) for m, p in adapter.pairs.items()}, adapter.extra), method=method
     )
 
 
@@ -50,4 +51,4 @@ def test_other_ranks_are_refused(wire, respond, back):
 
 def test_a_task_without_the_rule_takes_no_pruned_update(wire, respond):
     with pytest.raises(IncompatibleUpdates, match=r"expected float32 \(8, "):
-        answered(respond, task_of(wire, {"a.q": 8, "b.v": 8}, None), {"a.q": 4, "b.v": 4})
+        answered(respond, task_of(wire, {"a.q": 8, "b.v": 8}, ()), {"a.q": 4, "b.v": 4})

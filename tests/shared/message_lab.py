@@ -38,11 +38,10 @@ class Wire:
     def moved(self, task: Task, own: bool = False) -> Adapter:
         """The task's adapter with what is shared moved, and with `own` what the client keeps, too."""
         names, step = {*task.shared(), *(task.own() if own else [])}, {"A": 1, "B": -1, "M": 2}
-        pairs = {
-            n: Pair(scale=p.scale, **{f: t + step[f] if f"{n}.{f}" in names else t for f, t in p.factors()})
-            for n, p in task.adapter.pairs.items()
-        }
-        return Adapter(pairs, {n: t * 3 if n in names else t for n, t in task.adapter.extra.items()})
+        moved = {n: t * 3 for n, t in task.adapter.extra.items() if n in names}
+        for module, pair in task.adapter.pairs.items():
+            moved |= {f"{module}.{f}": t + step[f] for f, t in pair.factors() if f"{module}.{f}" in names}
+        return task.adapter.with_tensors(moved)
 
     def honest(self, task: Task, round: int = 3, examples: int = 11) -> RecordDict:
         return write_update(TrainResult(self.moved(task, own=True), {"loss": 0.25}), task, round, examples)

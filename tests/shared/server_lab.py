@@ -62,18 +62,13 @@ class Noise(Client):
     def _moved(self, a: TrainRequest) -> Adapter:
         rng = generator(a.seed, "batches", a.client, a.round)
 
-        def move(t: torch.Tensor, on: bool = True) -> torch.Tensor:
-            noise = torch.from_numpy(rng.standard_normal(tuple(t.shape))).to(t.dtype)
-            return t + noise if on and not self.still else t.clone()
+        trained = {*a.task.shared(), *a.task.own()}
 
-        pairs = {
-            name: Pair(
-                scale=p.scale,
-                **{f: move(t, f in a.task.train and a.task.trains(name)) for f, t in p.factors()},
-            )
-            for name, p in a.start.pairs.items()
-        }
-        return Adapter(pairs, {name: move(t) for name, t in a.start.extra.items()})
+        def move(name: str, t: torch.Tensor) -> torch.Tensor:
+            noise = torch.from_numpy(rng.standard_normal(tuple(t.shape))).to(t.dtype)
+            return t + noise if name in trained and not self.still else t.clone()
+
+        return a.start.with_tensors({name: move(name, t) for name, t in a.start.tensors()})
 
 
 class Tampered(InProcessGrid):

@@ -10,6 +10,7 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import ConfigError, IncompatibleUpdates
 from fedlora.strategies import FedIT, FedMS
+from fedlora.training.expert import GlobalExpert
 
 LAYERS = {
     "m.layer.0.q": (5, 7),
@@ -54,10 +55,10 @@ def test_with_all_modules_active_everywhere_stage_1_is_fedit(make, rng, rank):
 
 def test_a_client_trains_the_first_of_the_active_modules_up_to_its_capacity(make, rng):
     state = started(make, rng, strategy := FedMS(active=3, capacity=[1, 5]))
-    active = [strategy.task(state, Peer(i, 3)).active for i in range(4)]
-    assert active == [frozenset(ORDER[:1]), frozenset(ORDER[:3])] * 2
+    frozen = [strategy.task(state, Peer(i, 3)).frozen for i in range(4)]
+    assert frozen == [frozenset(ORDER[1:]), frozenset(ORDER[3:])] * 2
     every = FedMS(active=2).task(started(make, rng, FedMS(active=2)), Peer(9, 3))
-    assert every.active == frozenset(ORDER[:2])
+    assert every.frozen == frozenset(ORDER[2:])
     assert set(every.shared()) == {f"{m}.{f}" for m in ORDER[:2] for f in "AB"} | {"head.weight", "head.bias"}
 
 
@@ -119,7 +120,7 @@ def test_stage_2_sends_the_gate_and_the_expert_and_averages_the_gate_alone(make,
     task = strategy.task(state, Peer(1, 3))
     assert task.shared() == ["gate.A", "gate.B"]
     assert task.own() == []
-    assert task.expert.digest() == state.adapter.digest()
+    assert task.part(GlobalExpert).adapter.digest() == state.adapter.digest()
     assert task.adapter.extra["gate.A"].shape == (2, 4 + 1)  # of the topmost module's input, and 1
     assert task.adapter.extra["gate.B"].shape == (2, 2)
     assert not task.adapter.extra["gate.B"].any()

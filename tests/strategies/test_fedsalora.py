@@ -84,7 +84,8 @@ def test_what_a_client_keeps_does_not_reach_the_state(make, rng):
 def test_the_task_trains_all_and_shares_a_in_the_clients_rank_and_scale(make, np64, rng, rank):
     state = State(make.adapter(rng, LAYERS, 8, 2.0))
     task = FedSALoRA().task(state, Peer(0, rank, {}, {"m": 0.5}))
-    assert (task.train, task.share, task.own_extra) == (frozenset("AB"), frozenset("A"), True)
+    assert (task.train, task.share) == (frozenset("AB"), frozenset("A"))
+    assert task.personal == frozenset(task.adapter.extra)
     assert task.shared() == ["m.A", "n.A"]
     assert task.own() == ["m.B", "n.B", "head.bias", "head.weight"]
     for m, pair in task.adapter.pairs.items():

@@ -48,8 +48,8 @@ def test_the_stack_is_no_larger_than_the_ranks_together(make, rng):
     state = flora.init(blank(make, rng, {"m": (40, 30)}))
     updates = make.round(rng, flora, state, [Peer(1, 2), Peer(2, 5), Peer(3, 1)], [1.0, 2.0, 3.0])
     new = flora.aggregate(state, updates, rng)
-    assert (new.gain["m"].rank, new.gain["m"].scale) == (8, 1.0)
-    assert torch.equal(new.gain["m"].A, torch.cat([u.adapter.pairs["m"].A for u in updates]))
+    assert (new.fold.increment["m"].rank, new.fold.increment["m"].scale) == (8, 1.0)
+    assert torch.equal(new.fold.increment["m"].A, torch.cat([u.adapter.pairs["m"].A for u in updates]))
 
 
 def test_one_scale_for_all_would_be_wrong(make, np64, rng):
@@ -113,7 +113,6 @@ def test_clients_are_nested_in_one_fresh_A(make, rng):
         task = flora.task(state, Peer(2, rank, {}, {"m": 0.3}))
         assert torch.equal(task.adapter.pairs["m"].A, state.adapter.pairs["m"].A[:rank])
         assert task.fold is state.fold
-        assert task.gain is state.gain
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -124,11 +123,11 @@ def test_who_adds_the_gain_to_the_old_fold_has_the_new_one_bit_for_bit(make, rng
         updates = make.round(rng, flora, state, [Peer(1, 4), Peer(2, 1)], [1.0, 2.0])
         new = flora.aggregate(state, updates, rng)
         for m in layers:
-            mine = accumulate(state.fold.get(m), new.gain[m])
+            mine = accumulate(state.fold.get(m), new.fold.increment[m])
             assert torch.equal(mine.A, new.fold[m].A)
             assert torch.equal(mine.B, new.fold[m].B)
             assert new.fold[m].A.dtype == dtype
-            assert new.fold[m].scale == new.gain[m].scale == 1.0
+            assert new.fold[m].scale == new.fold.increment[m].scale == 1.0
         state = State.unpack(load(save(new.pack()[0])), new.pack()[1])
         assert state.digest() == new.digest()
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.algebra import truncate
 from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import ConfigError
 from fedlora.strategies import HetLoRA
+from fedlora.training.rules import RankPruning
 
 seeds, dims = st.integers(0, 2**32 - 1), st.integers(1, 9)
 held = st.lists(st.tuples(st.integers(1, 12), st.floats(0.1, 9)), min_size=1, max_size=5)
@@ -189,15 +189,13 @@ def test_a_client_gets_the_first_directions_and_fresh_ones_where_nobody_was(make
 
 
 def test_the_rule_of_the_tail_goes_with_the_task(make, rng):
-    tail = (
-        HetLoRA(gamma=0.5, penalty=0.1, least_rank=3)
-        .task(State(make.adapter(rng, LAYERS, 8)), Peer(1, 8))
-        .tail
-    )
+    hetlora = HetLoRA(gamma=0.5, penalty=0.1, least_rank=3)
+    tail = hetlora.task(State(make.adapter(rng, LAYERS, 8)), Peer(1, 8)).part(RankPruning)
     assert (tail.gamma, tail.penalty, tail.least) == (0.5, 0.1, 3)
     assert [tail.start(r) for r in (1, 2, 7, 8)] == [0, 1, 3, 4]
     assert [tail.pruned(r) for r in (1, 2, 4, 7, 8)] == [1, 2, 3, 3, 4]
-    assert all(HetLoRA()._tail.start(r) == r - 1 for r in range(1, 101))
+    usual = HetLoRA().task(State(make.adapter(rng, LAYERS, 8)), Peer(1, 8)).part(RankPruning)
+    assert all(usual.start(r) == r - 1 for r in range(1, 101))
 
 
 # --- prunings -----------------------------------------------------------------------------------------------
@@ -210,10 +208,8 @@ def ranks(het, state, peer):
 def reply(het, state, peer, prune, weight=1.0):
     """A client that sends its task back, pruned once or not."""
     task = het.task(state, peer)
-    pairs = task.adapter.pairs
-    if prune:
-        pairs = {m: truncate(p, task.tail.pruned(p.rank)) for m, p in pairs.items()}
-    return Update(Adapter(pairs, task.adapter.extra), weight, peer)
+    [pruned] = task.part(RankPruning).replies(task.adapter)
+    return Update(pruned if prune else task.adapter, weight, peer)
 
 
 def test_a_pruned_client_is_sent_its_smaller_rank_ever_after_and_never_below_the_least(make, rng):

@@ -42,7 +42,7 @@ def test_a_client_gets_the_adapter_alone_in_its_own_scale(make, np64, rng):
     task = PFedLoRA().task(state, Peer(4, 3, {}, {"shared": 0.5}))
     assert task.shared() == ["shared.A", "shared.B"]
     assert task.own() == []
-    assert task.expert is None
+    assert task.method == ()
     pair = task.adapter.pairs["shared"]
     assert pair.scale == 0.5
     assert np64.close(np64.delta(pair), np64.delta(state.adapter.pairs["shared"]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, State, Update
-from fedlora.core.sparse import places
+from fedlora.core.sparse import SparseMask, places
 from fedlora.errors import ConfigError, IncompatibleUpdates
 from fedlora.strategies import FedIT, FlexLoRA, SLoRA
 
@@ -54,7 +54,8 @@ def test_a_task_is_the_values_and_the_head_under_one_mask(make, rng):
     state = SLoRA().init(fresh(make, rng), seed=11)
     for peer in PEERS:
         task = SLoRA().task(state, peer)
-        assert (task.adapter.pairs, task.train, task.share, task.mask) == ({}, frozenset(), frozenset(), 11)
+        assert (task.adapter.pairs, task.train, task.share) == ({}, frozenset(), frozenset())
+        assert task.method == (SparseMask(11),)
         assert set(task.shared()) == {*state.adapter.extra, *(f"{m}.sparse" for m in LAYERS)}
         assert not any(task.adapter.extra[f"{m}.sparse"].any() for m in LAYERS)
 

@@ -1,0 +1,5 @@
+"""One file, one local rule: what bends a client's training away from the mean loss of its rows."""
+
+from fedlora.training.rules.rank_pruning import RankPruning
+
+__all__ = ["RankPruning"]
