@@ -8,11 +8,28 @@ from fedlora import Adapter, Pair, Update
 from fedlora.cli.main import main
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    found = (
+        re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        for text in PAGES.values()
+    )
+    return [block for page in found for block in page]
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[ROOT / "README.md"].splitlines()) <= 160
+
+
+def test_links_lead_somewhere():
+    for path, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            assert "://" in link or (path.parent / link).exists(), f"{path.name}: {link}"
 
 
 def test_the_example_algorithm_runs_as_it_is_printed():
@@ -33,7 +50,9 @@ def test_the_table_has_every_strategy():
     from fedlora import strategies
 
     named = {name.lower() for name in strategies.__all__}
-    assert named == set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+    assert named == set(
+        re.findall(r"^\| `(\w+)` \|", PAGES[ROOT / "docs" / "strategies.md"], flags=re.MULTILINE)
+    )
 
 
 def test_its_commands_are_make_targets_and_verbs(capsys):

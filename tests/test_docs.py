@@ -1,0 +1,27 @@
+"""Every Python block of the pages runs as it is printed, in the order of its page, on the tiny model."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+WITH_CODE = [path for path in sorted(DOCS.glob("*.md")) if "```python" in path.read_text("utf-8")]
+ELSEWHERE = {"data"}  # loads an adapter from a folder that the reader has
+
+
+@pytest.mark.parametrize("page", [p for p in WITH_CODE if p.stem not in ELSEWHERE], ids=lambda p: p.stem)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    module: dict[str, object] = {"__name__": "page"}
+    for block in re.findall(
+        r"^```python\n(.*?)^```", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
+    ):
+        exec(compile(block, str(page), "exec"), module)
+
+
+def test_pages_to_extend_fedlora_are_short() -> None:
+    for name in ("strategy", "engine", "python"):
+        assert len((DOCS / f"{name}.md").read_text("utf-8").splitlines()) <= 100
