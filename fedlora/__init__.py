@@ -7,6 +7,7 @@ from fedlora import errors
 
 if TYPE_CHECKING:
     from fedlora import clients, privacy, robust, strategies
+    from fedlora.api.compare import compare
     from fedlora.api.run import Run
     from fedlora.api.run import open_run as open
     from fedlora.api.simulate import Session, simulate
@@ -34,6 +35,7 @@ _HOMES = {  # public name -> where it is
     "TrainRequest": "training.client",
     "TrainResult": "training.client",
     "Update": "core.messages",
+    "compare": "api.compare",
     "each": "api.sweep",
     "open": "api.run",
     "simulate": "api.simulate",
@@ -60,6 +62,7 @@ __all__ = [
     "TrainResult",
     "Update",
     "clients",
+    "compare",
     "each",
     "errors",
     "open",

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from fedlora.cli.statistics import Comparison, Score, at_bytes, lines_of, sent
 from fedlora.errors import ConfigError
 from fedlora.report.read import Run
+from fedlora.report.statistics import Comparison, Score, at_bytes, lines_of, sent
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +97,7 @@ def test_a_comparison_searches_on_validation_rows_then_runs_and_goes_on(
 ) -> None:
     from omegaconf import OmegaConf
 
-    import fedlora.cli.compare as module
+    import fedlora.api.compare as module
     import fedlora.report
     from fedlora.cli.main import main
 
