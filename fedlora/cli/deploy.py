@@ -1,114 +1,95 @@
-"""`fedlora deploy`: prepare a server and its sites, and check what they see."""
+"""`fedlora deploy`: prepare a server and its sites, start and stop them, and check what they see."""
 
-import argparse
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
+import click
 from rich.console import Console
 
-from fedlora.errors import ConfigError
+from .words import overrides
 
-USAGE = """fedlora deploy: one server and many sites, over TLS
-
-  fedlora deploy init DIR --sites N | --site NAME[:RANK]...
-                                          keys, certificates, scripts, settings, checklists
-  fedlora deploy start DIR                start what is in it on this machine, and register the sites
-  fedlora deploy status DIR               who is connected, what runs, its last round, where the logs are
-  fedlora deploy add-site DIR NAME[:RANK] one site more: folder, key, registration
-  fedlora deploy stop DIR                 end its runs, sites and server on this machine
-  fedlora deploy check [--public HOST:PORT] [GROUP=CHOICE] [KEY=VALUE] ...
-                                          a running federation: versions, clocks, models, memory, open paths
-"""
+SITE = "NAME[:RANK]"
 
 
-def deploy(words: list[str]) -> None:
-    """The verb, with its own verbs.
-
-    Raises:
-        ConfigError: another verb.
-    """
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE, end="")
-        return
-    verbs: dict[str, Callable[[list[str]], None]] = {
-        "init": _init,
-        "start": partial(_local, "start"),
-        "status": partial(_local, "status"),
-        "add-site": _add_site,
-        "stop": partial(_local, "stop"),
-        "check": _check,
-    }
-    if words[0] not in verbs:
-        raise ConfigError(f"unknown verb 'deploy {words[0]}'; there are {', '.join(verbs)}")
-    verbs[words[0]](words[1:])
+@click.group(short_help="A server and its sites on real machines, over TLS.")
+def command() -> None:
+    """Set up one server and many sites, over TLS, and look after them."""
 
 
-def _init(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fedlora deploy init",
-        description="Write what a server and its sites need to begin; CHECKLIST.md in it says how.",
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder; it may be moved afterwards")
-    parser.add_argument(
-        "--server",
-        action="append",
-        metavar="NAME_OR_IP",
-        help="under which sites reach the server, one of several; default: this machine, for a trial",
-    )
-    who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--sites", type=int, metavar="N", help="so many: site-0, site-1, ... of rank 8")
-    who.add_argument(
-        "--site", action="append", metavar="NAME[:RANK]", help="one of several; without a rank it is 8"
-    )
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="that sites call; default: 8000")
-    given = parser.parse_args(words)
-    from fedlora.deploy.init import NewSite, init
+@command.command(short_help="Keys, certificates, scripts, settings, checklists.")
+@click.argument("folder", metavar="DIR")
+@click.option(
+    "--server",
+    multiple=True,
+    metavar="NAME_OR_IP",
+    help="Under which sites reach the server, one of several; by default this machine, for a trial.",
+)
+@click.option("--sites", type=int, metavar="N", help="So many: site-0, site-1, ... of rank 8.")
+@click.option("--site", multiple=True, metavar=SITE, help="One of several; without a rank it is 8.")
+@click.option(
+    "--port", type=int, default=8000, show_default=True, metavar="N", help="The one that sites call."
+)
+def init(folder: str, server: tuple[str, ...], sites: int | None, site: tuple[str, ...], port: int) -> None:
+    """Write what a server and its sites need to begin into DIR, a new folder; CHECKLIST.md in it says how."""
+    from fedlora.deploy.init import NewSite
+    from fedlora.deploy.init import init as write
 
-    sites = [NewSite.of(text) for text in given.site or [f"site-{i}" for i in range(given.sites)]]
-    print(init(given.folder, given.server or [], sites, given.port))
+    if bool(site) == (sites is not None):
+        raise click.UsageError(f"deploy init: say --sites N, or --site {SITE} for each site")
+    names = site or [f"site-{i}" for i in range(sites or 0)]
+    print(write(Path(folder), [*server], [NewSite.of(name) for name in names], port))
 
 
-def _local(verb: str, words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"fedlora deploy {verb}", description="For the parts whose folders are on this machine."
-    )
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="of a deployment, or of its server or one site alone"
-    )
-    folder = parser.parse_args(words).folder
+@command.command(short_help="Start what is in DIR on this machine.")
+@click.argument("folder", metavar="DIR")
+def start(folder: str) -> None:
+    """Start the parts in DIR, a deployment's folder or that of its server or of one site; register sites."""
     from fedlora.deploy import local
 
-    getattr(local, verb)(folder, Console())
+    local.start(Path(folder), Console())
 
 
-def _add_site(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fedlora deploy add-site", description="Write the folder of one site more, and register its key."
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of a deployment")
-    parser.add_argument("site", metavar="NAME[:RANK]", help="of the site; without a rank it is 8")
-    given = parser.parse_args(words)
-    from fedlora.deploy.init import NewSite, add_site
+@command.command(short_help="Who is connected, what runs, where the logs are.")
+@click.argument("folder", metavar="DIR")
+def status(folder: str) -> None:
+    """Say who is registered and connected, what runs, its last round, and where the logs are."""
+    from fedlora.deploy import local
+
+    local.status(Path(folder), Console())
+
+
+@command.command("add-site", short_help="One site more: folder, key, registration.")
+@click.argument("folder", metavar="DIR")
+@click.argument("site", metavar=SITE)
+def add_site(folder: str, site: str) -> None:
+    """Write the folder of one site more into the deployment in DIR, and register its key."""
+    from fedlora.deploy.init import NewSite
+    from fedlora.deploy.init import add_site as write
     from fedlora.deploy.local import register
 
-    at = add_site(given.folder, NewSite.of(given.site))
-    print(f"{at}\n{register(given.folder)}\nnext: {at / 'node.toml'}, then {at / 'supernode.sh'}")
+    at = write(Path(folder), NewSite.of(site))
+    print(f"{at}\n{register(Path(folder))}\nnext: {at / 'node.toml'}, then {at / 'supernode.sh'}")
 
 
-def _check(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fedlora deploy check",
-        description="Meet every site of a running federation, before the first round of a run.",
-    )
-    parser.add_argument(
-        "--public", metavar="HOST:PORT", help="what sites call: does more than the fleet path answer there?"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="those of `fedlora run`, without engine=deploy"
-    )
-    given = parser.parse_args(words)
+@command.command(short_help="End its runs, sites and server on this machine.")
+@click.argument("folder", metavar="DIR")
+def stop(folder: str) -> None:
+    """End the runs, then the sites and the server in DIR, on this machine."""
+    from fedlora.deploy import local
+
+    local.stop(Path(folder), Console())
+
+
+@command.command(short_help="A running federation: versions, clocks, models, memory, open paths.")
+@click.option(
+    "--public", metavar="HOST:PORT", help="What sites call: does more than the fleet path answer there?"
+)
+@overrides
+def check(public: str | None, words: tuple[str, ...]) -> None:
+    """Meet every site of a running federation, before the first round of a run.
+
+    KEY=VALUE are those of `fedlora run`, without engine=deploy.
+    """
     from fedlora.config import composition
-    from fedlora.deploy.check import check
+    from fedlora.deploy.check import check as look
 
-    check(composition.compose(["engine=deploy", *given.overrides]), given.public, Console())
+    look(composition.compose(["engine=deploy", *words]), public, Console())
