@@ -2,7 +2,7 @@
 
 from fedlora.report.clients import absences
 from fedlora.report.files import write_files
-from fedlora.report.html import write_report
+from fedlora.report.page import write_report
 from fedlora.report.read import Run, missing, read_run, read_runs
 from fedlora.report.seeds import seeds_table
 from fedlora.report.tables import Table, runs_table

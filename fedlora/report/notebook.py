@@ -1,11 +1,11 @@
 """A finished run in a notebook: the last rounds in a table, and the headline metric as a curve."""
 
 import base64
-import html
 import io
 
 from matplotlib.figure import Figure
 
+from fedlora.report.page import render
 from fedlora.report.read import Run, number
 
 SHOWN = 10  # rounds of the table
@@ -32,13 +32,14 @@ def notebook_html(run: Run, title: str) -> str:
     names = [name.format(metric=run.metric) for name in COLUMNS]
     lines = run.metrics[-SHOWN:]
     names = [name for name in names if any(number(line.get(name)) is not None for line in lines)]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_cell(number(line.get(name)))}</td>" for name in names) + "</tr>"
-        for line in lines
+    return render(
+        "notebook.html.j2",
+        title=title,
+        names=names,
+        rows=[[_cell(number(line.get(name))) for name in names] for line in lines],
+        metric=run.metric,
+        curve=_curve(run),
     )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f"<p>{html.escape(title)}</p>{table}{_curve(run)}"
 
 
 def _cell(value: float | None) -> str:
@@ -48,6 +49,7 @@ def _cell(value: float | None) -> str:
 
 
 def _curve(run: Run) -> str:
+    """A PNG of the curve as base64; nothing where there are fewer than two points."""
     points = run.series(run.metric)
     if len(points) < 2:
         return ""
@@ -58,5 +60,4 @@ def _curve(run: Run) -> str:
     axes.set_ylabel(run.metric.replace("_", " "))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", bbox_inches="tight", dpi=110)
-    data = base64.b64encode(picture.getvalue()).decode()
-    return f'<img alt="{html.escape(run.metric)} by round" src="data:image/png;base64,{data}">'
+    return base64.b64encode(picture.getvalue()).decode()

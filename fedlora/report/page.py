@@ -1,98 +1,144 @@
-"""The page that `html.py` fills: its look, light, dark and on paper, and the script that sorts tables."""
+"""One self-contained HTML page about one or several runs: no network, pictures inlined, tables that sort."""
 
 import base64
 import hashlib
-from string import Template
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #222; --quiet: #595959; --line: #999;
-  --alarm: #a3320b; --alarmed: #fdf1ec; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #16181b; --ink: #e2e2e0; --quiet: #a6a6a3; --line: #6b6b6b;
-    --alarm: #ff9d76; --alarmed: #35211a; }
-  img { filter: invert(1) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 2.5rem 1rem 4rem; background: var(--paper);
-  color: var(--ink);
-  font: 1.0625rem/1.55 Charter, "Bitstream Charter", "Source Serif 4", Georgia, "Liberation Serif", serif; }
-h1 { font-size: 1.9rem; line-height: 1.2; font-weight: 600; margin: 0 0 .6rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.3rem; font-weight: 600; margin: 3rem 0 .6rem; }
-h3 { font-size: 1.05rem; font-weight: 600; margin: 2rem 0 .5rem; }
-.result { font-size: 1.2rem; margin: 0; max-width: 54rem; overflow-wrap: anywhere; text-wrap: pretty; }
-.alarm { margin: 1rem 0 0; padding: .5rem .9rem; max-width: 54rem; border-left: 4px solid var(--alarm);
-  background: var(--alarmed); overflow-wrap: anywhere; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr));
-  gap: 2rem 2.5rem; margin: 1.6rem 0; }
-figure { margin: 0; break-inside: avoid; }
-img { display: block; width: 100%; max-width: 32rem; height: auto; }
-figcaption, .note { font-size: .92rem; line-height: 1.45; color: var(--quiet); margin: .5rem 0 0;
-  max-width: 40rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; line-height: 1.4;
-  font-variant-numeric: tabular-nums lining-nums; border: solid var(--ink); border-width: 1.5px 0; }
-th, td { padding: .28rem 1.1rem .28rem 0; text-align: right; white-space: nowrap; vertical-align: baseline; }
-th { font-weight: 600; border-bottom: 1px solid var(--line); }
-th button { all: unset; cursor: pointer; }
-th button:focus-visible { outline: 2px solid currentColor; outline-offset: 2px; }
-th button:hover { text-decoration: underline; }
-th[aria-sort="ascending"] button::after { content: " ↑"; }
-th[aria-sort="descending"] button::after { content: " ↓"; }
-.left, .hash { text-align: left; }
-td.left { white-space: normal; min-width: 5rem; overflow-wrap: anywhere; }
-td.left:first-child { min-width: 8rem; }
-td.left.last { min-width: 14rem; }
-td.hash { font: .85em/1.4 ui-monospace, Menlo, "DejaVu Sans Mono", monospace; }
-th:last-child, td:last-child { padding-right: .2rem; }
-.marked { color: var(--alarm); background: var(--alarmed); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); gap: .9rem 1rem; margin: 0;
-  padding: .8rem 0; border: solid var(--ink); border-width: 1.5px 0; font-variant-numeric: lining-nums; }
-dt { font-size: .85rem; line-height: 1.3; color: var(--quiet); }
-dd { margin: 0; overflow-wrap: anywhere; }
-details { margin: .6rem 0; }
-summary { cursor: pointer; overflow-wrap: anywhere; }
-@media print { body { max-width: none; padding: 0; } .scroll { overflow: visible; } }
-"""
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-# A click on a head, or Enter and Space on it, sorts by its column: numbers first and by size, dashes last.
-SCRIPT = """
-for (const head of document.querySelectorAll("thead th")) {
-  const button = document.createElement("button");
-  button.append(...head.childNodes);
-  head.append(button);
-  button.addEventListener("click", () => {
-    const up = head.getAttribute("aria-sort") !== "ascending", body = head.closest("table").tBodies[0];
-    for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const text = row => row.cells[head.cellIndex].textContent;
-    const number = row => parseFloat(text(row).replaceAll(",", ""));
-    body.append(...[...body.rows].sort((a, b) => {
-      const [x, y] = [number(a), number(b)], way = up ? 1 : -1;
-      if (text(a) === "–" || text(b) === "–") return (text(a) === "–") - (text(b) === "–");
-      if (isNaN(x) || isNaN(y)) return (isNaN(x) - isNaN(y) || text(a).localeCompare(text(b))) * way;
-      return (x - y) * way;
-    }));
-  });
-}
-"""
+from fedlora.errors import ConfigError
+from fedlora.report import draw, plots
+from fedlora.report.alarms import MEANING, collapses
+from fedlora.report.answers import answers_table
+from fedlora.report.clients import clients_table, fairness_table, holdings, left_out_table, ranks_table
+from fedlora.report.compare import labels
+from fedlora.report.headline import result, title
+from fedlora.report.read import Run
+from fedlora.report.seeds import groups, seeds_table
+from fedlora.report.tables import (
+    Table,
+    changes_table,
+    differences_table,
+    privacy_table,
+    provenance_table,
+    runs_table,
+)
+from fedlora.storage.atomic import write_whole
 
-# The policy allows this script and no other, whatever a client is called, and nothing from any network.
-_ALLOWED = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-PAGE = Template(f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{_ALLOWED}'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="result">$result</p>
-$body
-<script>{SCRIPT}</script>
-</body>
-</html>
-""")
+
+@dataclass(frozen=True)
+class ClientsOf:
+    """What the page shows of one run's clients.
+
+    Args:
+        name: the run's.
+        note: a remark in the place of the picture, or nothing.
+        pictures: of the rows and labels that each client held.
+        tables: by rank, and by client.
+    """
+
+    name: str
+    note: str = ""
+    pictures: list[plots.Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def write_report(runs: Sequence[Run], to: Path, defaults: Mapping[str, Any] | None = None) -> Path:
+    """Write the page, under a temporary name first, and return where it is.
+
+    Args:
+        runs: the runs to show, in this order.
+        to: the page's file.
+        defaults: settings of a run that says none; what of a single run differs from them is shown.
+
+    Raises:
+        ConfigError: no run was given.
+    """
+    if not runs:
+        raise ConfigError("report: expected one run folder or more, got none; name the folders to report on")
+    text = render("page.html.j2", **_parts(runs, defaults or {}))
+    return write_whole(to, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def render(template: str, **values: Any) -> str:
+    """A template of this folder, filled; every value is escaped.
+
+    Args:
+        template: the file's name.
+        values: what the template names.
+    """
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"svg": _svg, "kinds": _kinds, "sha256": _sha256}
+    return environment.get_template(template).render(values)
+
+
+def _parts(runs: Sequence[Run], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """All that the page shows, by the template's names."""
+    fairness = fairness_table(runs)
+    return {
+        "title": title(runs),
+        "result": result(runs),
+        "alarms": collapses(runs),
+        "results": plots.results(runs),
+        "over_seeds": seeds_table(runs),
+        "each_run": runs_table(runs),
+        "answers": answers_table(runs),
+        "privacy": privacy_table(runs),
+        "fairness": fairness,
+        "by_client": plots.by_client(runs) if fairness else [],
+        "exact": plots.exact(runs),
+        "aggregation": plots.aggregation(runs),
+        "tail_meaning": MEANING if any(run.series("tail_kept") for run in runs) else "",
+        "clients": _clients(runs),
+        "folded": len(runs) > 1,
+        "left_out": left_out_table(runs),
+        "differs": _differs(runs, defaults),
+        "provenance": provenance_table(runs),
+    }
+
+
+def _clients(runs: Sequence[Run]) -> list[ClientsOf]:
+    """What the clients were and did; of runs that differ in their seed alone, those of the first."""
+    firsts = [group[0] for group in groups(runs)]
+    shown, seen = [], dict[str, str]()
+    for name, run in zip(labels(firsts), firsts, strict=True):
+        picture, note = plots.data(run), ""
+        if picture and (same := seen.setdefault(str(holdings(run)), name)) != name:
+            picture, note = None, f"Rows and labels as those of {same}."
+        tables = [table for table in (ranks_table(run), clients_table(run)) if table and table.rows]
+        if picture or note or tables:
+            shown.append(ClientsOf(name, note, [picture] if picture else [], tables))
+    return shown
+
+
+def _differs(runs: Sequence[Run], defaults: Mapping[str, Any]) -> Table | None:
+    """In which settings the runs differ, or a single run from the defaults; None where in none."""
+    if len(runs) == 1:
+        table = changes_table(runs[0], defaults) if defaults else None
+    else:
+        table = differences_table([group[0] for group in groups(runs)])
+    return table if table and len(table.header) > 1 and table.rows else None
+
+
+def _svg(picture: plots.Picture) -> str:
+    """A picture as base64, for a data URI."""
+    return base64.b64encode(draw.svg(picture.figure)).decode("ascii")
+
+
+def _kinds(table: Table) -> list[str]:
+    """The CSS class of each column."""
+    return [
+        "hash" if name in ("SHA-256", "adapter") else "left" if table.left(column) else "number"
+        for column, name in enumerate(table.header)
+    ]
+
+
+def _sha256(script: str) -> str:
+    """A script's hash as a content security policy names it."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -172,7 +172,7 @@ def test_the_unexpected_where_no_log_can_be_written(
 def test_help(words: list[str], capsys: Any) -> None:
     main(words)
     said = capsys.readouterr().out
-    assert "fedlora run" in said
+    assert "sweeps" in said
     if words[:1] == ["run"]:
         [choices] = re.findall(r"^  strategy=(.*)$", said, flags=re.MULTILINE)
         assert {"fedit", "ffalora", "flexlora", "fedfold"} <= set(choices.split("|"))
@@ -181,9 +181,7 @@ def test_help(words: list[str], capsys: Any) -> None:
 
 @pytest.mark.parametrize("verb", ["report", "export", "verify", "demo"])
 def test_help_of_other_verbs(verb: str, capsys: Any) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([verb, "--help"])
-    assert caught.value.code == 0
+    main([verb, "--help"])
     assert f"fedlora {verb}" in capsys.readouterr().out
 
 

@@ -154,6 +154,7 @@ def test_an_empty_folder_is_taken(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_help_and_unknown_verbs(refused: Callable[..., str], capsys: Any) -> None:
-    main(["deploy", "--help"])
-    assert "fedlora deploy init" in capsys.readouterr().out
+    for words in (["deploy", "--help"], ["deploy"]):
+        main(words)
+        assert {"init", "start", "status", "add-site", "stop", "check"} <= {*capsys.readouterr().out.split()}
     assert "frob" in refused("deploy", "frob")

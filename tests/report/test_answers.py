@@ -1,6 +1,6 @@
 from fedlora.report import read_run
 from fedlora.report.answers import answers_table
-from fedlora.report.html import write_report
+from fedlora.report.page import write_report
 
 BASE = {"answered": 4, "exact_match": 0.25, "rouge_l": 0.3, "answers": {}}
 OWN = {

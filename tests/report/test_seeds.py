@@ -2,7 +2,7 @@ import pytest
 
 from fedlora.cli.main import main
 from fedlora.report import read_run, read_runs, seeds_table
-from fedlora.report.html import write_report
+from fedlora.report.page import write_report
 from fedlora.report.seeds import groups
 
 

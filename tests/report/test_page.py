@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import re
 from html.parser import HTMLParser
 
@@ -163,3 +165,47 @@ def test_a_collapse_stands_above_everything(make_run, tmp_path):
     alarm = "Rank collapse in FlexLoRA: a round keeps 50% of what the update holds beyond rank 2"
     assert shown.text.index(alarm) < shown.text.index("The run")
     assert ("p", {"class": "alarm"}) in shown.tags
+
+
+SECTIONS = {
+    "Over seeds": "scroll note details scroll note",
+    "Answers": "scroll note",
+    "Privacy": "scroll note",
+    "Fairness": "scroll note pictures",
+    "Aggregation": "pictures note",
+    "Clients": "details h3 scroll h3 scroll details pictures h3 scroll h3 scroll",
+    "Left out": "scroll",
+    "What differs": "scroll",
+    "Adapters and versions": "scroll note",
+}
+
+
+def test_the_parts_of_the_page_come_in_their_order(make_run, tmp_path):
+    # Repetitions over seeds, a private run, answers, a collapse and a dropped client: every part at once.
+    rounds = [{"round": at, "accuracy": at / 9, "tail_kept": 0.5} for at in (1, 2)]
+    dropped = [{"round": 2, "client": 0, "name": "a", "rank": 4, "loss": 1.0, "status": "dropped"}]
+    ledger = {"unit": "record", "budget": 8.0, "clip": 1.0, "valid": True}
+    private = {"ledger": ledger, "epsilon": 7.5, "delta": 1e-5, "exact_match": 0.5, "ranks": [8]}
+    write_report(
+        [
+            read_run(make_run("a", metrics=rounds, clients=dropped, ranks=[2, 8])),
+            read_run(make_run("b", config={"seed": 1}, metrics=rounds, ranks=[2, 8])),
+            read_run(make_run("c", "x.FedIT", {"own": 1}, **private)),
+        ],
+        tmp_path / "report.html",
+    )
+    before, *sections = re.split("<h2>", (tmp_path / "report.html").read_text("utf-8"))
+    assert " ".join(re.findall(r'class="(result|alarm|pictures)"', before)) == "result alarm pictures"
+    part = re.compile(r'<(?:p|div) class="(pictures|scroll|note)"|<(details|h3)>')
+    found = {text.partition("</h2>")[0]: part.findall(text) for text in sections}
+    assert {name: " ".join(map("".join, parts)) for name, parts in found.items()} == SECTIONS
+    assert [*found] == [*SECTIONS]
+
+
+def test_the_policy_allows_the_page_s_script_and_no_other(make_run, tmp_path):
+    write_report([read_run(make_run())], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text("utf-8")
+    (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}'" in text
+    assert "default-src 'none'" in text
