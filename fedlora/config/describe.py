@@ -34,7 +34,7 @@ def describe(
 
     strategy, client = part("strategy", spec.strategy), part("client", spec.client)
     privacy, robust = part("privacy", spec.privacy), part("robust", spec.robust)
-    engine = part("engine", spec.engine)
+    scheduler, engine = part("scheduler", spec.scheduler), part("engine", spec.engine)
     if model is None:
         unnamed.append("model")
     if data is None:
@@ -47,6 +47,7 @@ def describe(
         "strategy": strategy,
         "privacy": privacy,
         "robust": robust,
+        "scheduler": scheduler,
         "track": {"name": "none", "clients": False},
         "pairs": [],
         "compare": {},

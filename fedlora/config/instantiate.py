@@ -31,6 +31,7 @@ OURS = {
     "model": ("fedlora.models.packaged",),
     "robust": ("fedlora.robust",),
     "engine": ("fedlora.engines", "fedlora.deploy.engine"),
+    "scheduler": ("fedlora.rounds.scheduling",),
 }
 TORCH = {
     "torch.optim": optim.Optimizer,

@@ -15,6 +15,7 @@ from fedlora.engines.base import Engine
 from fedlora.errors import ConfigError
 from fedlora.privacy import ClientLevel, Privacy
 from fedlora.robust.base import Robust
+from fedlora.rounds.scheduling import Scheduler
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
 from fedlora.training.client import Client
 
@@ -35,7 +36,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
-            client, privacy, robust, engine, model (a ModelSpec), data (a DataSpec).
+            client, privacy, robust, scheduler, engine, model (a ModelSpec), data (a DataSpec).
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
@@ -70,6 +71,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         evaluate=EvaluationSpec(**plain(config.evaluate)),
         privacy=privacy,
         robust=part("robust", lambda: named(config, "robust", Robust)),
+        scheduler=part("scheduler", lambda: make(config, "scheduler", Scheduler)),
         engine=part("engine", lambda: make(config, "engine", Engine)),
         tracker=tracker,
         track_clients=of_clients,
@@ -90,10 +92,10 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
 def kept_spec(config: DictConfig) -> RunSpec:
     """The description of a run whose model and rows alone are wanted.
 
-    Its strategy, client, privacy, robust rule and engine are None: to read what a run has left, no code of
+    Its strategy, client, privacy, robust rule, scheduler and engine are None: to read what a run has left, no code of
     the user's is needed.
     """
-    return run_spec(config, dict.fromkeys(("strategy", "client", "privacy", "robust", "engine")))
+    return run_spec(config, dict.fromkeys(("strategy", "client", "privacy", "robust", "scheduler", "engine")))
 
 
 def model_spec(config: DictConfig) -> ModelSpec:

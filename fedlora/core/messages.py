@@ -136,12 +136,14 @@ class Update:
         weight: how much the client counts, by default its number of examples.
         peer: who sent it; None only where a caller combines adapters by hand.
         metrics: numbers that the client reports, such as its training loss.
+        version: the `State.round` of the state that the client started from; None where it is not known.
     """
 
     adapter: Adapter
     weight: float = 1.0
     peer: Peer | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class State:
 
     Args:
         adapter: the global adapter, in full rank; what a client gets of it is the strategy's `task`.
-        round: how many rounds have been aggregated.
+        round: how many rounds have been aggregated; it is the state's version.
         fold: module name -> what has been added to the frozen base besides the adapter; scale 1.
         memory: whatever else the strategy has to remember, as tensors.
         seed: of the strategy's own random choices.

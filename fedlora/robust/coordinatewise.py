@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from fedlora.core.algebra import dense
-from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.messages import Task, Update
 from fedlora.core.strategy import Strategy, named
+from fedlora.core.update_step import RoundUpdates
 from fedlora.core.vectors import factor_change, form, moved_factors, moved_products
 from fedlora.errors import ConfigError
 from fedlora.privacy import Privacy
-from fedlora.robust.base import Robust, Screened
+from fedlora.robust.base import Robust
 from fedlora.robust.geometry import change
 from fedlora.rounds.round_config import RoundConfig
 
@@ -49,16 +50,9 @@ class ByCoordinate(Robust):
                 f"{named(lambda s: (s.linear or s.products) and not s.personal)}, or robust=norm or krum"
             )
 
-    def screen(
-        self,
-        strategy: Strategy,
-        state: State,
-        updates: Sequence[Update],
-        tasks: Sequence[Task],
-        widest: Peer,
-    ) -> Screened:
+    def on_server(self, given: RoundUpdates) -> RoundUpdates:
         """One update that stands for all; its line says how far each client is from it."""
-        wide = strategy.task(state, widest)
+        strategy, updates, tasks, wide = given.strategy, given.updates, given.tasks, given.wide
         total, alone, size = Changes(), 0, 0
         gaps, length = torch.zeros(len(updates), dtype=torch.float64), 0.0
         values = _factors if strategy.linear else _products
@@ -75,7 +69,7 @@ class ByCoordinate(Robust):
             if update.peer
         }
         # Of two values none is the odd one out: what fewer than three hold, no rule protects.
-        return Screened([Update(moved)], [wide], notes, {"unprotected": alone / max(1, size)})
+        return given.become([Update(moved)], [wide], notes, {"unprotected": alone / max(1, size)})
 
 
 @dataclass(frozen=True)

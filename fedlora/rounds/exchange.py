@@ -1,6 +1,7 @@
-"""What was sent to which node in a round, and what of the replies is good."""
+"""What was sent to which node, and which of the replies are good."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flwr.app import ConfigRecord, Message
@@ -15,45 +16,143 @@ GRACE = 60.0  # seconds for which a message outlives its round, so that who is l
 Read = Callable[[Message, Task, Peer, int], Update]
 
 
+@dataclass(frozen=True)
+class Received:
+    """What has come of a round's messages.
+
+    Args:
+        updates: the good ones, in the order of their clients' ids.
+        tasks: what each of them answers.
+        lines: what clients.jsonl says, a line a client, in the same order.
+    """
+
+    updates: list[Update]
+    tasks: list[Task]
+    lines: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """A task that a node has not answered yet."""
+
+    peer: Peer
+    task: Task
+    round: int
+    version: int
+    bytes_down: int
+    held: Held
+
+
 class MessageExchange:
-    """Tasks out, updates in: each reply is checked against what its node was sent in this round.
+    """Tasks out, updates in: each reply is checked against the task that its node was sent.
 
     Args:
         warn: takes a line for the user about every client that is dropped.
-        patience: seconds after which a reply is missing; None for never.
+        seed: the run's, which every task carries.
+        timeout: seconds after which a reply is missing; None for never.
     """
 
-    def __init__(self, warn: Callable[[str], None], patience: float | None = None) -> None:
-        self._warn, self._patience = warn, patience
-        self._round = 0
-        self._asked = PendingMessages()
-        self._sent: dict[int, tuple[Peer, Task, int, Held]] = {}
+    def __init__(self, warn: Callable[[str], None], seed: int, timeout: float | None = None) -> None:
+        self._warn, self._seed, self._timeout = warn, seed, timeout
+        self._pending = PendingMessages()
+        self._sent: dict[int, _Sent] = {}
         self._held: dict[int, Held] = {}
         self._seen: dict[str, int] = {}  # a fold's tensor -> the last version in which a client received it
 
-    def send(
+    @property
+    def waiting(self) -> set[int]:
+        """The nodes that have not answered yet."""
+        return {*self._sent}
+
+    def message(
         self,
         node: int,
         peer: Peer,
         task: Task,
         round: int,
-        seed: int,
         version: int,
-        more: Mapping[str, ConfigRecord],
+        more: Mapping[str, ConfigRecord] | None = None,
     ) -> Message:
-        """A node's message, `more` records in it; a new round forgets what was sent before."""
-        if round != self._round:
-            self._round, self._sent, self._asked = round, {}, PendingMessages()
+        """The training message of a node, which is remembered until its reply has come.
+
+        Args:
+            node: to whom it goes.
+            peer: the client there.
+            task: what it is asked.
+            round: the round, from 1.
+            version: the `State.round` of the state that the task comes from.
+            more: records that go along.
+        """
         self._forget(version)
         held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
-        content, held = write_task(task, round, seed, held, version)
-        content.update(more)
-        self._sent[node] = (peer, task, size(content), held)
-        ttl = None if self._patience is None else self._patience + GRACE
-        return self._asked.note(Message(content, node, "train", ttl=ttl, group_id=str(round)))
+        content, held = write_task(task, round, self._seed, held, version)
+        content.update(more or {})
+        self._sent[node] = _Sent(peer, task, round, version, size(content), held)
+        ttl = None if self._timeout is None else self._timeout + GRACE
+        return self._pending.note(Message(content, node, "train", ttl=ttl, group_id=str(round)))
+
+    def receive(
+        self, round: int, replies: Iterable[Message], read: Read, keep_waiting: bool = False
+    ) -> Received:
+        """Read replies, and drop those clients whose reply is wrong or missing.
+
+        Args:
+            round: the round that the replies belong to in the logs, from 1.
+            replies: what came.
+            read: from a reply, the task that it answers, who sent it and the round in which it was asked, to
+                an update. It raises IncompatibleUpdates where the reply is no update.
+            keep_waiting: whether clients that have not answered may still do so in a later round.
+        """
+        good: list[tuple[Update, Task]] = []
+        lines: list[dict[str, Any]] = []
+        strays: set[int] = set()
+        for reply in replies:
+            # A client may reply once, and only to what it was sent.
+            node = self._pending.node(reply)
+            sent = None if node is None else self._sent.pop(node, None)
+            if node is None or sent is None:
+                self._warn(f"round {round}: a reply that nobody asked for was dropped")
+                strays.add(reply.metadata.src_node_id)
+                continue
+            line = line_of(
+                round, sent.peer, sent.bytes_down, size(reply.content) if reply.has_content() else 0
+            )
+            try:
+                update = read(reply, sent.task, sent.peer, sent.round)
+            except IncompatibleUpdates as error:
+                self._warn(f"round {round}: {sent.peer.called} dropped: {error}")
+                lines.append(line | {"status": "dropped", "reason": str(error)})
+                continue
+            self._learn(node, sent.held)
+            good.append((replace(update, version=sent.version), sent.task))
+            valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
+            told = {**update.metrics, **valid, **line}
+            lines.append({**told, "examples": int(update.weight), "status": "ok"})
+        if not keep_waiting:
+            lines += self._missing(round, strays)
+        good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
+        lines.sort(key=lambda line: int(line["client"]))
+        return Received([update for update, _ in good], [task for _, task in good], lines)
+
+    def _missing(self, round: int, strays: set[int]) -> list[dict[str, Any]]:
+        """The lines of the clients that have not answered; nobody waits for them any more."""
+        lines = []
+        for node, sent in self._sent.items():
+            why = "no reply by the end of the round"
+            why = f"{why}, but one to another message, such as a former round's" if node in strays else why
+            lines.append(line_of(round, sent.peer, sent.bytes_down, 0) | {"status": "dropped", "reason": why})
+            self._warn(f"round {round}: {sent.peer.called} dropped: {why}")
+        self._sent, self._pending = {}, PendingMessages()
+        return lines
+
+    def _learn(self, node: int, held: Held) -> None:
+        """Count on what a node has received, now that it has answered."""
+        self._held[node] = held
+        if held.version is not None:
+            self._seen |= dict.fromkeys(_folds(held).values(), held.version)
 
     def _forget(self, version: int) -> None:
-        """No longer count on folds that clients of one process have dropped by now (`Shelf`)."""
+        """No longer count on folds that clients of one process have dropped by now (`DownloadCache`)."""
         old = forgotten(self._seen, version)
         for seal in old:
             del self._seen[seal]
@@ -64,53 +163,6 @@ class MessageExchange:
                 if not (name.startswith(FOLD) and seal in old)
             }
             self._held[node] = Held(kept, held.version)
-
-    def receive(
-        self, round: int, replies: Iterable[Message], read: Read
-    ) -> tuple[list[Update], list[Task], list[dict[str, Any]]]:
-        """The good updates in the order of clients, their tasks, and a line for the log a client.
-
-        Args:
-            round: the round, from 1.
-            replies: what came.
-            read: from a reply, the task that it answers, who sent it, and the round, to an update.
-        """
-        good: list[tuple[Update, Task]] = []
-        lines: list[dict[str, Any]] = []
-        strays: set[int] = set()
-        for reply in replies:
-            # A client may reply once a round, and only to what it was sent.
-            node = self._asked.node(reply)
-            sent = None if node is None else self._sent.pop(node, None)
-            if node is None or sent is None:
-                self._warn(f"round {round}: a reply that nobody asked for was dropped")
-                strays.add(reply.metadata.src_node_id)
-                continue
-            peer, task, down, held = sent
-            up = size(reply.content) if reply.has_content() else 0
-            line = line_of(round, peer, down, up)
-            try:
-                update = read(reply, task, peer, round)
-            except IncompatibleUpdates as error:
-                self._warn(f"round {round}: {peer.called} dropped: {error}")
-                lines.append(line | {"status": "dropped", "reason": str(error)})
-                continue
-            self._held[node] = held
-            if held.version is not None:
-                self._seen |= dict.fromkeys(_folds(held).values(), held.version)
-            good.append((update, task))
-            valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
-            told = {**update.metrics, **valid, **line}
-            lines.append({**told, "examples": int(update.weight), "status": "ok"})
-        for node, (peer, _, down, _) in self._sent.items():
-            why = "no reply by the end of the round"
-            why = f"{why}, but one to another message, such as a former round's" if node in strays else why
-            lines.append(line_of(round, peer, down, 0) | {"status": "dropped", "reason": why})
-            self._warn(f"round {round}: {peer.called} dropped: {why}")
-        self._sent = {}
-        good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
-        lines.sort(key=lambda line: int(line["client"]))
-        return [update for update, _ in good], [task for _, task in good], lines
 
 
 def _folds(held: Held) -> dict[str, str]:

@@ -19,6 +19,7 @@ from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.errors import FedLoraError
 from fedlora.privacy import DPSGD, ClientLevel, Ledger
 from fedlora.privacy.client_level import ClientLevelMechanism
+from fedlora.rounds.aggregation.choice import aggregation_for
 from fedlora.rounds.loop import ServerLoop
 from fedlora.rounds.registry import ClientRegistry
 from fedlora.storage.client_state import DownloadCache
@@ -180,7 +181,7 @@ class Session:
         for line in loop.rounds(grid):
             self.state = loop.state
             yield line
-        own = loop.last_look(grid)
+        own = loop.evaluate_clients(grid)
         self._check_anything_came()
         ledgers = self._ledgers(sites is not None, [])
         answers = made.answers(Task(loop.state.whole()))
@@ -215,9 +216,9 @@ class Session:
             self.display,
             self.done,
             partial(self._spent, sites is not None),
-            central,
-            self.spec.robust,
+            aggregation_for(made.rules, central, [self.spec.robust] if self.spec.robust else []),
             UpdateLog(folder.path) if self.spec.record_updates else None,
+            self.spec.scheduler,
         )
 
     def _check_anything_came(self) -> None:

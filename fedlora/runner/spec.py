@@ -17,6 +17,7 @@ from fedlora.models import LoRA
 from fedlora.privacy import DPSGD, Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.round_config import RoundConfig
+from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.training.client import Client
 
 Partitioner = Callable[[Sequence[Row], int | None, np.random.Generator], Sequence[Sequence[int]]]
@@ -169,6 +170,7 @@ class RunSpec:
         evaluate: when and on what to evaluate.
         privacy: differential privacy of records or of clients; None without.
         robust: a rule against poisoned updates; None without.
+        scheduler: when clients are sent tasks, and when their updates are aggregated.
         engine: where the clients run.
         tracker: where the numbers of every round go beside the run's own files; None for nowhere.
         track_clients: whether every client's own numbers go there, too.
@@ -194,6 +196,7 @@ class RunSpec:
     evaluate: EvaluationSpec = field(default_factory=EvaluationSpec)
     privacy: Privacy | None = None
     robust: Robust | None = None
+    scheduler: Scheduler = field(default_factory=Synchronous)
     engine: Engine = field(default_factory=InProcess)
     tracker: Tracker | None = None
     track_clients: bool = False

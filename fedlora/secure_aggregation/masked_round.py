@@ -20,6 +20,7 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Peer, Task, Update
 from fedlora.core.vectors import clipped, embed, flat, form, split, with_shared
 from fedlora.errors import IncompatibleUpdates
+from fedlora.rounds.aggregation.base import Delivery
 from fedlora.rounds.codec import array_of, metrics_of, told
 from fedlora.rounds.exchange import line_of
 from fedlora.secure_aggregation.crypto import POINT, Words, decode, encode
@@ -95,7 +96,7 @@ def write_masked(
     return RecordDict({"arrays": ArrayRecord({"masked": masked}), "metrics": numbers})
 
 
-class SecureSum:
+class SecureSum(Delivery):
     """The server's side of one such round.
 
     Args:
@@ -123,7 +124,7 @@ class SecureSum:
         cap: int | None = None,
     ) -> None:
         self.exchange = SecureRound(grid, nodes, round)
-        self.nodes = self.exchange.open()
+        super().__init__(self.exchange.open())
         scales = {name: pair.scale for name, pair in wide.adapter.pairs.items()}
         self._terms = Terms(form(wide), scales, len(self.nodes), uniform, clip, cap)
         self._wide, self._vectors = wide, dict[int, Words]()

@@ -118,7 +118,7 @@ ELSEWHERE = {
     "fedlora.models.packaged.tiny": "model",
     "fedlora.strategies.FedIT": "strategy",
     "fedlora.privacy.DPSGD": "privacy",
-    "fedlora.robust.base.Krum": "robust",
+    "fedlora.robust.krum.Krum": "robust",
 }
 
 

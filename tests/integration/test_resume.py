@@ -171,7 +171,7 @@ def test_control_c_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        import fedlora.rounds.loop as module
+        import fedlora.rounds.aggregation.base as module
 
         real, calls = module.read_update, [0]
 

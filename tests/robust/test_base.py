@@ -11,10 +11,13 @@ from flwr.serverapp.strategy.multikrum import select_multikrum
 from fedlora import strategies
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, Update
+from fedlora.core.update_step import RoundUpdates
 from fedlora.errors import ConfigError
 from fedlora.privacy import ClientLevel
-from fedlora.robust.base import Krum, NormBound, capped, krum_scores
+from fedlora.robust.base import capped
 from fedlora.robust.coordinatewise import Median, TrimmedMean
+from fedlora.robust.krum import Krum, krum_scores
+from fedlora.robust.norm_bound import NormBound
 from fedlora.rounds.round_config import RoundConfig
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
@@ -49,7 +52,7 @@ def length(np64, task, adapter):
 
 def screened(rule, strategy, state, updates):
     tasks = [strategy.task(state, u.peer) for u in updates]
-    return rule.screen(strategy, state, updates, tasks, Peer(0, 4)), tasks
+    return rule.on_server(RoundUpdates(strategy, state, updates, tasks, Peer(0, 4))), tasks
 
 
 def boosted(strategy, state, update, boost):

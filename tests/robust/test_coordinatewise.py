@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedlora import strategies
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, Update
+from fedlora.core.update_step import RoundUpdates
 from fedlora.robust.coordinatewise import Median, TrimmedMean, middle
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
@@ -24,7 +25,7 @@ MIXED = [Peer(i, r) for i, r in enumerate((4, 2, 3, 1, 4))]
 
 def one_update(rule, strategy, state, updates, widest=4):
     tasks = [strategy.task(state, u.peer) for u in updates]
-    kept = rule.screen(strategy, state, updates, tasks, Peer(0, widest))
+    kept = rule.on_server(RoundUpdates(strategy, state, updates, tasks, Peer(0, widest)))
     assert len(kept.updates) == len(kept.tasks) == 1
     return kept, tasks
 

@@ -218,7 +218,7 @@ def test_the_last_look_is_at_what_every_client_then_has(lab: Any, watched: Any, 
     options = {**site(tmp_path, "a"), "held_out": True}
     ran = lab.run(FedSALoRA(), [4] * 4, client=watched(), site=options, **rules)
     before = len(ran.client.seen)
-    own = ran.federation.last_look(ran.grid)
+    own = ran.federation.evaluate_clients(ran.grid)
     assert list(own) == [0, 1, 2, 3]  # those that were not sampled, too
     assert len(ran.client.seen) == before
     memory, state = ClientStore(tmp_path / "memory-a"), ran.federation.state
@@ -230,7 +230,7 @@ def test_the_last_look_is_at_what_every_client_then_has(lab: Any, watched: Any, 
         want += sum(float(pair.A.double().sum()) for pair in state.adapter.pairs.values())
         assert told["local_loss"] == pytest.approx(want)
         assert told["num-examples"] == c + 1  # a tenth of its rows
-    again = ran.federation.last_look(ran.grid)
+    again = ran.federation.evaluate_clients(ran.grid)
     assert again == own
 
 
@@ -245,7 +245,7 @@ def test_a_last_look_that_fails_or_diverged_is_told_and_left_out(
         return [(float("nan") if assignments[0].client == 2 else 2.0, 0.5)]
 
     monkeypatch.setattr(watched, "evaluate", evaluate)
-    own = ran.federation.last_look(ran.grid)
+    own = ran.federation.evaluate_clients(ran.grid)
     assert own[0] == {"num-examples": 1, "local_loss": 2.0, "local_accuracy": 0.5}
     assert 1 not in own
     assert "local_loss" not in own[2]
@@ -254,4 +254,4 @@ def test_a_last_look_that_fails_or_diverged_is_told_and_left_out(
 
 def test_without_the_rule_there_is_no_last_look(lab: Any) -> None:
     ran = lab.run(FedIT())
-    assert ran.federation.last_look(ran.grid) == {}
+    assert ran.federation.evaluate_clients(ran.grid) == {}

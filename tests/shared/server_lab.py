@@ -20,9 +20,12 @@ from fedlora.core.strategy import Strategy
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.engines.in_process import InProcessGrid
 from fedlora.privacy.client_level import ClientLevelMechanism
+from fedlora.rounds.aggregation.base import Aggregation
+from fedlora.rounds.aggregation.choice import aggregation_for
 from fedlora.rounds.loop import ServerLoop
 from fedlora.rounds.registry import ClientRegistry
 from fedlora.rounds.round_config import RoundConfig
+from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.seeds import generator
 from fedlora.storage.run_folder import RunFolder
 from fedlora.training.client import Client, TrainRequest, TrainResult
@@ -91,6 +94,7 @@ class Ran:
     console: StringIO
     client: Noise
     grid: InProcessGrid
+    progress: Progress
 
     @property
     def text(self) -> str:
@@ -150,7 +154,14 @@ class Lab:
         site = self.site(client, more.pop("rows", None), **more.pop("site", {}))
         return InProcessGrid(site, nodes, fuse, **more)
 
-    def run(
+    def run(self, strategy: Strategy, *args: Any, **more: Any) -> Ran:
+        """A whole run, of what `prepare` makes."""
+        ran = self.prepare(strategy, *args, **more)
+        with ran.progress:
+            ran.federation.run(ran.grid)
+        return ran
+
+    def prepare(
         self,
         strategy: Strategy,
         ranks: Sequence[int] = (4, 4, 4),
@@ -166,6 +177,8 @@ class Lab:
         roster: Mapping[str, Any] | None = None,
         central: ClientLevelMechanism | None = None,
         most: int | None = None,
+        aggregation: Aggregation | None = None,
+        scheduler: Scheduler | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
@@ -188,22 +201,22 @@ class Lab:
         def named(loss: float, right: float) -> dict[str, float]:
             return {"loss": loss, "accuracy": right}
 
+        config = RoundConfig(rounds=rounds, seed=rules.pop("seed", 0), **rules)
         federation = ServerLoop(
             strategy,
             strategy.init(self.adapter(most or max(ranks))),
             ClientRegistry(
                 peer, most or max(ranks), progress.warn, mixed=strategy.mixed_ranks, **(roster or {})
             ),
-            RoundConfig(rounds=rounds, seed=rules.pop("seed", 0), **rules),
+            config,
             evaluate or score,
             named,
             folder,
             progress,
-            central=central,
+            aggregation=aggregation or aggregation_for(config, central),
+            scheduler=scheduler or Synchronous(),
         )
-        with progress:
-            federation.run(grid)
-        return Ran(federation, folder, said, client, grid)
+        return Ran(federation, folder, said, client, grid, progress)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,12 +33,13 @@ class World:
     def receive(self, answers: Callable[[list[Message]], list[Message]]) -> Any:
         """What the inbox makes of the replies to a round; how they find their task is its business."""
         warned: list[str] = []
-        inbox, asked = MessageExchange(warned.append), []
+        inbox, asked = MessageExchange(warned.append, seed=0), []
         for k, (peer, task) in enumerate(zip(self.peers, self.tasks, strict=True)):
-            message = inbox.send(1000 + k, peer, task, self.ROUND, 0, 0, {})
+            message = inbox.message(1000 + k, peer, task, self.ROUND, 0)
             message.metadata.__dict__["_message_id"] = f"message-{k}"
             asked.append(message)
-        return *inbox.receive(self.ROUND, answers(asked), read_update), warned
+        found = inbox.receive(self.ROUND, answers(asked), read_update)
+        return found.updates, found.tasks, found.lines, warned
 
     def judge(self, evil: Callable[[Message], Message], position: int, word: str) -> None:
         """Send the reply among honest ones: it alone must be dropped, and all else be as without it."""

@@ -1,0 +1,40 @@
+"""Aggregation where the server sees every update, with a list of steps between updates and strategy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedlora.core.update_step import RoundUpdates, UpdateStep
+from fedlora.rounds.aggregation.base import Aggregated, Aggregation, Delivery
+from fedlora.rounds.sanity_checks import check_state, check_updates
+
+
+@dataclass(frozen=True)
+class PlainAggregation(Aggregation):
+    """The strategy combines the clients' updates, after each step has made of them what it makes of them.
+
+    Args:
+        steps: applied in their order, such as a robust rule.
+        uniform: whether clients count alike, instead of by their numbers of examples.
+    """
+
+    steps: Sequence[UpdateStep] = ()
+    uniform: bool = False
+
+    def least(self, needed: int) -> int:
+        """What the settings ask for, and what every step needs."""
+        return max([needed, *(step.least for step in self.steps)])
+
+    def aggregate(self, given: RoundUpdates, delivery: Delivery, rng: np.random.Generator) -> Aggregated:
+        """Steps, strategy, and the checks of both ends."""
+        if self.uniform:
+            given = given.become([replace(update, weight=1.0) for update in given.updates])
+        odd = [*check_updates(given.updates, given.tasks)]
+        for step in self.steps:
+            given = step.on_server(given)
+        before = given.state
+        state = given.strategy.aggregate(before, given.updates, rng)
+        numbers, wrong = check_state(given.strategy, before, state, given.updates, given.tasks)
+        metrics = {**state.metrics, **given.metrics, **numbers}
+        return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates)
