@@ -1,6 +1,8 @@
 """Rules against poisoned updates, between the clients and the strategy."""
 
-from fedlora.robust.base import Krum, NormBound, Robust
+from fedlora.robust.base import Robust
 from fedlora.robust.coordinatewise import Median, TrimmedMean
+from fedlora.robust.krum import Krum
+from fedlora.robust.norm_bound import NormBound
 
 __all__ = ["Krum", "Median", "NormBound", "Robust", "TrimmedMean"]
