@@ -18,6 +18,7 @@ from fedlora.engines.in_process import InProcess
 from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, ClientLevel, Privacy
 from fedlora.robust.base import Robust
+from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
 from fedlora.training.client import Client
 
@@ -58,6 +59,7 @@ class Settings:
         evaluate: an EvaluationSpec, or a dict of its fields.
         privacy: a DPSGD or a ClientLevel; None without.
         robust: a rule against poisoned updates; None without.
+        scheduler: when clients are asked and updates aggregated; None waits for all that a round asks.
         engine: where clients run; None takes this process.
     """
 
@@ -88,6 +90,7 @@ class Settings:
     evaluate: EvaluationSpec | Mapping[str, Any] = field(default_factory=EvaluationSpec)
     privacy: Privacy | None = None
     robust: Robust | None = None
+    scheduler: Scheduler | None = None
     engine: Engine | None = None
 
     def spec(self) -> RunSpec:
@@ -115,6 +118,7 @@ class Settings:
             evaluate=_as(EvaluationSpec, self.evaluate, "evaluate"),
             privacy=self._privacy(),
             robust=self.robust,
+            scheduler=self.scheduler or Synchronous(),
             engine=self.engine or InProcess(),
             clients=clients,
             clients_per_round=self.clients_per_round,

@@ -92,8 +92,8 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
 def kept_spec(config: DictConfig) -> RunSpec:
     """The description of a run whose model and rows alone are wanted.
 
-    Its strategy, client, privacy, robust rule, scheduler and engine are None: to read what a run has left, no code of
-    the user's is needed.
+    Its strategy, client, privacy, robust rule, scheduler and engine are None: to read what a run has left, no
+    code of the user's is needed.
     """
     return run_spec(config, dict.fromkeys(("strategy", "client", "privacy", "robust", "scheduler", "engine")))
 
