@@ -114,11 +114,11 @@ def the_order_of_updates_changes_no_bit(one: Round) -> None:
 
 def nothing_that_is_given_changes(one: Round) -> None:
     """State in, state out: neither the state nor an update is written to."""
-    before = one.state.digest(), [update.adapter.digest() for update in one.updates]
+    before = _digests(one)
     for peer in one.peers:
         one.strategy.task(one.state, peer)
     one.aggregate()
-    if before != (one.state.digest(), [update.adapter.digest() for update in one.updates]):
+    if before != _digests(one):
         raise Broken("aggregate or task writes into a tensor that it was given; make new ones")
 
 
@@ -238,6 +238,12 @@ PROMISES: tuple[Callable[[Round], None], ...] = (
     linear_means_that_a_mean_is_enough,
     a_state_survives_its_file,
 )
+
+
+def _digests(one: Round) -> list[str]:
+    """Digests of all that a round was given, of copies, since a state keeps its own."""
+    adapters = [dataclasses.replace(update.adapter) for update in one.updates]
+    return [dataclasses.replace(one.state).digest(), *(adapter.digest() for adapter in adapters)]
 
 
 def _federation(strategy: Strategy, seed: int) -> Iterator[Round]:
