@@ -1,6 +1,7 @@
 """Every Python block of the pages runs as it is printed, in the order of its page, on the tiny model."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,21 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         r"^```python\n(.*?)^```", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
     ):
         exec(compile(block, str(page), "exec"), module)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    notebook = nbformat.read(DOCS / "first.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of jupyter about itself
+        client.execute()
+    said = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert any("<table>" in str(output.get("data", {}).get("text/html", "")) for output in said)
+    assert any("PeftModel" in output.get("text", "") for output in said)
 
 
 def test_pages_to_extend_fedlora_are_short() -> None:
