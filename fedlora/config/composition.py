@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from omegaconf.errors import (
 )
 
 from fedlora.errors import ConfigError
+
+from . import strategies
 
 PATHS = ("out", "resume", "data.train", "data.test", "data.path", "model.path", "lora.adapter")
 COLUMNS = tuple(f"data.{role}" for role in ("text", "label", "prompt", "response", "client"))  # 1 is a name
@@ -101,8 +104,17 @@ class _Studies(SearchPathPlugin):
 
 def hydra_here() -> AbstractContextManager[Any]:
     """Hydra, while it stands at our configuration groups."""
-    Plugins.instance().register(_Studies)
+    _know_choices()
     return hydra.initialize_config_module("fedlora.config.conf", version_base="1.3")
+
+
+def _know_choices() -> None:
+    """Tell Hydra of the choices that are no file of our own folder: studies, and most strategies."""
+    Plugins.instance().register(_Studies)
+    written = {file.name for file in (resources.files("fedlora.config.conf") / "strategy").iterdir()}
+    for name, choice in strategies.choices().items():
+        if f"{name}.yaml" not in written:
+            ConfigStore.instance().store(group="strategy", name=name, node=choice.node)
 
 
 def register() -> None:
@@ -114,7 +126,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
     OmegaConf.register_new_resolver("dealt", lambda n, how: None if how == "natural" else n, replace=True)
     ConfigStore.instance().store(name="schema", node=Schema)
-    Plugins.instance().register(_Studies)
+    _know_choices()
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlora.config import composition
+from fedlora.config import composition, strategies
 from fedlora.errors import ConfigError
 
 LINE = re.compile(r"^( *)(\w+):(.*)$")
@@ -78,6 +78,8 @@ def explained(words: Sequence[str] = ()) -> str:
     said = comments()
     for group in groups.keys() - {"experiment"}:  # says why a study sets what, and not what a key means
         said |= comments(group, chosen.get(group))
+    own = strategies.choices().get(str(chosen.get("strategy")))
+    said |= {f"strategy.{name}": words for name, words in own.comments.items()} if own else {}
     lines = ["fedlora run [GROUP=CHOICE] [KEY=VALUE] ...", "", "Groups:"]
     lines += [f"  {group}={'|'.join(found)}" for group, found in groups.items()]
     lines += ["", "Keys, their defaults with these choices, and what they mean:", ""]
