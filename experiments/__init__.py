@@ -1,1 +1,1 @@
-"""What a reader of our results runs: settings of studies, benchmarks, studies and what they found."""
+"""What a reader of the papers runs: settings of experiments, benchmarks, and studies with their results."""

@@ -27,9 +27,10 @@ def test_the_readme_is_short():
 
 
 def test_links_lead_somewhere():
-    for path, text in PAGES.items():
+    studies = (ROOT / "experiments").rglob("*.md")
+    for path, text in (PAGES | {path: path.read_text(encoding="utf-8") for path in studies}).items():
         for link in re.findall(r"\]\(([^)#]+)", text):
-            assert "://" in link or (path.parent / link).exists(), f"{path.name}: {link}"
+            assert "://" in link or (path.parent / link).exists(), f"{path}: {link}"
 
 
 def test_the_example_algorithm_runs_as_it_is_printed():

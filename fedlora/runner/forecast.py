@@ -23,7 +23,7 @@ from fedlora.training.trainer import FitJob, fit
 
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
 ROUNDS = 3  # of nothing but noise; more grow alike and take longer
-# Signal over noise of a whole run, at best: what was measured is in experiments/results/privacy.
+# Signal over noise of a whole run, at best: what was measured is in experiments/studies/privacy.
 HOPELESS, HARD = 10.0, 20.0
 
 

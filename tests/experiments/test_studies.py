@@ -1,23 +1,66 @@
+"""Studies: each holds its page and what makes it; the commands compose; the tasks of one are cut fairly."""
+
 import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedlora.config.composition import compose
 from fedlora.data.files import load
 
-SCRIPT = Path(__file__).parents[2] / "experiments" / "studies" / "instructions.py"
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted(path for path in (ROOT / "experiments" / "studies").iterdir() if path.is_dir())
+MADE_ELSEWHERE = {"deploy": "tests/deploy/network.py", "speed": "experiments.benchmarks.peers"}
+OF_COMMANDS = ["algorithms", "heterogeneity", "privacy", "report", "scale"]
+
+
+def load_script(study: str) -> Any:
+    path = ROOT / "experiments" / "studies" / study / "make.py"
+    spec = importlib.util.spec_from_file_location(f"make_{study}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("instructions", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("instructions")
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
+def test_a_study_holds_its_page_and_names_what_makes_it(study: Path) -> None:
+    page = (study / "README.md").read_text(encoding="utf-8")
+    assert page.startswith("# ")
+    if study.name in MADE_ELSEWHERE:
+        assert MADE_ELSEWHERE[study.name] in page
+    else:
+        assert (study / "make.py").is_file()
+        assert "make.py" in page
+
+
+@pytest.mark.parametrize("study", OF_COMMANDS)
+def test_the_commands_of_a_study_can_be_run(study: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    module = load_script(study)
+    monkeypatch.setattr(module.subprocess, "run", lambda words, check: asked.append(words))
+    module.main()
+    assert len(asked) > 1
+    for program, verb, *words in asked:
+        if program == "python":
+            assert (ROOT / verb).is_file()
+        elif verb in ("run", "compare"):
+            settings = [word for word in words if re.match(r"[a-z]\S*=", word)]
+            settings = [word for word in settings if not word.startswith("hydra.")]
+            compose([word if "[" in word else word.split(",")[0] for word in settings])
+        else:
+            assert (program, verb) == ("fedlora", "report")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What malicious clients do to a run, with and without a robust rule: accuracy after a few rounds.
 
-    python experiments/benchmarks/poisoning.py [--out experiments/results/poisoning] [--seeds 0]
+    python experiments/studies/poisoning/make.py [--out experiments/studies/poisoning] [--seeds 0]
 
 MiniLM on TREC, 10 clients of which 3 are malicious. "sign" sends five times the change turned round, "labels"
 trains on wrong labels. Each rule is told how many there are, which in life nobody is. One core.

@@ -1,6 +1,6 @@
 """kill -9 at random instants: does a resumed run end in the adapter of the one that nothing interrupted?
 
-    python experiments/benchmarks/kill.py [--kills 20] [--seed 0]
+    python experiments/studies/crash/make.py [--kills 20] [--seed 0]
 
 Every run is a process of its own on the tiny model. It is killed in a round that is drawn, or after the last,
 at an instant that is drawn too, and resumed; every fourth is killed again while it is resumed. A run that had

@@ -1,6 +1,6 @@
 """What mixed ranks do to the tail of an update: rounds in which nobody learns, and rounds of a known target.
 
-    python experiments/benchmarks/no_op.py [--ranks 2 4 8 16] [--sampled 8 2] [--out DIR]
+    python experiments/studies/rank_collapse/make.py [--ranks 2 4 8 16] [--sampled 8 2] [--out DIR]
 
 Still: the server starts from an update of 16 directions and clients send back what they were sent; the table
 has what is left of σ_i. Learning: every client has rows of one linear map W*, of full rank, and takes plain
@@ -31,6 +31,12 @@ from fedlora.rounds.codec import Held, write_task
 from fedlora.seeds import generator
 from fedlora.strategies import FedFold, FlexLoRA, FLoRA, HetLoRA, RaFLoRA
 
+INTRODUCTION = """
+What happens to the directions of an update that only the clients of larger ranks can hold. A mean in which
+the other clients count as zeros shrinks them every round; a mean over those that hold them, or an exact sum,
+does not. The numbers and the picture are written by
+`python experiments/studies/rank_collapse/make.py --out experiments/studies/rank_collapse`.
+"""
 Train = Callable[[int, Task], Adapter]
 D_OUT, D_IN, SCALE, M = 24, 32, 2.0, "layer"
 SHOWN = (1, 3, 5, 9, 16)  # the first direction of each partition of ranks 2, 4, 8, 16, and the last of all
@@ -243,11 +249,11 @@ def main() -> None:
     print(text)
     if given.out:
         given.out.mkdir(parents=True, exist_ok=True)
-        draw(found, nearest, rank).savefig(given.out / "no_op.png", dpi=110, metadata={"Software": None})
-        page = (
-            f"`python experiments/benchmarks/no_op.py`\n\n{text}\n![σ and distance over rounds](no_op.png)\n"
+        draw(found, nearest, rank).savefig(
+            given.out / "rank_collapse.png", dpi=110, metadata={"Software": None}
         )
-        (given.out / "no_op.md").write_text(page, encoding="utf-8")
+        page = f"# Rank collapse\n{INTRODUCTION}\n{text}\n![σ and distance over rounds](rank_collapse.png)\n"
+        (given.out / "README.md").write_text(page, encoding="utf-8")
         record = {
             "settings": {k: v for k, v in vars(given).items() if k != "out"},
             "nearest": nearest,
@@ -259,7 +265,7 @@ def main() -> None:
                 for k, (_, done) in found.items()
             },
         }
-        (given.out / "no_op.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        (given.out / "rank_collapse.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

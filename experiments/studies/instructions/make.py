@@ -1,6 +1,6 @@
 """Seventeen tasks as clients, a file each: P3 templates in the form that `data=files` reads.
 
-    python experiments/studies/instructions.py SOURCE TARGET
+    python experiments/studies/instructions/make.py SOURCE TARGET
 
 SOURCE holds one .jsonl file a task with `prompt` and `completion`, as data/finetuning/t0_train_50k/
 data_per_template of https://github.com/yizhongw/self-instruct does; files of another form are left out.

@@ -1,6 +1,6 @@
 """Epsilon by the ledger against Google's dp-accounting, for ten histories.
 
-    pip install dp-accounting && python experiments/benchmarks/accountants.py
+    pip install dp-accounting && python experiments/studies/privacy/accountants.py
 
 The ledger's bounds are Opacus' PRV and Renyi accountants; dp-accounting's are its privacy loss distribution,
 the tightest that there is, and its own Renyi accountant.
