@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fedlora.core.adapter import Adapter
-from fedlora.core.algebra import truncate
+from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base
 from fedlora.privacy import DPSGD, Plan, self_test
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
-from fedlora.training.rules import RankPruning
+from fedlora.training.rules.base import LocalRule, check_private, rules_of
 from fedlora.training.trainer import FitJob, Parameters, descend, fit
 
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)  # the default of `optimizer`
@@ -50,6 +50,7 @@ class LocalTraining(Client):
             None chooses by the rows.
         privacy: differential privacy of each row; batches are then drawn at random, of `batch_size` rows on
             the average, `clip` is off beside the privacy's own, and no loss is reported unless it may be.
+        rules: what bends the training, such as `FedProx`; beside the rules that a strategy's task brings.
     """
 
     lr: float
@@ -64,8 +65,10 @@ class LocalTraining(Client):
     warmup: float = 0.0
     micro_tokens: int | None = None
     privacy: DPSGD | None = None
+    rules: Sequence[LocalRule] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
         for name in ("batch_size", "epochs", "steps", "micro_tokens"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value >= 1):
@@ -78,17 +81,31 @@ class LocalTraining(Client):
             raise ConfigError(f"client.schedule: expected constant, linear or cosine, got '{self.schedule}'")
         if not 0 <= self.warmup <= 1:
             raise ConfigError(f"client.warmup: expected a share from 0 to 1, got {self.warmup}")
+        for rule in self.rules:
+            if not isinstance(rule, LocalRule):
+                raise ConfigError(f"client.rules: expected local rules, got a {type(rule).__name__}")
+            if rule.replies(Adapter({})):
+                raise ConfigError(
+                    f"client.rules: {type(rule).__name__} changes ranks, which the server has to expect; use "
+                    "a strategy that brings it, such as hetlora"
+                )
+        if self.privacy is not None:
+            check_private(self.rules)
 
     def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Train all assignments in one pass; what is a client's own goes on from its memory and into it."""
         if self.privacy is not None:
             return self._train_privately(base, assignments, self.privacy)
-        jobs = [FitJob(replace(a.task, adapter=a.start), self.batches(a)) for a in assignments]
+        jobs = [FitJob(self._task(a), self.batches(a)) for a in assignments]
         fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, self.clip, self.micro_tokens)
         return [
-            replace(_outcome(a, f.adapter), metrics={"loss": f.loss, "steps": float(f.steps)})
-            for a, f in zip(assignments, fitted, strict=True)
+            replace(_outcome(a, job.task, f.adapter), metrics={"loss": f.loss, "steps": float(f.steps)})
+            for a, job, f in zip(assignments, jobs, fitted, strict=True)
         ]
+
+    def with_rules(self, rules: Sequence[LocalRule]) -> "LocalTraining":
+        """The same training with more rules, after those that it has."""
+        return replace(self, rules=(*self.rules, *rules))
 
     def privately(self, privacy: DPSGD) -> "LocalTraining":
         """The same training by DP-SGD."""
@@ -113,19 +130,20 @@ class LocalTraining(Client):
         for a, plan in zip(assignments, plans, strict=True):
             if why := plan.refusal(a.ledger):
                 raise ConfigError(why)
-            task = replace(a.task, adapter=a.start)
+            task = self._task(a)
+            check_private(rules_of(task))
             self_test(base, task)
             mechanism = plan.mechanism(a.client, a.round)
             drawn = [mechanism.source.chosen(len(a.rows), plan.q) for _ in range(plan.steps)]
             jobs.append(FitJob(task, [[a.rows[i] for i in batch] for batch in drawn], mechanism))
         fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, None, self.micro_tokens)
         outcomes = []
-        for a, f, plan in zip(assignments, fitted, plans, strict=True):
+        for a, job, f, plan in zip(assignments, jobs, fitted, plans, strict=True):
             ledger, examples = plan.after(a.ledger), None if privacy.public_counts else 1
             metrics = privacy.told(plan, ledger)
             if privacy.public_metrics and f.clipped is not None:
                 metrics |= {"loss": f.loss, "clipped": f.clipped}
-            made = _outcome(a, f.adapter)
+            made = _outcome(a, job.task, f.adapter)
             outcomes.append(replace(made, metrics=metrics, ledger=ledger, examples=examples))
         return outcomes
 
@@ -136,9 +154,21 @@ class LocalTraining(Client):
         losses: Callable[[list[Example]], Tensor],
         batches: Sequence[Sequence[Example]],
     ) -> tuple[float, int]:
-        """The same kind of steps for one client, on a loss of the caller's; see `trainer.descend`."""
+        """The same kind of steps for one client, on a loss of the caller's; see `trainer.descend`.
+
+        Raises:
+            ConfigError: there are rules, which such steps do not follow.
+        """
+        if self.rules:
+            names = ", ".join(type(rule).__name__ for rule in self.rules)
+            raise ConfigError(f"client: steps on a loss of its own follow no local rule, got {names}")
         made, tokens = self.make_optimizer, self.micro_tokens
         return descend(base, parameters, losses, batches, made, self.rate_factor, self.clip, tokens)
+
+    def _task(self, assignment: TrainRequest) -> Task:
+        """The task of a round from where the client starts, with the user's rules after the strategy's."""
+        task = assignment.task
+        return replace(task, adapter=assignment.start, method=(*task.method, *self.rules))
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
         """Rows of a step times the mean length of a row."""
@@ -181,22 +211,10 @@ class LocalTraining(Client):
         return shapes[self.schedule]
 
 
-def _outcome(assignment: TrainRequest, trained: Adapter) -> TrainResult:
-    """What was trained, pruned where the task says so, and what of it is the client's own."""
-    tensors, task = dict(trained.tensors()), assignment.task
-    rule = task.part(RankPruning)
-    adapter = trained if rule is None else pruned(trained, assignment.start, rule)
-    return TrainResult(adapter, {}, {name: tensors[name] for name in task.own()})
-
-
-def pruned(trained: Adapter, start: Adapter, tail: RankPruning) -> Adapter:
-    """HetLoRA's self-pruning: every pair loses its tail where training has made the tails lighter in all."""
-
-    def weight(adapter: Adapter) -> float:
-        cuts = [(pair, tail.start(pair.rank)) for pair in adapter.pairs.values()]
-        return sum(float(p.B[:, cut:].double().norm() * p.A[cut:].double().norm()) for p, cut in cuts)
-
-    if not weight(trained) < weight(start):
-        return trained
-    pairs = {name: truncate(pair, tail.pruned(pair.rank)) for name, pair in trained.pairs.items()}
-    return Adapter(pairs, trained.extra)
+def _outcome(assignment: TrainRequest, task: Task, trained: Adapter) -> TrainResult:
+    """What was trained, after the last word of the rules, and what of it is the client's own."""
+    adapter = trained
+    for rule in rules_of(task):
+        adapter = rule.finish(adapter, task.adapter)
+    tensors = dict(adapter.tensors())
+    return TrainResult(adapter, {}, {name: tensors[name] for name in assignment.task.own()})

@@ -26,6 +26,7 @@ from fedlora.errors import ConfigError
 from fedlora.models import Base
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
+from fedlora.training.rules.base import LocalRule
 
 from .local import LocalTraining
 
@@ -98,6 +99,10 @@ class PoisonedTraining(Client):
     def evaluate(self, base: Base, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         """As in local training."""
         return self.local.evaluate(base, assignments)
+
+    def with_rules(self, rules: Sequence[LocalRule]) -> "PoisonedTraining":
+        """The same with rules in its local training."""
+        return replace(self, local=self.local.with_rules(rules))
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
         """As many as in local training."""

@@ -34,6 +34,7 @@ from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base
 from fedlora.training.client import Client, TrainRequest, TrainResult
+from fedlora.training.rules.base import LocalRule
 
 from .local import LocalTraining
 
@@ -89,6 +90,10 @@ class SlicedTraining(Client):
     def evaluate(self, base: Base, assignments: Sequence[TrainRequest]) -> list[tuple[float, float]]:
         """As in local training."""
         return self.local.evaluate(base, assignments)
+
+    def with_rules(self, rules: Sequence[LocalRule]) -> "SlicedTraining":
+        """The same with rules in its local training."""
+        return replace(self, local=self.local.with_rules(rules))
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
         """As many as in local training."""

@@ -26,7 +26,7 @@ from fedlora.training.generation import answer
 
 from .scratch import Scratch
 
-PARTS = ("strategy", "client", "privacy", "robust", "scheduler", "engine", "model", "data")
+PARTS = ("strategy", "client", "privacy", "robust", "rule", "scheduler", "engine", "model", "data")
 
 
 class Run:

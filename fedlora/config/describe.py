@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from fedlora.runner.spec import RunSpec
 
-PUBLIC = ("fedlora.strategies", "fedlora.clients", "fedlora.privacy")
+PUBLIC = ("fedlora.strategies", "fedlora.clients", "fedlora.privacy", "fedlora.training.rules")
 
 
 def describe(
@@ -47,6 +47,7 @@ def describe(
         "strategy": strategy,
         "privacy": privacy,
         "robust": robust,
+        "rule": part("rule", spec.rule),
         "scheduler": scheduler,
         "track": {"name": "none", "clients": False},
         "pairs": [],

@@ -25,10 +25,11 @@ from fedlora.errors import CheckpointError, ConfigError, FedLoraError
 # only `data` may read them: a server must not have a site open a file by the way of, say, `client`.
 OURS = {
     "strategy": ("fedlora.strategies",),
-    "client": ("fedlora.clients",),
+    "client": ("fedlora.clients", "fedlora.training.rules"),
     "privacy": ("fedlora.privacy",),
     "data": ("fedlora.data",),
     "model": ("fedlora.models.packaged",),
+    "rule": ("fedlora.training.rules",),
     "robust": ("fedlora.robust",),
     "engine": ("fedlora.engines", "fedlora.deploy.engine"),
     "scheduler": ("fedlora.rounds.scheduling",),
@@ -190,7 +191,8 @@ def make(config: DictConfig, key: str, kind: type = object) -> Any:
         FedLoraError: what the target itself raises, or a ConfigError in one line for anything else.
     """
     try:
-        made = hydra.utils.instantiate(checked(config, key))
+        # Lists as they are: in Hydra's own a dataclass, such as a local rule, would become a configuration.
+        made = hydra.utils.instantiate(checked(config, key), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, FedLoraError):

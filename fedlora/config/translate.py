@@ -18,6 +18,7 @@ from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
 from fedlora.training.client import Client
+from fedlora.training.rules import LocalRule
 
 from .defaults import defaults
 from .instantiate import kept, make, named
@@ -36,7 +37,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
-            client, privacy, robust, scheduler, engine, model (a ModelSpec), data (a DataSpec).
+            client, privacy, robust, rule, scheduler, engine, model (a ModelSpec), data (a DataSpec).
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
@@ -71,6 +72,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         evaluate=EvaluationSpec(**plain(config.evaluate)),
         privacy=privacy,
         robust=part("robust", lambda: named(config, "robust", Robust)),
+        rule=part("rule", lambda: named(config, "rule", LocalRule)),
         scheduler=part("scheduler", lambda: make(config, "scheduler", Scheduler)),
         engine=part("engine", lambda: make(config, "engine", Engine)),
         tracker=tracker,
@@ -92,10 +94,11 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
 def kept_spec(config: DictConfig) -> RunSpec:
     """The description of a run whose model and rows alone are wanted.
 
-    Its strategy, client, privacy, robust rule, scheduler and engine are None: to read what a run has left, no
-    code of the user's is needed.
+    Its strategy, client, privacy, rules, scheduler and engine are None: to read what a run has left, no code
+    of the user's is needed.
     """
-    return run_spec(config, dict.fromkeys(("strategy", "client", "privacy", "robust", "scheduler", "engine")))
+    parts = ("strategy", "client", "privacy", "robust", "rule", "scheduler", "engine")
+    return run_spec(config, dict.fromkeys(parts))
 
 
 def model_spec(config: DictConfig) -> ModelSpec:

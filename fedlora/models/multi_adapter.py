@@ -139,14 +139,18 @@ class MultiAdapterModel:
         trained = {name: [p for p in found if p.requires_grad] for name, found in groups.items()}
         return {name: found for name, found in trained.items() if found}
 
+    def parameters(self, slot: int) -> dict[str, nn.Parameter]:
+        """One slot's parameters, trained or not, under the names of `Adapter.tensors`."""
+        found = {f"{m}.{f}": p for m, factors in self._pairs[slot].items() for f, p in factors.items()}
+        for name, head in self._heads[slot].items():
+            found |= {f"{name}.{key}": p for key, p in head.named_parameters()}
+        found |= {f"{m}{SPARSE}": p for m, (p, _, _) in self._sparse[slot].items()}
+        return found | {f"{m}{MAGNITUDE}": p for m, p in self._magnitudes[slot].items()}
+
     def adapter(self, slot: int) -> Adapter:
         """A copy of one slot's adapter as it now is."""
-        now = {f"{m}.{f}": p for m, factors in self._pairs[slot].items() for f, p in factors.items()}
-        for name, head in self._heads[slot].items():
-            now |= {f"{name}.{key}": p for key, p in head.named_parameters()}
-        now |= {f"{m}{SPARSE}": p for m, (p, _, _) in self._sparse[slot].items()}
-        now |= {f"{m}{MAGNITUDE}": p for m, p in self._magnitudes[slot].items()}
-        return self._tasks[slot].adapter.with_tensors({n: p.detach().clone() for n, p in now.items()})
+        now = {name: p.detach().clone() for name, p in self.parameters(slot).items()}
+        return self._tasks[slot].adapter.with_tensors(now)
 
     def _hook(self, name: str) -> Any:
         pairs = [slot[name] for slot in self._pairs if name in slot]

@@ -73,6 +73,16 @@ def rows_elsewhere(spec: RunSpec) -> str | None:
     return None
 
 
+def rule_of_client(spec: RunSpec) -> str | None:
+    """A local rule that the client does not follow, or that its privacy does not cover."""
+    if spec.rule is not None:
+        try:
+            spec.local_client  # noqa: B018 (it is made to see whether it can be)
+        except ConfigError as error:
+            return str(error)
+    return None
+
+
 def updates_of_personal(spec: RunSpec) -> str | None:
     """What a client of a personal strategy sends is no whole model that could be evaluated."""
     if spec.evaluate.updates and spec.strategy.personal:
@@ -176,6 +186,7 @@ def several_models(known: Dealt) -> str | None:
 BEFORE_LOADING = (
     rows_elsewhere,
     own_client,
+    rule_of_client,
     updates_of_personal,
     recorded_updates,
     privacy.privacy_of_personal,

@@ -16,6 +16,7 @@ from fedlora.privacy import DPSGD, ClientLevel, Entry, Ledger, Privacy, self_tes
 from fedlora.privacy.ledger import Accountant
 from fedlora.storage.run_folder import SERVER, RunFolder
 from fedlora.training.client import Client
+from fedlora.training.rules.base import check_private, rules_of
 
 
 def try_out(
@@ -24,7 +25,8 @@ def try_out(
     """Plan every client's noise, and test that its records' gradients are its own.
 
     Raises:
-        ConfigError: a client's records are too few, or no noise is enough.
+        ConfigError: a client's records are too few, no noise is enough, or the strategy brings a local rule
+            that privacy does not cover.
         ModelError: the model mixes records.
     """
     if any(task.part(SparseMask) is not None for task in tasks):
@@ -32,6 +34,8 @@ def try_out(
             f"privacy: the sparse rounds of {type(strategy).__name__} have no gradient for each record; say "
             "strategy.sparse_rounds=0, or privacy=none"
         )
+    for task in tasks:
+        check_private(rules_of(task))
     for number, size in sorted(enumerate(sizes), key=lambda found: found[1]):
         try:
             client.plan(size)

@@ -19,6 +19,7 @@ from fedlora.robust.base import Robust
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.training.client import Client
+from fedlora.training.rules import LocalRule
 
 Partitioner = Callable[[Sequence[Row], int | None, np.random.Generator], Sequence[Sequence[int]]]
 
@@ -170,6 +171,7 @@ class RunSpec:
         evaluate: when and on what to evaluate.
         privacy: differential privacy of records or of clients; None without.
         robust: a rule against poisoned updates; None without.
+        rule: what bends local training, beside the rules of the strategy; None without.
         scheduler: when clients are sent tasks, and when their updates are aggregated.
         engine: where the clients run.
         tracker: where the numbers of every round go beside the run's own files; None for nowhere.
@@ -196,6 +198,7 @@ class RunSpec:
     evaluate: EvaluationSpec = field(default_factory=EvaluationSpec)
     privacy: Privacy | None = None
     robust: Robust | None = None
+    rule: LocalRule | None = None
     scheduler: Scheduler = field(default_factory=Synchronous)
     engine: Engine = field(default_factory=InProcess)
     tracker: Tracker | None = None
@@ -229,8 +232,13 @@ class RunSpec:
 
     @property
     def local_client(self) -> Client:
-        """The client, under the differential privacy of its records where the run has it."""
-        return self.client.privately(self.privacy) if isinstance(self.privacy, DPSGD) else self.client
+        """The client with the run's local rule, under the differential privacy of its records, if any.
+
+        Raises:
+            ConfigError: the client follows no rules or is not private, or the rule must not be.
+        """
+        client = self.client if self.rule is None else self.client.with_rules((self.rule,))
+        return client.privately(self.privacy) if isinstance(self.privacy, DPSGD) else client
 
     @property
     def held_out(self) -> bool:

@@ -13,6 +13,7 @@ from fedlora.errors import ConfigError
 from fedlora.models import Base
 from fedlora.privacy import DPSGD, Ledger, Plan
 from fedlora.training.evaluation import evaluate
+from fedlora.training.rules.base import LocalRule
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,18 @@ class Client(ABC):
             FedLoraError: the client cannot train on this base.
         """
         return None
+
+    def with_rules(self, rules: Sequence[LocalRule]) -> "Client":
+        """This client with more local rules.
+
+        Raises:
+            ConfigError: its training follows none.
+        """
+        names = ", ".join(type(rule).__name__ for rule in rules)
+        raise ConfigError(
+            f"rule: client {type(self).__name__} trains in steps of its own, which follow no local rule, got "
+            f"{names}; use a strategy with client=local, or rule=none"
+        )
 
     def privately(self, privacy: DPSGD) -> "Client":
         """This client under differential privacy of its records.

@@ -7,7 +7,7 @@ client's factors only. Each client has its own optimizer, schedule and gradient 
 own last batch. No group waits for another, so that they keep every core busy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from fedlora.models import Base, MultiAdapterModel
 from fedlora.privacy import Mechanism
 from fedlora.training.batches import MANY, TOGETHER, Micro, budget, groups, micro_batches
 from fedlora.training.evaluation import losses_of
-from fedlora.training.rules import RankPruning
+from fedlora.training.rules.base import LocalRule, rules_of
 from fedlora.training.workers import Workers
 
 
@@ -29,7 +29,8 @@ from fedlora.training.workers import Workers
 class FitJob:
     """One client's work: where it starts and what it trains, and its batches in order.
 
-    With a mechanism a step is the noised mean of the clipped gradients of its rows; a batch may be empty.
+    The task's local rules add their terms to every step. With a mechanism a step is the noised mean of the
+    clipped gradients of its rows, to which the terms are added; a batch may be empty.
     """
 
     task: Task
@@ -90,7 +91,7 @@ def fit(
         MultiAdapterModel(base, [job.task for job in jobs], train=True, per_row=bool(mechanisms)) as bank,
         Workers(base) as workers,
     ):
-        learners = [_Learner(job, bank.factors(slot), make_optimizer) for slot, job in enumerate(jobs)]
+        learners = [_Learner(job, bank, slot, make_optimizer) for slot, job in enumerate(jobs)]
 
         def backward(micro: Micro) -> tuple[Gradients, list[tuple[int, float]]]:
             each, _ = losses_of(base, bank, micro, len(jobs))
@@ -130,9 +131,14 @@ def fit(
 class _Learner:
     """One client while it trains: its parameters, its optimizer, and what has come of its steps so far."""
 
-    def __init__(self, job: FitJob, factors: Parameters, make_optimizer: MakeOptimizer) -> None:
-        self.job, self.factors = job, factors
+    def __init__(
+        self, job: FitJob, bank: MultiAdapterModel, slot: int, make_optimizer: MakeOptimizer
+    ) -> None:
+        self.job, factors = job, bank.factors(slot)
         self.leaves = [p for found in factors.values() for p in found]
+        self.rules = rules_of(job.task)
+        self.named = {name: p for name, p in bank.parameters(slot).items() if p.requires_grad}
+        self.start = {name: p.detach().clone() for name, p in self.named.items() if self.rules}
         self.optimizer = make_optimizer(factors)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.private = None if job.mechanism is None else job.mechanism.wrap(self.optimizer)
@@ -144,8 +150,8 @@ class _Learner:
             self.private.release(len(self.job.batches[step]))
         if step == 0:
             _all_called(self.leaves)
-        if (rule := self.job.task.part(RankPruning)) is not None:
-            _press(self.factors, rule)
+        for rule in self.rules:
+            _add(rule, self.named, self.start)
         _step(self.optimizer, clip, self.rates, schedule, step, len(self.job.batches))
 
     def fitted(self, adapter: Adapter) -> FitResult:
@@ -213,12 +219,16 @@ def _collect(grads: Gradients) -> None:
             parameter.grad_sample = [rows] if held is None else [*held, rows]  # type: ignore[attr-defined]
 
 
-def _press(factors: Parameters, tail: RankPruning) -> None:
-    """Add the gradient of HetLoRA's λ · Σ_m ‖B_m[:, ⌊γr⌋:]‖ · ‖A_m[⌊γr⌋:, :]‖, zero off the tail."""
-    pairs = list(zip(factors.get("A", []), factors.get("B", []), strict=True))
-    if tail.penalty and pairs:
-        norms = [B[:, tail.start(len(A)) :].norm() * A[tail.start(len(A)) :].norm() for A, B in pairs]
-        (tail.penalty * torch.stack(norms).sum()).backward()  # type: ignore[no-untyped-call]
+def _add(rule: LocalRule, parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> None:
+    """Add a rule's term to the gradients of what a client trains."""
+    now = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, term in rule.gradient(now, start).items():
+        if name not in parameters or term.shape != parameters[name].shape:
+            raise ConfigError(
+                f"rule {type(rule).__name__}: expected terms for tensors that the client trains, in their "
+                f"shapes, got {tuple(term.shape)} for '{name}'"
+            )
+        _accumulate([(parameters[name], term.to(parameters[name]))])
 
 
 def _all_called(parameters: Sequence[nn.Parameter]) -> None:

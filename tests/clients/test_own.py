@@ -1,8 +1,7 @@
-"""A client's own factors, modules that rest, and HetLoRA's tail, through local training."""
+"""A client's own factors, frozen modules and cores, through local training."""
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.models import Base, LoRA, fresh_adapter, targets
 from fedlora.training.client import TrainRequest
-from fedlora.training.rules import RankPruning
 
 SGD = partial(torch.optim.SGD)
 CLIENT = LocalTraining(lr=0.1, batch_size=4, optimizer=SGD, clip=None)
@@ -116,66 +114,6 @@ def test_a_resting_module_is_neither_moved_nor_kept(base: Base) -> None:
     for m, pair in one.adapter.pairs.items():
         for factor, tensor in pair.factors():
             assert torch.equal(tensor, dict(adapter.pairs[m].factors())[factor]) == (m not in awake)
-
-
-# --- the tail -----------------------------------------------------------------------------------------------
-
-
-def penalty(adapter: Adapter, tail: RankPruning) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The paper's formula by autograd, and its leaves."""
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in adapter.tensors()}
-    total = torch.zeros(())
-    for m, pair in adapter.pairs.items():
-        cut = int(tail.gamma * pair.rank)
-        total = total + leaves[f"{m}.B"][:, cut:].norm() * leaves[f"{m}.A"][cut:].norm()
-    return tail.penalty * total, leaves
-
-
-def test_the_penalty_moves_the_tail_by_its_gradient_and_nothing_else(base: Base) -> None:
-    tail, adapters = RankPruning(0.5, 0.3, 1), [start(base, 4, 1), start(base, 3, 2)]
-    plain = [TrainRequest(i, 1, 0, Task(a), rows(4, i)) for i, a in enumerate(adapters)]
-    client = replace(CLIENT, lr=1.0)
-    free = client.train(base, plain)
-    pressed = client.train(
-        base, [replace(a, task=replace(a.task, method=(RankPruning(0.5, 0.3, 4),))) for a in plain]
-    )
-    for before, one, other in zip(adapters, free, pressed, strict=True):
-        total, leaves = penalty(before, tail)
-        total.backward()  # type: ignore[no-untyped-call]
-        after = dict(other.adapter.tensors())
-        for name, tensor in one.adapter.tensors():
-            grad = leaves[name].grad
-            close(tensor - after[name], torch.zeros_like(tensor) if grad is None else grad)
-            if grad is not None:
-                cut = int(tail.gamma * before.pairs[name[:-2]].rank)
-                kept = grad[:cut] if name.endswith(".A") else grad[:, :cut]
-                assert not kept.any()
-                assert grad.abs().max() > 1e-3
-        assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=1e-5)
-
-
-@pytest.mark.parametrize(("least", "rank"), [(1, 2), (3, 3), (4, 4), (9, 4)])
-def test_a_tail_that_training_made_lighter_is_pruned_but_not_below_the_least(
-    base: Base, least: int, rank: int
-) -> None:
-    adapter = start(base, 4)
-    strong = Task(adapter, method=(RankPruning(0.5, 1.0, least),))
-    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, strong, rows(8))])
-    assert {pair.rank for pair in one.adapter.pairs.values()} == {rank}
-    assert one.adapter.extra.keys() == adapter.extra.keys()
-
-
-def test_without_training_nothing_is_lighter_and_nothing_pruned(base: Base) -> None:
-    adapter = start(base, 4)
-    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, Task(adapter, method=(RankPruning(0.5, 1.0, 1),)), [])])
-    assert one.adapter.digest() == adapter.digest()
-
-
-def test_a_head_alone_has_no_tail(base: Base) -> None:
-    head: Any = Task(Adapter({}, base.head_state()), method=(RankPruning(0.5, 1.0, 1),))
-    [one] = CLIENT.train(base, [TrainRequest(1, 1, 0, head, rows(4))])
-    assert one.adapter.pairs == {}
-    assert not torch.equal(*(a["classifier.weight"] for a in (one.adapter.extra, head.adapter.extra)))
 
 
 def test_a_core_is_trained_with_the_rate_of_A(base: Base) -> None:
