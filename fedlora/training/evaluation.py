@@ -110,7 +110,7 @@ def losses_of(base: Base, bank: MultiAdapterModel, micro: Micro, slots: int) -> 
     rows, tokens = Counter[int](), Counter[int]()
     for slot, row in micro:
         rows[slot] += 1
-        tokens[slot] += len(row.input_ids)
+        tokens[slot] += row.size
     counts, lengths = ([held[slot] for slot in range(slots)] for held in (rows, tokens))
     if bank.unpadded:
         bank.route(counts, lengths)
