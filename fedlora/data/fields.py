@@ -136,6 +136,36 @@ def choose(
     return Fields(found, {role: names[role] for role in found.columns}, holder)
 
 
+def find(
+    columns: Mapping[str, object],
+    there: Collection[str],
+    client: object = None,
+    task: LearningTask | str | None = None,
+) -> Fields | None:
+    """The columns of one task: those that are named, or else those that are called like its roles.
+
+    Args:
+        columns: the column of each role that is named; None where there is none.
+        there: the names of all columns.
+        client: as in `choose`.
+        task: what is learnt; None takes the first task of fedlora whose columns are there.
+
+    Returns:
+        The columns; None where none are named, and those of no task are there.
+
+    Raises:
+        ConfigError: as in `choose`.
+    """
+    named = {role: column for role, column in columns.items() if column is not None}
+    if task is None and not named:
+        task = next((known for known in TASKS if {*known.columns} <= {*there}), None)
+        if task is None:
+            return None
+    if task is not None:
+        named = {role: role for role in learning_task(task).columns} | named
+    return choose(named, client, task)
+
+
 def _column(role: str, value: object) -> str | None:
     """The name of one column."""
     if value is None or isinstance(value, str | int | float):

@@ -127,17 +127,12 @@ class LearningTask(ABC):
             ConfigError: `max_length` leaves no room for a text.
             DataError: a row cannot be used, with the row's number alone, as in `targets`.
         """
-        special = tokenizer.num_special_tokens_to_add()
-        check_length(max_length, special + 1, f"a text's token and {special} special tokens")
-        if not rows:
-            return []
-        tokens = tokenizer([row.source for row in rows], truncation=True, max_length=max_length)["input_ids"]
-        examples = []
-        for number, (ids, target) in enumerate(zip(tokens, self.targets(rows, labels), strict=True)):
-            if not ids:
-                raise DataError(f"row {number}: expected a text with a token, got none; leave the row out")
-            examples.append(Example(list(ids), target))
-        return examples
+        tokens = _tokens([row.source for row in rows], tokenizer, max_length)
+        return [Example(*both) for both in zip(tokens, self.targets(rows, labels), strict=True)]
+
+    def encode_sources(self, sources: Sequence[Any], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+        """What the model reads of rows whose targets nobody knows, with made-up ones, to be predicted."""
+        return [self.probe(ids, 0) for ids in _tokens(sources, tokenizer, max_length)]
 
     def count_cut(
         self, rows: Sequence[Row], examples: Sequence[Example], tokenizer: Tokenizer, max_length: int
@@ -226,9 +221,32 @@ class LearningTask(ABC):
 
     # Answers
 
+    def predicted(self, logits: Tensor, labels: Sequence[str]) -> list[Any]:
+        """What the model says of each row: its outputs as numbers here, one list a row.
+
+        Args:
+            logits: as in `scores`.
+            labels: the data set's, in their order.
+        """
+        found: list[Any] = logits.tolist()
+        return found
+
     def prompt(self, example: Example) -> list[int]:
         """The tokens that are read before an answer is written, where the task generates."""
         return example.input_ids
+
+
+def _tokens(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> list[list[int]]:
+    """The tokens of each text, cut on the right."""
+    special = tokenizer.num_special_tokens_to_add()
+    check_length(max_length, special + 1, f"a text's token and {special} special tokens")
+    if not texts:
+        return []
+    tokens = [list(ids) for ids in tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]]
+    for number, ids in enumerate(tokens):
+        if not ids:
+            raise DataError(f"row {number}: expected a text with a token, got none; leave the row out")
+    return tokens
 
 
 def check_length(max_length: int, least: int, why: str) -> None:

@@ -119,6 +119,10 @@ class Classification(LearningTask):
         """The loss and the accuracy."""
         return {"loss": loss, "accuracy": score}
 
+    def predicted(self, logits: Tensor, labels: Sequence[str]) -> list[str]:
+        """The likeliest label of each row."""
+        return [labels[i] for i in logits.argmax(-1).tolist()]
+
     def baseline(self, train: Sequence[Row], test: Sequence[Row]) -> dict[str, float | None]:
         """The accuracy of always saying the label that is the most frequent one among the training rows."""
         if not train:

@@ -71,6 +71,10 @@ class Instruction(LearningTask):
             examples.append(Example(prompt + response, [IGNORED] * len(prompt) + response))
         return examples
 
+    def encode_sources(self, sources: Sequence[Any], tokenizer: Tokenizer, max_length: int) -> list[Example]:
+        """Prompts, each with a response of a blank."""
+        return self.encode([Row(source, " ") for source in sources], (), tokenizer, max_length)
+
     def count_cut(
         self, rows: Sequence[Row], examples: Sequence[Example], tokenizer: Tokenizer, max_length: int
     ) -> int:
