@@ -140,9 +140,8 @@ class Mixture:
         with torch.no_grad():
             self._bank.route([len(rows), 0])
             common = self._base.logits(batch)
-            mask = batch.attention_mask.to(self._base.device)
-            decoder = self._base.kind == "instruction"
-            h = self._tap.states() if decoder else self._tap.pooled(mask)
+            mask = batch.inputs["attention_mask"].to(self._base.device)
+            h = self._tap.states() if self._base.task.per_token else self._tap.pooled(mask)
         self._bank.route([0, len(rows)])
         own = self._base.logits(batch)
         h = h.to(self._A)

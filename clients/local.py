@@ -174,7 +174,7 @@ class LocalTraining(Client):
         """Rows of a step times the mean length of a row."""
         if not rows:
             return 0
-        return math.ceil(min(self.batch_size, len(rows)) * sum(len(r.input_ids) for r in rows) / len(rows))
+        return math.ceil(min(self.batch_size, len(rows)) * sum(row.size for row in rows) / len(rows))
 
     def batches(self, assignment: TrainRequest) -> list[list[Example]]:
         """The round's batches, a new order each pass; the last of a pass may be smaller."""

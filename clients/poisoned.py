@@ -80,7 +80,7 @@ class PoisonedTraining(Client):
 
     def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Local training of all in one pass, and the attacks on the way in or out."""
-        labels = int(base.model.config.num_labels) if base.kind == "classification" else 0
+        labels = int(base.model.config.num_labels) if base.task.labelled else 0
         if self.kind == "labels" and not labels:
             raise ConfigError("client.kind: 'labels' needs a classification task; use sign or noise")
         bad = [a.client in self.malicious(a.seed) for a in assignments]
@@ -132,4 +132,4 @@ class PoisonedTraining(Client):
 
 def _flipped(rows: Sequence[Example], labels: int) -> list[Example]:
     """The rows with other labels."""
-    return [row._replace(target=(int(row.target) + 1) % labels) for row in rows]  # type: ignore[arg-type]
+    return [replace(row, target=(row.target + 1) % labels) for row in rows]

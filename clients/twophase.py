@@ -80,10 +80,10 @@ class TwoPhase(Client):
         Raises:
             ModelError: the model does not classify.
         """
-        if base.kind != "classification":
+        if not base.task.labelled:
             raise ModelError(
-                f"pFedLoRA shares an adapter between features and labels, '{base.path}' is to generate text; "
-                "use data with labels, or strategy=fedsalora for personal decoders"
+                f"pFedLoRA shares an adapter between features and labels, '{base.path}' is to learn the task "
+                f"{base.task.name}; use data with labels, or strategy=fedsalora for personal decoders"
             )
         return {SHARED: (int(base.model.config.num_labels), self.width)}
 
@@ -196,7 +196,7 @@ class Personal:
         """The local model's logits, its pooled features h and the targets of a micro-batch."""
         batch = self._base.collate(rows)
         logits = self._base.logits(batch)
-        h = self._tap.pooled(batch.attention_mask.to(self._base.device))
+        h = self._tap.pooled(batch.inputs["attention_mask"].to(self._base.device))
         return logits, h.to(self._P), batch.target.to(self._base.device)
 
     def _beside(self, h: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
     {"fedlora.errors", "fedlora.seeds", "fedlora.core.natural_order", "fedlora.core.threads"},
     {"fedlora.core", "fedlora.storage.atomic"},
     {"fedlora"},  # fedlora/__init__.py itself
-    {"fedlora.data", "fedlora.models", "fedlora.privacy"},
+    {"fedlora.data", "fedlora.tasks", "fedlora.models", "fedlora.privacy"},
     {"fedlora.training"},
     {"fedlora.storage", "fedlora.rounds.round_config"},
     {"fedlora.callbacks", "fedlora.robust", "fedlora.secure_aggregation", "fedlora.rounds", "fedlora.report"},
@@ -28,6 +28,7 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
 WIRING = {"fedlora.storage", "fedlora.callbacks", "fedlora.rounds", "fedlora.report", "fedlora.engines"}
 FORBIDDEN = {
     "fedlora": {"fedlora.seeds"},
+    "fedlora.tasks": {"fedlora.models", "fedlora.privacy"},  # which are built on the tasks
     "fedlora.strategies": {"fedlora.clients"} | WIRING,
     "fedlora.clients": {"fedlora.strategies"} | WIRING,
 }
@@ -39,8 +40,8 @@ WALLS = {
         "fedlora.secure_aggregation",
         "fedlora.deploy",
     },
-    "peft": {"fedlora.models"},
-    "transformers": {"fedlora.models"},
+    "peft": {"fedlora.models", "fedlora.tasks"},
+    "transformers": {"fedlora.models", "fedlora.tasks"},
     "hydra": {"fedlora.config", "fedlora.cli"},
     "omegaconf": {"fedlora.config", "fedlora.cli", "fedlora.deploy", "fedlora.saved_runs.replay"},
     "opacus": {"fedlora.privacy"},

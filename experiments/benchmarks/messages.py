@@ -28,6 +28,7 @@ from fedlora.rounds.registry import ClientRegistry
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.storage.run_folder import RunFolder
 from fedlora.strategies import FedIT
+from fedlora.tasks import Classification
 from fedlora.training.client import Client, TrainRequest, TrainResult
 
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secure", action="store_true", help="under masks, so that the server sees a sum")
     given = parser.parse_args()
-    base = Base(torch.nn.Linear(1, 1), None, "classification", (), "none")
+    base = Base(torch.nn.Linear(1, 1), None, Classification(), (), "none")
     site = ClientRuntime(base, Echo(), lambda client: [Example([1], 0)])
     pairs = {f"layer.{i}": Pair(torch.randn(8, 384), torch.randn(384, 8), 2.0) for i in range(12)}
     strategy = FedIT()

@@ -1,53 +1,46 @@
 """Rows as a caller has them in memory, made into a data set."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedlora.data import Dataset, Row
+from fedlora.data.cells import as_text
 from fedlora.data.dataset import hold_out
-from fedlora.data.fields import Fields, as_text, choose
+from fedlora.data.fields import Fields, find
 from fedlora.errors import DataError
+from fedlora.tasks import TASKS, LearningTask
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which keys of a record are what; None finds text and label, or prompt and response.
+    """Which keys of a record are what, for which learning task.
 
     Args:
-        text: the key of the text to classify.
-        label: the key of its label.
-        prompt: the key of the prompt.
-        response: the key of the response.
+        named: role -> key, such as text, label, prompt or response; None finds those called like the roles.
         client: the key that names a row's natural client.
+        task: what is learnt; None takes the task whose keys are named, or there.
     """
 
-    text: str | None = None
-    label: str | None = None
-    prompt: str | None = None
-    response: str | None = None
+    named: Mapping[str, str | None] = field(default_factory=dict)
     client: str | None = None
+    task: LearningTask | str | None = None
 
-    def fields(self, record: Mapping[str, Any]) -> Fields:
-        """The columns of these records, of which the first is given.
+    def fields(self, there: Collection[str], where: str) -> Fields:
+        """The columns of a table or a record with these keys.
 
         Raises:
-            ConfigError: the record has neither pair of keys, or a named one is not there.
+            ConfigError: a key is named for a role that the task does not have, or a role has no key.
+            DataError: nothing is named, and the keys of no task are there.
         """
-        given = (self.text, self.label, self.prompt, self.response)
-        if not any(given):
-            pairs = (("text", "label"), ("prompt", "response"))
-            names = next((pair for pair in pairs if {*pair} <= record.keys()), (None, None))
-            if names == pairs[0]:
-                given = ("text", "label", None, None)
-            elif names == pairs[1]:
-                given = (None, None, "prompt", "response")
-            else:
-                raise DataError(
-                    f"data: expected rows with the keys text and label, or prompt and response, got "
-                    f"{', '.join(map(str, record))}; name others with text=, label=, prompt= or response="
-                )
-        return choose(*given, self.client)
+        found = find(self.named, there, self.client, self.task)
+        if found is None:
+            pairs = ", or ".join(" and ".join(task.columns) for task in TASKS)
+            raise DataError(
+                f"{where} {pairs}, got {', '.join(map(str, there))}; name others with text= and label=, or "
+                "prompt= and response="
+            )
+        return found
 
 
 def records_of(data: Any) -> list[Mapping[str, Any]]:
@@ -85,7 +78,7 @@ def rows_of(data: Any, columns: Columns, where: str = "data") -> tuple[list[Row]
     records = records_of(data)
     if not records:
         raise DataError(f"{where}: expected one row or more, got none")
-    fields = columns.fields(records[0])
+    fields = columns.fields(records[0].keys(), "data: expected rows with the keys")
     fields.warn_of_halves(records[0].keys(), where)
     rows = []
     for number, record in enumerate(records):
@@ -119,8 +112,8 @@ def dataset(
     """
     rows, fields = rows_of(data, columns)
     if test is None:
-        kept, held = hold_out(rows, fields.kind, test_rows, seed)
+        kept, held = hold_out(rows, fields.task, test_rows, seed)
     else:
         kept, (held, _) = rows, rows_of(test, replace(columns, client=None), "test")
     known = None if labels is None else [as_text(label) for label in labels]
-    return Dataset.build(name, fields.kind, kept, held, known, cut=test is None)
+    return Dataset.build(name, fields.task, kept, held, known, cut=test is None)

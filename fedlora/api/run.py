@@ -13,7 +13,6 @@ from fedlora.config.resume import with_rounds
 from fedlora.config.translate import plain, run_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import State, Task
-from fedlora.data import Row, encode
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base, load
 from fedlora.report import read_run, write_report
@@ -116,7 +115,7 @@ class Run:
 
     @cached_property
     def task(self) -> TaskFile:
-        """What was learnt: the kind, the labels and the base."""
+        """What was learnt: the name of the task, the labels and the base."""
         return TaskFile.read(self.path)
 
     def base(self, plain: bool = False) -> Base:
@@ -138,8 +137,8 @@ class Run:
             )
         return by_peft(self.base(plain=True), self.path / "adapter").model
 
-    def predict(self, texts: Sequence[str]) -> list[str]:
-        """The label of each text, or the response to each prompt.
+    def predict(self, texts: Sequence[str]) -> list[Any]:
+        """The label of each text, the response to each prompt, or what another task says of a text.
 
         Raises:
             ConfigError: the strategy is personal, so that there is no one model.
@@ -152,14 +151,11 @@ class Run:
         if isinstance(texts, str):
             raise ConfigError("predict: expected a list of texts, got one text; put it into a list")
         base, state = self.base(), self.state
-        some = self.task.labels[0] if self.task.labels else " "
-        rows = [Row(text, some) for text in texts]
-        length = self.spec.data.max_length
-        examples = encode(self.task.kind, rows, self.task.labels, base.tokenizer, length)
+        examples = base.task.encode_sources(texts, base.tokenizer, self.spec.data.max_length)
         task = Task(state.adapter, fold=state.fold)
-        if self.task.kind == "classification":
-            return [self.task.labels[i] for i in predictions(base, task, examples)]
-        return [said.strip() for said in answer(base, task, examples)]
+        if base.task.generates:
+            return [said.strip() for said in answer(base, task, examples)]
+        return predictions(base, task, examples, self.task.labels)
 
     def save(self, to: str | Path, merge: bool = False) -> Path:
         """Write the adapter in PEFT's form, or the whole model with it merged, into a new folder.

@@ -12,6 +12,7 @@ from fedlora.config.defaults import defaults
 from fedlora.config.describe import describe
 from fedlora.config.presets import data_preset, files_preset, model_preset, presets
 from fedlora.core.strategy import Strategy
+from fedlora.data.files import load
 from fedlora.data.records import columns_of
 from fedlora.engines.base import Engine
 from fedlora.engines.in_process import InProcess
@@ -20,6 +21,7 @@ from fedlora.privacy import DPSGD, ClientLevel, Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
+from fedlora.tasks import TASKS, LearningTask
 from fedlora.training.client import Client
 
 from .rows import Columns, dataset
@@ -39,6 +41,8 @@ class Settings:
         prompt: of the prompt.
         response: of the response.
         client_column: of the name of a row's client, for partition="natural".
+        task: what is learnt: an own `LearningTask`, or a name; None takes the task whose columns there are.
+        columns: of other roles of an own task, such as {"score": "rating"}.
         labels: all labels that there may be; None takes those of the training rows.
         test_rows: rows that are held out without test rows; a fifth at most.
         partition: iid, dirichlet, shards or natural; or a function (rows, clients, rng) -> positions by
@@ -71,6 +75,8 @@ class Settings:
     prompt: str | None = None
     response: str | None = None
     client_column: str | None = None
+    task: LearningTask | str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     labels: Sequence[str] | None = None
     test_rows: int | None = None
     partition: Any = None
@@ -150,8 +156,13 @@ class Settings:
         return spec, words
 
     def _source(self, options: dict[str, Any]) -> tuple[DataSpec, dict[str, Any] | None]:
-        columns = Columns(self.text, self.label, self.prompt, self.response, self.client_column)
+        named = {role: getattr(self, role) for role in ("text", "label", "prompt", "response")}
+        columns = Columns(named | dict(self.columns), self.client_column, self.task)
         if isinstance(self.data, str) and self.data in presets("data") and not Path(self.data).exists():
+            if self.task is not None:
+                raise ConfigError(
+                    f"task: the rows of the preset '{self.data}' have one already; leave it out"
+                )
             rows = {} if self.test_rows is None else {"test_rows": self.test_rows}
             return data_preset(self.data, self.seed, **options, **rows)
         if isinstance(self.data, str | Path):
@@ -161,7 +172,7 @@ class Settings:
             options.setdefault("partition", "natural")
         held = 500 if self.test_rows is None else self.test_rows
         made = dataset(self.data, self.test, columns, self.labels, held, self.seed)
-        return DataSpec(source=partial(_same, made), name="rows", **options), None
+        return DataSpec(source=partial(_same, made), name="rows", task=own(made.task), **options), None
 
 
 def data_files(
@@ -172,32 +183,33 @@ def data_files(
     test_rows: int | None,
     seed: int,
     options: Mapping[str, Any],
-) -> tuple[DataSpec, dict[str, Any]]:
-    """Rows of files, as data=files of the command line takes them."""
+) -> tuple[DataSpec, dict[str, Any] | None]:
+    """Rows of files, as data=files of the command line takes them, and their settings.
+
+    The settings are None where the task is the user's own, which no configuration can name.
+    """
     path = Path(train)
     if not path.exists():
         names = ", ".join(presets("data"))
         raise ConfigError(f"data: expected a preset ({names}), a file or a folder, got '{train}'")
-    named = {"text": columns.text, "label": columns.label, "prompt": columns.prompt}
-    named |= {"response": columns.response, "client": columns.client}
-    if not any((columns.text, columns.label, columns.prompt, columns.response)):
-        named |= _found_columns(path)
+    where = f"data: '{path}': expected columns named"
+    named = columns.task is not None or any(columns.named.values())
+    found = columns.fields(() if named else columns_of(path), where)
+    given: dict[str, Any] = {
+        "train": str(path.absolute()),
+        "test": None if test is None else str(Path(test).absolute()),
+    }
     rows = {} if test_rows is None else {"test_rows": test_rows}
-    own = {"train": str(path.absolute()), "test": None if test is None else str(Path(test).absolute())}
-    known = None if labels is None else list(labels)
-    return files_preset(seed, **own, **named, labels=known, **rows, **options)
+    given |= {"labels": None if labels is None else list(labels), **rows, **found.columns}
+    if (task := own(found.task)) is not None:
+        read = partial(load, **given, client=found.client, task=task, seed=seed)
+        return DataSpec(source=read, name=str(train), task=task, **options), None
+    return files_preset(seed, **given, client=found.client, **options)
 
 
-def _found_columns(path: Path) -> dict[str, str]:
-    """The columns of a file by their usual names."""
-    there = columns_of(path)
-    for pair in (("text", "label"), ("prompt", "response")):
-        if {*pair} <= {*there}:
-            return {name: name for name in pair}
-    raise ConfigError(
-        f"data: expected columns named text and label, or prompt and response, '{path}' has "
-        f"{', '.join(there)}; name them with text= and label=, or prompt= and response="
-    )
+def own(task: LearningTask) -> LearningTask | None:
+    """A learning task of the user's own; None for one of fedlora's."""
+    return None if task in TASKS else task
 
 
 def _same(made: Any) -> Any:

@@ -1,7 +1,8 @@
 """Data sets, their partition into clients, and their encoding; loaders are `packaged`, `files` and `hub`."""
 
-from fedlora.data.dataset import Dataset, Kind, Row
-from fedlora.data.encode import Batch, Example, collate, encode
+from fedlora.data.cells import text_in
+from fedlora.data.dataset import Dataset, Row
+from fedlora.data.examples import Batch, Example, collate
 from fedlora.data.partition import Part, partition
 
-__all__ = ["Batch", "Dataset", "Example", "Kind", "Part", "Row", "collate", "encode", "partition"]
+__all__ = ["Batch", "Dataset", "Example", "Part", "Row", "collate", "partition", "text_in"]

@@ -1,12 +1,14 @@
-"""Which fields of a record make a row: text and label, or prompt and response, and perhaps a client."""
+"""Which columns of a record make a row: those that its learning task needs, and perhaps a client's."""
 
 import difflib
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedlora.data.dataset import NO_REGRESSION, Kind, Row
+from fedlora.data.cells import as_text, text_in
+from fedlora.data.dataset import Row
 from fedlora.errors import ConfigError, DataError
+from fedlora.tasks import TASKS, LearningTask, learning_task, task_of_columns
 
 # Columns that usually belong together: a set that is read without the second loses half of its text.
 HALVES = {"instruction": ("input", "context"), "sentence1": ("sentence2",), "question1": ("question2",)}
@@ -18,7 +20,7 @@ class ColumnError(DataError):
 
     Args:
         where: file and line.
-        role: what the column is to be: text, label, prompt, response or client.
+        role: what the column is to be, such as text, label, prompt, response or client.
         column: its name, which is not there.
         columns: the names that are there.
         key: how a user sets it, with {role} and {column} in it.
@@ -49,58 +51,52 @@ class ColumnError(DataError):
 
 @dataclass(frozen=True)
 class Fields:
-    """The columns of a row's three parts; `choose` makes one.
+    """The columns of a row's parts; `choose` makes one.
 
     Args:
-        kind: whether the target is a label or free text.
-        source: the column of the text, or of the prompt.
-        target: the column of the label, or of the response.
+        task: what is learnt from the rows.
+        columns: the column of each of the task's roles, in the task's order.
         client: the column of the natural client, if any.
         optional: whether rows may lack the column of the client.
     """
 
-    kind: Kind
-    source: str
-    target: str
+    task: LearningTask
+    columns: Mapping[str, str]
     client: str | None
     optional: bool = False
 
-    def within(self, columns: Collection[str]) -> bool:
-        """Whether the text and its target have their columns here."""
-        return self.source in columns and self.target in columns
+    @property
+    def source(self) -> str:
+        """The column that the model reads first."""
+        return next(iter(self.columns.values()))
 
-    def check(self, columns: Collection[str], where: str) -> None:
+    @property
+    def target(self) -> str:
+        """The column of the target, the last one."""
+        return [*self.columns.values()][-1]
+
+    def within(self, there: Collection[str]) -> bool:
+        """Whether all parts but the client have their columns here."""
+        return {*self.columns.values()} <= {*there}
+
+    def check(self, there: Collection[str], where: str) -> None:
         """Refuse a record or a table that lacks a column."""
-        roles = ("text", "label") if self.kind == "classification" else ("prompt", "response")
-        client = None if self.optional else self.client
-        for role, column in zip((*roles, "client"), (self.source, self.target, client), strict=True):
-            if column is None or column in columns:
-                continue
-            raise ColumnError(where, role, column, columns)
+        client = {} if self.optional or self.client is None else {"client": self.client}
+        for role, column in {**self.columns, **client}.items():
+            if column not in there:
+                raise ColumnError(where, role, column, there)
 
     def row(self, record: Mapping[str, object], where: str) -> Row:
         """The row of one record; `where` (file and line) opens the message if it cannot be used."""
-        found = record[self.target]
-        if self.kind == "classification" and isinstance(found, float):
-            raise DataError(
-                f"{where}: expected a label in {self.target!r}, got the type float; {NO_REGRESSION}"
-            )
-        target = _string(found, self.target, where, numbers=True)
-        return Row(
-            source=_string(record[self.source], self.source, where),
-            target=target.strip() if self.kind == "classification" else target,
-            client=self._client(record, where),
-        )
-
-    def _client(self, record: Mapping[str, object], where: str) -> str | None:
+        row = self.task.row(record, self.columns, where)
         if self.client is None or (self.optional and self.client not in record):
-            return None
-        return _string(record[self.client], self.client, where, numbers=True).strip()
+            return row
+        return replace(row, client=text_in(record, self.client, where, numbers=True).strip())
 
-    def warn_of_halves(self, columns: Collection[str], where: str) -> None:
+    def warn_of_halves(self, there: Collection[str], where: str) -> None:
         """Warn of a column that usually is the other half of the text, and is not read."""
         for other in HALVES.get(self.source, ()):
-            if other in columns and other != self.target:
+            if other in there and other not in self.columns.values():
                 warnings.warn(
                     f"{where}: {self.source!r} is read and {other!r} is not, which usually is the other half "
                     "of the text; join both into one column if the model should read both",
@@ -108,31 +104,66 @@ class Fields:
                 )
 
 
-def choose(text: object, label: object, prompt: object, response: object, client: object) -> Fields:
-    """Take exactly one of the pairs text and label, prompt and response.
+def choose(
+    columns: Mapping[str, object], client: object = None, task: LearningTask | str | None = None
+) -> Fields:
+    """Take the columns of one task: text and label, or prompt and response.
 
     A column may be called 1 or true, which YAML takes for a number or a truth value: its name is its text.
 
+    Args:
+        columns: the column of each role; None where there is none.
+        client: the column of the natural client, if any.
+        task: what is learnt; None takes the task of fedlora whose roles are those that have a column.
+
     Raises:
-        ConfigError: neither pair, half a pair, or more than one pair was given, or several columns for one.
+        ConfigError: a role has no column or several, or there are columns for other roles.
     """
-    given = {"text": text, "label": label, "prompt": prompt, "response": response, "client": client}
-    names = {role: _column(role, value) for role, value in given.items()}
-    source, target, prompt_, response_, holder = names.values()
-    came = [role for role, column in names.items() if column and role != "client"]
-    if source and target and len(came) == 2:
-        return Fields("classification", source, target, holder)
-    if prompt_ and response_ and len(came) == 2:
-        return Fields("instruction", prompt_, response_, holder)
-    raise ConfigError(
-        "expected the columns text and label (classification) or prompt and response (instruction), "
-        f"got {' and '.join(came) or 'none of them'}; name both columns of one pair"
-    )
+    names = {role: column for role, value in columns.items() if (column := _column(role, value))}
+    holder = _column("client", client)
+    found = task_of_columns(names) if task is None else learning_task(task)
+    came = " and ".join(names) or "none of them"
+    if found is None:
+        pairs = (f"{' and '.join(known.columns)} ({known.name})" for known in TASKS)
+        raise ConfigError(
+            f"expected the columns {' or '.join(pairs)}, got {came}; name both columns of one pair"
+        )
+    if {*found.columns} != {*names}:
+        wanted = " and ".join(found.columns)
+        raise ConfigError(
+            f"task {found.name}: expected the columns {wanted}, got {came}; name each of them, and no other"
+        )
+    return Fields(found, {role: names[role] for role in found.columns}, holder)
 
 
-def as_text(value: object) -> str:
-    """A name that YAML or JSON read as a number or a truth value, as the text that it was."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def find(
+    columns: Mapping[str, object],
+    there: Collection[str],
+    client: object = None,
+    task: LearningTask | str | None = None,
+) -> Fields | None:
+    """The columns of one task: those that are named, or else those that are called like its roles.
+
+    Args:
+        columns: the column of each role that is named; None where there is none.
+        there: the names of all columns.
+        client: as in `choose`.
+        task: what is learnt; None takes the first task of fedlora whose columns are there.
+
+    Returns:
+        The columns; None where none are named, and those of no task are there.
+
+    Raises:
+        ConfigError: as in `choose`.
+    """
+    named = {role: column for role, column in columns.items() if column is not None}
+    if task is None and not named:
+        task = next((known for known in TASKS if {*known.columns} <= {*there}), None)
+        if task is None:
+            return None
+    if task is not None:
+        named = {role: role for role in learning_task(task).columns} | named
+    return choose(named, client, task)
 
 
 def _column(role: str, value: object) -> str | None:
@@ -147,30 +178,3 @@ def _column(role: str, value: object) -> str | None:
         f"data.{role}: expected the name of one column, got {len(several)} ({', '.join(several)}); join them "
         "into one column of the file, and name that"
     )
-
-
-def _string(value: object, column: str, where: str, numbers: bool = False) -> str:
-    if numbers and isinstance(value, int):  # includes booleans
-        return as_text(value)
-    if isinstance(value, list):
-        turns = all(isinstance(turn, dict) for turn in value)
-        came = f"a conversation of {len(value)} turns" if turns else f"a list of {len(value)}"
-        raise DataError(
-            f"{where}: expected text in {column!r}, got {came}, which is not supported yet; write "
-            + ("the prompt and the answer" if turns else "it")
-            + " as text, in a column each"
-        )
-    if not isinstance(value, str):
-        wanted = "a string, an integer or a boolean" if numbers else "a string"
-        came = "null" if value is None else f"the type {type(value).__name__}"
-        raise DataError(f"{where}: expected {wanted} in {column!r}, got {came}; correct or remove the row")
-    if not value.strip():
-        raise DataError(f"{where}: expected text in {column!r}, got an empty cell; fill or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: expected Unicode text in {column!r}, got half a surrogate pair; "
-            f"correct or remove the row"
-        ) from error
-    return value

@@ -8,109 +8,95 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedlora.core.natural_order import in_order, natural
-from fedlora.data.dataset import Dataset, Row, check_labels, hold_out
-from fedlora.data.fields import Fields, as_text, choose
+from fedlora.core.natural_order import natural
+from fedlora.data.cells import as_text
+from fedlora.data.dataset import Dataset, Row, hold_out
+from fedlora.data.fields import Fields, choose
 from fedlora.data.records import ENDINGS, records
 from fedlora.errors import ConfigError, DataError
+from fedlora.tasks import LearningTask
 
 
 def load(
     train: str | Path,
     test: str | Path | None = None,
-    text: str | None = None,
-    label: str | None = None,
-    prompt: str | None = None,
-    response: str | None = None,
     client: str | None = None,
     test_rows: int = 500,
     seed: int = 0,
     quotes: bool | None = None,
     labels: Sequence[str] | None = None,
+    task: LearningTask | str | None = None,
+    **columns: str | None,
 ) -> Dataset:
-    """Read a classification (text, label) or an instruction (prompt, response) data set.
+    """Read a data set, such as one of texts and labels or one of prompts and responses.
 
     Args:
         train: a .jsonl or .json file (one object a line), a .csv or .tsv file with a header, or a folder of
             such files, a natural client each.
         test: the test file or folder, used whole; without it a part of the training rows is held out.
-        text: the column of the text to classify.
-        label: the column of its label.
-        prompt: the column of the prompt.
-        response: the column of the response.
         client: the column that names a row's natural client, if there is one; none with a folder. Test rows
             may lack it.
         test_rows: how many rows to hold out of the training rows, at most a fifth of them.
         seed: which rows.
         quotes: whether quotation marks enclose the cells of a table; None: those of CSV, and not of TSV.
         labels: all labels that there may be; None takes those of the training rows.
+        task: what is learnt; None takes the task whose columns are named.
+        columns: the column of each role of the task: `text` and `label`, or `prompt` and `response`.
     """
-    fields = choose(text, label, prompt, response, client)
+    fields = choose(columns, client, task)
     path = Path(train)
     rows = _gather(path, fields, quotes)
     if test is None:
-        kept, held = hold_out(rows, fields.kind, test_rows, seed)
+        kept, held = hold_out(rows, fields.task, test_rows, seed)
     else:
         kept, held = rows, _gather(Path(test), replace(fields, optional=True), quotes)
     known = None if labels is None else [as_text(name) for name in labels]
-    return Dataset.build(path.stem, fields.kind, kept, held, known, cut=test is None)
+    return Dataset.build(path.stem, fields.task, kept, held, known, cut=test is None)
 
 
 def held_out(
     test: str | Path,
-    text: str | None = None,
-    label: str | None = None,
-    prompt: str | None = None,
-    response: str | None = None,
     labels: Sequence[str] | None = None,
     quotes: bool | None = None,
+    task: LearningTask | str | None = None,
+    **columns: str | None,
 ) -> Dataset:
     """Read the server's part of a data set whose training rows are at other sites: its test rows.
 
     Args:
         test: a file or a folder as `load` takes them.
-        text: the column of the text to classify.
-        label: the column of its label.
-        prompt: the column of the prompt.
-        response: the column of the response.
         labels: all labels that sites may have; None takes those of the test rows.
         quotes: as in `load`.
+        task: as in `load`.
+        columns: as in `load`.
     """
-    fields = choose(text, label, prompt, response, None)
+    fields = choose(columns, None, task)
     rows = _gather(Path(test), fields, quotes)
-    if fields.kind == "instruction":
-        return Dataset(Path(test).stem, fields.kind, (), tuple(rows), ())
-    known = tuple(
-        in_order({row.target for row in rows} if labels is None else {as_text(name) for name in labels})
-    )
-    check_labels(rows, known, str(test))
-    return Dataset(Path(test).stem, fields.kind, (), tuple(rows), known, declared=labels is not None)
+    declared = None if labels is None else [as_text(name) for name in labels]
+    known = fields.task.labels((), rows, declared, str(test))
+    named = labels is not None and bool(known)
+    return Dataset(Path(test).stem, fields.task, (), tuple(rows), known, declared=named)
 
 
 def rows_of(
     path: str | Path,
-    text: str | None = None,
-    label: str | None = None,
-    prompt: str | None = None,
-    response: str | None = None,
     labels: Sequence[str] = (),
     quotes: bool | None = None,
+    task: LearningTask | str | None = None,
+    **columns: str | None,
 ) -> list[Row]:
     """Read one site's own rows, by its own names of the columns.
 
     Args:
         path: a file as `load` takes it.
-        text: the column of the text to classify.
-        label: the column of its label.
-        prompt: the column of the prompt.
-        response: the column of the response.
         labels: those of the run.
         quotes: as in `load`.
+        task: as in `load`.
+        columns: as in `load`.
     """
-    fields = choose(text, label, prompt, response, None)
+    fields = choose(columns, None, task)
     rows = _read(Path(path), fields, quotes)
-    if fields.kind == "classification":
-        check_labels(rows, labels, str(path))
+    fields.task.check_rows(rows, labels, str(path))
     return rows
 
 

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fedlora.data.cells import as_text
 from fedlora.data.dataset import Dataset, Row, hold_out
-from fedlora.data.fields import Fields, as_text, choose
+from fedlora.data.fields import Fields, choose
 from fedlora.errors import DataError
+from fedlora.tasks import LearningTask
 
 
 def load(
@@ -14,32 +16,29 @@ def load(
     name: str | None = None,
     split: str = "train",
     test_split: str | None = "test",
-    text: str | None = None,
-    label: str | None = None,
-    prompt: str | None = None,
-    response: str | None = None,
     client: str | None = None,
     test_rows: int = 500,
     seed: int = 0,
     labels: Sequence[str] | None = None,
+    task: LearningTask | str | None = None,
+    **columns: str | None,
 ) -> Dataset:
-    """Load a classification (text, label) or an instruction (prompt, response) data set.
+    """Load a data set, such as one of texts and labels or one of prompts and responses.
 
     Args:
         path: a hub name such as "SetFit/sst2", or a local folder.
         name: the configuration, for a data set that has several.
         split: the training split.
         test_split: the test split, used whole; None holds out a part of the training split.
-        text: the column of the text to classify.
-        label: the column of its label; class numbers become their names.
-        prompt: the column of the prompt.
-        response: the column of the response.
         client: the column that names a row's natural client, if there is one.
         test_rows: how many rows to hold out when there is no test split, at most a fifth.
         seed: which rows.
         labels: all labels that there may be; None takes those of the training rows.
+        task: what is learnt; None takes the task whose columns are named.
+        columns: the column of each role of the task: `text` and `label`, or `prompt` and `response`. Class
+            numbers become their names.
     """
-    fields = choose(text, label, prompt, response, client)
+    fields = choose(columns, client, task)
     try:
         import datasets
     except ImportError as error:
@@ -56,11 +55,11 @@ def load(
         ) from error
     rows = _rows(tables, split, fields, path)
     if test_split is None:
-        kept, held = hold_out(rows, fields.kind, test_rows, seed)
+        kept, held = hold_out(rows, fields.task, test_rows, seed)
     else:
         kept, held = rows, _rows(tables, test_split, replace(fields, optional=True), path)
     known = None if labels is None else [as_text(name) for name in labels]
-    return Dataset.build(path, fields.kind, kept, held, known, cut=test_split is None)
+    return Dataset.build(path, fields.task, kept, held, known, cut=test_split is None)
 
 
 def _rows(tables: dict[str, Any], split: str, fields: Fields, path: str) -> list[Row]:
@@ -73,7 +72,7 @@ def _rows(tables: dict[str, Any], split: str, fields: Fields, path: str) -> list
     table = tables[split]
     fields.check(table.column_names, where)
     fields.warn_of_halves(table.column_names, where)
-    asked = (fields.source, fields.target, fields.client)
+    asked = (*fields.columns.values(), fields.client)
     columns = [column for column in asked if column and column in table.column_names]
     names = {c: table.features[c].names for c in columns if hasattr(table.features[c], "names")}
     rows = []

@@ -2,6 +2,7 @@
 
 from fedlora.data.dataset import Dataset, Row
 from fedlora.seeds import generator
+from fedlora.tasks import Classification
 
 _WORDS = {
     "animal": ("cat", "dog", "horse", "goose", "wolf", "mouse"),
@@ -20,4 +21,4 @@ def tiny(rows: int = 240, test_rows: int = 60, seed: int = 0) -> Dataset:
         words = rng.choice(_WORDS[label], frame.count("{}"))
         made.append(Row(frame.format(*words), label))
     train, test = made[:-test_rows], made[-test_rows:]
-    return Dataset.build("tiny", "classification", train, test, published=True)
+    return Dataset.build("tiny", Classification(), train, test, published=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedlora.data.dataset import Dataset, Row, hold_out
 from fedlora.errors import DataError
+from fedlora.tasks import Classification, Instruction
 
 ANSWERS = {
     "ABBR": "an abbreviation",
@@ -39,8 +40,8 @@ def trec(test_rows: int = 500, seed: int = 0) -> Dataset:
     for line in _lines("question_labels.txt"):
         label, question = line.split(" ", 1)
         rows.append(Row(question.strip(), label.split(":")[0]))
-    train, test = hold_out(_unique(rows), "classification", test_rows, seed)
-    return Dataset.build("trec", "classification", train, test, published=True)
+    train, test = hold_out(_unique(rows), Classification(), test_rows, seed)
+    return Dataset.build("trec", Classification(), train, test, published=True)
 
 
 def trec_instruct(test_rows: int = 500, seed: int = 0) -> Dataset:
@@ -55,7 +56,7 @@ def trec_instruct(test_rows: int = 500, seed: int = 0) -> Dataset:
         [Row(ask + row.source, ANSWERS[row.target], row.target) for row in rows]
         for rows in (base.train, base.test)
     )
-    return Dataset.build("trec_instruct", "instruction", train, test, published=True)
+    return Dataset.build("trec_instruct", Instruction(), train, test, published=True)
 
 
 def vader(test_rows: int = 500, seed: int = 0, min_rating: float = 0.5) -> Dataset:
@@ -72,8 +73,8 @@ def vader(test_rows: int = 500, seed: int = 0, min_rating: float = 0.5) -> Datas
             _, rating, text = line.split("\t")
             if float(rating) != 0 and abs(float(rating)) >= min_rating:
                 rows.append(Row(text.strip(), "positive" if float(rating) > 0 else "negative", domain))
-    train, test = hold_out(_unique(rows), "classification", test_rows, seed)
-    return Dataset.build("vader", "classification", train, test, published=True)
+    train, test = hold_out(_unique(rows), Classification(), test_rows, seed)
+    return Dataset.build("vader", Classification(), train, test, published=True)
 
 
 def _lines(name: str) -> list[str]:

@@ -14,14 +14,15 @@ The same seed gives the same parts in every process and for every PYTHONHASHSEED
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.natural_order import in_order
-from fedlora.data.dataset import Kind, Row
+from fedlora.data.dataset import Row
 from fedlora.errors import ConfigError, DataError
 from fedlora.seeds import generator
 
@@ -46,7 +47,7 @@ def partition(
     min_rows: int = 1,
     max_rows: int | None = None,
     seed: int = 0,
-    kind: Kind = "classification",
+    group: Callable[[Row], str | None] = attrgetter("target"),
 ) -> list[Part]:
     """Deal the rows to clients: disjoint parts, each in a seeded random order.
 
@@ -59,18 +60,19 @@ def partition(
         min_rows: the least a client may have.
         max_rows: the most a client keeps, a random subset of its rows.
         seed: of every draw.
-        kind: of the data set; an instruction's target is free text, so its client stands for its label.
+        group: the label of a row, by which "dirichlet" and "shards" deal it (`LearningTask.group`); its
+            target by default.
     """
     _check(len(rows), how, clients, alpha, shards, min_rows, max_rows)
     rng = generator(seed, "partition")
     if how == "natural":
-        named = _natural(_groups(rows, "client", how), clients)
+        named = _natural(_groups(rows, attrgetter("client"), how), clients)
     else:
         count = clients or 1
         if how == "iid":
             parts = np.array_split(rng.permutation(len(rows)), count)
         else:
-            groups = _groups(rows, "target" if kind == "classification" else "client", how)
+            groups = _groups(rows, group, how)
             labels = [groups[label] for label in in_order(groups)]
             if how == "dirichlet":
                 parts = _dirichlet(labels, count, alpha, min_rows, rng)
@@ -114,10 +116,10 @@ def _check(
         )
 
 
-def _groups(rows: Sequence[Row], field: str, how: str) -> dict[str, Indices]:
+def _groups(rows: Sequence[Row], group: Callable[[Row], str | None], how: str) -> dict[str, Indices]:
     members: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        key = getattr(row, field)
+        key = group(row)
         if key is None:
             raise DataError(
                 f"partition {how}: expected a client field in every row, got none in row {index}; "

@@ -88,9 +88,10 @@ def _json_records(path: Path, content: str, fields: Fields) -> Iterator[Record]:
         if not isinstance(record, dict):
             if whole := _whole(content):
                 raise DataError(f"{path}: expected one JSON object a line, got {whole}")
+            object_ = ", ".join(f'"{column}": "..."' for column in fields.columns.values())
             raise DataError(
                 f"{where}: expected a JSON object, got the JSON {type(record).__name__}; write "
-                f'one object a line, such as {{"{fields.source}": "...", "{fields.target}": "..."}}'
+                f"one object a line, such as {{{object_}}}"
             )
         fields.check(record.keys(), where)
         yield where, record
@@ -188,11 +189,11 @@ def _like_rows(
 ) -> bool:
     """Whether all lines of a row that spans several could be rows: with enough cells, and known labels.
 
-    Responses are free text, of which only the number of cells can tell.
+    Of free text, such as responses, only the number of cells can tell.
     """
     if not all(len(cells) >= columns > 1 for cells in found):
         return False
-    if fields.kind == "instruction":
+    if not fields.task.labelled:
         return len(found) > 2
     return all(cells[at].strip('"') in targets for cells in found)
 

@@ -15,6 +15,7 @@ from fedlora.callbacks.remote import ProgressSender, files_of
 from fedlora.config.instantiate import differences
 from fedlora.config.translate import run_spec
 from fedlora.core.messages import Peer
+from fedlora.data import Dataset
 from fedlora.deploy.engine import Deployment
 from fedlora.deploy.known_sites import registered
 from fedlora.deploy.site_config import Invitation, check_name
@@ -94,7 +95,7 @@ def _run(config: DictConfig, grid: Grid, teller: ProgressSender) -> None:
         teller.tell("opening", session.opening(), session.done, session.assembly.metric, private)
         session.folder.write_json(NOTE, {"run": grid.run.run_id})  # so that `deploy status` finds it
         polling = PollingGrid(grid, session.enough, done=teller.advance, late=teller.warn)
-        invitation = _invitation(spec, session.assembly.base, session.assembly.dataset.labels)
+        invitation = _invitation(spec, session.assembly.base, session.assembly.dataset)
         session.run(polling, Sites(invitation.record(), registered()))
     _bring(session.folder, teller)
 
@@ -123,11 +124,11 @@ def _bring(folder: RunFolder, teller: ProgressSender) -> None:
     teller.tell("done")
 
 
-def _invitation(spec: RunSpec, base: Base | None, labels: tuple[str, ...]) -> Invitation:
+def _invitation(spec: RunSpec, base: Base | None, dataset: Dataset) -> Invitation:
     """What a node is told of a run; without a base it is not asked about its model."""
     model = "" if base is None else base.fingerprint(trained_heads(spec.lora, base))
     assert isinstance(spec.engine, Deployment)
-    return Invitation(str(spec.engine.experiment), labels, model)
+    return Invitation(str(spec.engine.experiment), dataset.task.name, dataset.labels, model)
 
 
 def _refused_early(spec: RunSpec, grid: Grid, teller: ProgressSender) -> set[int]:
@@ -141,7 +142,7 @@ def _refused_early(spec: RunSpec, grid: Grid, teller: ProgressSender) -> set[int
         Peer,
         max(assign_ranks(spec.ranks, clients, spec.seed)),
         lambda text: teller.tell("refused", text),
-        _invitation(spec, None, load_dataset(spec).labels).record(),
+        _invitation(spec, None, load_dataset(spec)).record(),
         registered(),
         spec.strategy.mixed_ranks,
     )
@@ -158,7 +159,7 @@ def _check(config: DictConfig, grid: Grid, teller: ProgressSender) -> None:
         made.peer,
         max(made.ranks),
         lambda text: teller.tell("refused", text),
-        _invitation(spec, made.base, made.dataset.labels).record(),
+        _invitation(spec, made.base, made.dataset).record(),
         registered(),
         spec.strategy.mixed_ranks,
     )

@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 
 from fedlora.config.instantiate import Trust
 from fedlora.config.translate import plain, run_spec
-from fedlora.data import Dataset, Example, Row, encode
+from fedlora.data import Dataset, Example, Row
 from fedlora.deploy.site_config import Invitation, SiteConfig
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.errors import CheckpointError, ConfigError, DataError
@@ -18,6 +18,7 @@ from fedlora.runner.assign_ranks import assign_ranks
 from fedlora.runner.load_models import load_base, trained_heads
 from fedlora.runner.spec import RunSpec
 from fedlora.storage.client_state import ClientStore, DownloadCache
+from fedlora.tasks import learning_task
 from fedlora.training.client import Client
 
 
@@ -104,7 +105,7 @@ def _encoded(spec: RunSpec, base: Base, rows: Sequence[Row], invitation: Invitat
             f"whether a row of its own is longer; say data.max_length={base.room} at most"
         )
     try:
-        encoded = encode(base.kind, rows, invitation.labels, base.tokenizer, length)
+        encoded = base.task.encode(rows, invitation.labels, base.tokenizer, length)
         base.check_lengths(encoded)
     except ConfigError as error:
         raise DataError(str(error)) from error
@@ -121,8 +122,7 @@ def rank_of(config: DictConfig, node: SiteConfig) -> int:
 
 def _base(spec: RunSpec, node: SiteConfig, invitation: Invitation) -> Base:
     """The base model at this site, which must be the server's."""
-    kind = "classification" if invitation.labels else "instruction"
-    empty = Dataset(spec.data.name, kind, (), (), invitation.labels)  # type: ignore[arg-type]
+    empty = Dataset(spec.data.name, learning_task(invitation.task), (), (), invitation.labels)
     choices = spec.models or (spec.model,)
     wanted = choices[node.client % len(choices)]
     wanted = replace(wanted, device=node.device or wanted.device, path=node.model or wanted.path)

@@ -29,11 +29,13 @@ class Invitation:
 
     Args:
         experiment: under which the node keeps what belongs to the run.
-        labels: those of a classification, in the order of the logits.
+        task: the name of what is learnt.
+        labels: the names of the model's outputs, in their order.
         model: the fingerprint of the base; empty where the server asks about all but the model.
     """
 
     experiment: str
+    task: str
     labels: tuple[str, ...]
     model: str
 
@@ -51,7 +53,8 @@ class Invitation:
         try:
             found = json.loads(str(record["plan"]))
             name = str(found["experiment"])
-            plan = cls(name, tuple(map(str, found["labels"])), str(found["model"]))
+            labels = tuple(map(str, found["labels"]))
+            plan = cls(name, str(found["task"]), labels, str(found["model"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"the server sent no plan of a run: {error!r}") from error
         check_name(name)

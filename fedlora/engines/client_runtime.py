@@ -251,9 +251,10 @@ class ClientRuntime:
         """Each client's own evaluation; empty where it keeps no rows back."""
         kept = [replace(a, rows=self._split(a.client)[1]) for a in assignments]
         scores = self._each_base(self.client.evaluate, kept)
+        name = f"local_{self.base.task.score}"
         return [
-            {"local_loss": loss, "local_accuracy": right} if a.rows else {}
-            for a, (loss, right) in zip(kept, scores, strict=True)
+            {"local_loss": loss, name: score} if a.rows else {}
+            for a, (loss, score) in zip(kept, scores, strict=True)
         ]
 
 

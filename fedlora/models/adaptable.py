@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter, Pair
-from fedlora.data import Example
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
 from fedlora.models.lora import layer_shape
@@ -150,7 +149,7 @@ def _silent(base: Base, modules: Iterable[str]) -> dict[str, str]:
     ids = [*ids[: TOKENS - 1], *ids[-1:]]  # some models look for the end token
     if len(ids) < 2:  # a tokenizer that knows no word of it
         ids = list(range(TOKENS // 2))
-    row = Example(ids, 0 if base.kind == "classification" else [-100, *ids[1:]])
+    row = base.task.probe(ids, 0)
     probes: dict[str, Tensor] = {}
     found = dict.fromkeys(modules, "never called")
 
@@ -218,7 +217,7 @@ def _try_peft(base: Base, modules: Mapping[str, tuple[int, int]]) -> tuple[str |
     from peft import get_peft_model
     from peft.utils import set_peft_model_state_dict
 
-    twin = Base(_hollow(base.model), base.tokenizer, base.kind, base.heads, base.path)
+    twin = Base(_hollow(base.model), base.tokenizer, base.task, base.heads, base.path)
     with torch.device("meta"):
         pairs = {n: Pair(torch.empty(1, i), torch.empty(o, 1), 1.0) for n, (o, i) in modules.items()}
     config, tensors = as_peft(Adapter(pairs), twin)

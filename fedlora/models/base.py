@@ -6,17 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.core.adapter import digest
-from fedlora.data import Batch, Example, Kind, collate
-from fedlora.data.encode import IGNORED
+from fedlora.data import Batch, Example
 from fedlora.errors import ConfigError
 from fedlora.models.attention import Pack
 from fedlora.models.packing import logits
 from fedlora.models.state import put_back
 from fedlora.models.traits import Traits
+from fedlora.tasks import LearningTask
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Base:
     Args:
         model: a transformers model whose output has `logits`.
         tokenizer: its tokenizer, with a pad token.
-        kind: "classification" (one label a text) or "instruction" (the response's tokens).
+        task: what it is trained for.
         heads: modules that are trained, sent and saved whole: the classification head, and whatever else the
             checkpoint did not hold and had to be made up.
         path: where the model came from.
@@ -37,7 +36,7 @@ class Base:
 
     model: Any
     tokenizer: Any
-    kind: Kind
+    task: LearningTask
     heads: tuple[str, ...]
     path: str
     after: nn.Module | None = None
@@ -76,7 +75,7 @@ class Base:
 
     def check_lengths(self, examples: Sequence[Example]) -> None:
         """Raise ConfigError where a row is longer than the model has positions."""
-        longest = max((len(example.input_ids) for example in examples), default=0)
+        longest = max((example.size for example in examples), default=0)
         if self.room is not None and longest > self.room:
             raise ConfigError(
                 f"data.max_length: '{self.path}' has positions for {self.room} tokens, got a row of "
@@ -87,42 +86,36 @@ class Base:
         """A digest of the weights, without those of the heads that are trained and so travel anyway."""
         parts = self.model.state_dict().items()
         ours = {name: value for name, value in parts if not name.startswith(tuple(f"{t}." for t in trained))}
-        return digest(self.kind, sorted(ours.items()))
+        return digest(self.task.name, sorted(ours.items()))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """A batch of these rows, padded as the model needs it."""
-        return collate(examples, self.pad_id, self.traits.side)
+        return self.task.collate(examples, self.pad_id, self.traits.side)
 
     def passing(self) -> AbstractContextManager[Any]:
         """Around a pass, or what belongs together such as an answer: the model then is as it was loaded."""
         return put_back(self.model) if self.traits.stateful else nullcontext()
 
     def logits(self, batch: Batch) -> Tensor:
-        """The model's output, (rows, labels) or (rows, tokens, vocabulary), in float32 at least."""
+        """The model's output, (rows, outputs) or (rows, tokens, outputs), in float32 at least."""
         return _precise(self._raw(batch))
 
     def _raw(self, batch: Batch) -> Tensor:
-        ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
         with self.passing():
-            output: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+            output: Tensor = self.model(**inputs).logits
         return output
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One loss a row, and one share of right answers a row, both (rows,).
+        """One loss a row, and one score a row such as its share of right answers, both (rows,).
 
-        Classification: cross-entropy of the label. Instruction: mean cross-entropy over the row's own
-        response tokens, so that a row counts once whatever its length and its batch; the share is of tokens.
+        The task says what they are, in `LearningTask.scores`.
         """
         return self.scores(self._raw(batch), batch)
 
     def scores(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """`losses` of logits that are there already, such as a mixture of two models' own."""
-        target = batch.target.to(self.device)
-        if self.kind == "classification":
-            return _of_labels(logits, target)
-        logits, target = logits[:, :-1], target[:, 1:]
-        rows, places = (target != IGNORED).nonzero(as_tuple=True)
-        return _by_row(logits[rows, places], target[rows, places], rows, len(target))
+        return self.task.scores(self._widened(logits), batch.target.to(self.device))
 
     def losses_unpadded(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """`losses` of rows that lie end to end; of a decoder, only the response's logits are ever made.
@@ -130,23 +123,21 @@ class Base:
         Not while a client's bank is open that wants padded batches, nor of a model without an `offset`.
         """
         ids = torch.tensor([token for example in examples for token in example.input_ids])
-        pack = Pack([len(example.input_ids) for example in examples])
-        if self.kind == "classification":
-            target = torch.tensor([example.target for example in examples])
-            return _of_labels(self._packed(ids, pack, None), target)
-        told = [
-            (row, start + at - 1, token)  # a token is foretold one place before it
-            for row, (start, example) in enumerate(zip(pack.starts.tolist(), examples, strict=True))
-            for at, token in enumerate(_tokens(example))
-            if at and token != IGNORED
-        ]
-        rows, places, wanted = torch.tensor(told, dtype=torch.long).view(-1, 3).T
-        return _by_row(self._packed(ids, pack, places), wanted, rows, len(examples))
+        pack = Pack([example.size for example in examples])
+
+        def logits_at(places: Tensor | None) -> Tensor:
+            return self._widened(self._packed(ids, pack, places))
+
+        return self.task.losses_unpadded(examples, pack.starts.tolist(), logits_at)
 
     def _packed(self, ids: Tensor, pack: Pack, kept: Tensor | None) -> Tensor:
         assert self.offset is not None
         with self.passing():
             return logits(self.model, ids, pack, self.offset, kept)
+
+    def _widened(self, logits: Tensor) -> Tensor:
+        """Logits as the task takes them: those of rows in float32 at least, those of tokens as they are."""
+        return logits if self.task.per_token else _precise(logits)
 
     @property
     def last(self) -> tuple[str, ...]:
@@ -160,26 +151,6 @@ class Base:
             for head in (self.heads if heads is None else heads)
             for name, p in self.model.get_submodule(head).named_parameters()
         }
-
-
-def _of_labels(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each row's label, and whether it is the likeliest one."""
-    logits = _precise(logits)
-    return F.cross_entropy(logits, target, reduction="none"), (logits.argmax(-1) == target).to(logits.dtype)
-
-
-def _by_row(logits: Tensor, wanted: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Each row's mean of its tokens' cross-entropies, and its share of right ones; zeros without any."""
-    logits = _precise(logits)
-    each, right = F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
-    share = 1 / rows.bincount(minlength=count).clamp_min(1).to(each.dtype)[rows]
-    empty = logits.new_zeros(count)
-    return empty.index_add(0, rows, each * share), empty.index_add(0, rows, right * share)
-
-
-def _tokens(example: Example) -> list[int]:
-    assert isinstance(example.target, list)
-    return example.target
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedlora.data import Kind
 from fedlora.errors import ModelError
 from fedlora.models.attention import attend_our_way, attend_plainly, takes_our_attention
 from fedlora.models.base import Base
@@ -21,13 +20,14 @@ from fedlora.models.quantized import quantized
 from fedlora.models.state import put_back
 from fedlora.models.trial import Trial
 from fedlora.seeds import generator
+from fedlora.tasks import TASKS, LearningTask, learning_task
 
 NO_TOKENIZER = "model.path: '{}' has no tokenizer files; save its tokenizer there too"
 
 
 def load(
     path: str | Path,
-    kind: Kind,
+    task: LearningTask | str,
     labels: Sequence[str] = (),
     dtype: str = "float32",
     device: str = "cpu",
@@ -42,8 +42,8 @@ def load(
 
     Args:
         path: a folder or a hub name.
-        kind: what it will be trained for.
-        labels: the labels of a classification, in the order of the logits.
+        task: what it will be trained for, or the name of one of `fedlora.tasks.TASKS`.
+        labels: the names of the model's outputs in their order, where they have some (`Dataset.labels`).
         dtype: of the frozen weights, "float32" or "bfloat16"; adapters are float32 in any case.
         device: "cpu", "cuda", "cuda:1" or "mps".
         seed: of made-up parameters.
@@ -52,23 +52,22 @@ def load(
         plain: leave the model as transformers makes it, its attention too, to compare ours with.
 
     Raises:
+        ConfigError: there is no task of this name.
         ModelError: no such model, or one that cannot do this.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import CONFIG_NAME
 
+    task = learning_task(task)
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ModelError(f"model.dtype: expected float32, bfloat16 or float64, got '{dtype}'")
     _check_device(device)
     chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     chosen["ignore_mismatched_sizes"] = True  # a head for other labels is made anew, below
     chosen["use_safetensors"] = None if allow_pickle else True
-    auto = AutoModelForCausalLM
-    if kind == "classification":
-        auto = AutoModelForSequenceClassification
-        names = dict(enumerate(labels))
-        chosen |= {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+    chosen |= task.options(labels)
+    auto = getattr(transformers, task.auto)
     bits: dict[str, Any] = {}
     os.environ.setdefault(
         "DISABLE_SAFETENSORS_CONVERSION", "1"
@@ -87,7 +86,7 @@ def load(
                 f"model.path: expected weights in safetensors, '{path}' has none; if it has pickled ones "
                 "(.bin) and you trust who made them, say model.allow_pickle=true"
             ) from error
-        if unfit := _unfit(str(path), kind):
+        if unfit := _unfit(str(path), task):
             raise ModelError(unfit) from error
         if (
             why.startswith("Couldn't instantiate the backend tokenizer")
@@ -102,13 +101,13 @@ def load(
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one without files
         raise ModelError(NO_TOKENIZER.format(path))
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    return finished(model, tokenizer, kind, missing, str(path), seed, None if bits else device, plain)
+    return finished(model, tokenizer, task, missing, str(path), seed, None if bits else device, plain)
 
 
 def finished(
     model: Any,
     tokenizer: Any,
-    kind: Kind,
+    task: LearningTask,
     missing: Sequence[str],
     path: str,
     seed: int = 0,
@@ -120,7 +119,7 @@ def finished(
     Args:
         model: from transformers.
         tokenizer: its tokenizer.
-        kind: what it will be trained for.
+        task: what it will be trained for.
         missing: names of parameters that the checkpoint lacked.
         path: where the model came from.
         seed: of the missing parameters.
@@ -137,28 +136,30 @@ def finished(
     text = model.config.get_text_config()  # a part of the configuration, in models of images and text
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = tokenizer.pad_token_id
-    heads = _heads(model, kind, missing, path)
+    heads = task.heads(model, missing, path)
     _make_up(model, missing, seed)
     model.requires_grad_(False).eval()
     if device is not None:  # a quantised model is there already, and bitsandbytes does not let it move
         model.to(device)
-    base = Base(model, tokenizer, kind, heads, path)
+    base = Base(model, tokenizer, task, heads, path)
     return base if plain else _tried(base)
 
 
 def _tried(base: Base) -> Base:
     """The base with what is found out about its model, and with our attention where that changes nothing."""
-    model, decoder = base.model, base.kind == "instruction"
-    trial = Trial(model, base.tokenizer, decoder, base.pad_id, base.room, base.path)
+    model, task = base.model, base.task
+    trial = Trial(model, base.tokenizer, task, base.pad_id, base.room, base.path)
     traits = trial.traits()
     for line in traits.notices(base.path):
         warnings.warn(line, stacklevel=3)
     ours = takes_our_attention(model) and _attends_alike(trial)
     after = None
-    if not decoder and not traits.stateful:  # such a model may do otherwise with rows longer than those tried
+    if (
+        not task.per_token and not traits.stateful
+    ):  # such a model may do otherwise with rows longer than those tried
         after = only_first_token(model)
     offset = None
-    if ours and traits.limit != 0 and traits.side == "right" and (decoder or after is not None):
+    if ours and traits.limit != 0 and traits.side == "right" and (task.generates or after is not None):
         with put_back(model):
             offset = offset_of(model, after)
     return replace(base, after=after, offset=offset, traits=traits)
@@ -196,29 +197,26 @@ def checkpoint_dtype(path: str) -> torch.dtype | None:
     return None
 
 
-def _unfit(path: str, kind: Kind) -> str | None:
-    """Why transformers cannot load a checkpoint for this kind of task; None where its kind is not why."""
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        AutoConfig,
-    )
+def _unfit(path: str, task: LearningTask) -> str | None:
+    """Why transformers cannot load a checkpoint for this task; None where the kind of model is not why."""
+    import transformers
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError):
         return None
     kinds = type(config), type(config.get_text_config())
-    decodes = any(one in MODEL_FOR_CAUSAL_LM_MAPPING for one in kinds)
-    classifies = any(one in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING for one in kinds)
-    if decodes if kind == "instruction" else classifies:
+
+    def takes(one: LearningTask) -> bool:
+        return any(kind in getattr(transformers, one.auto)._model_mapping for kind in kinds)
+
+    if takes(task):
         return None
     model = f"'{path}' is a model of the kind '{config.model_type}', of which transformers has no"
-    if not decodes and not classifies:
-        return f"model.path: {model} text classifier and no decoder; choose a model that reads text"
-    if kind == "instruction":
-        return f"model: instructions need a decoder, such as model=smollm2; {model} decoder"
-    return f"model: labels need a text classifier, such as model=minilm; {model} text classifier"
+    if not any(takes(one) for one in TASKS):
+        every = " and no ".join(dict.fromkeys(one.model for one in (*TASKS, task)))
+        return f"model.path: {model} {every}; choose a model that reads text"
+    return f"model: {task.needs}; {model} {task.model}"
 
 
 def _check_device(device: str) -> None:
@@ -241,27 +239,6 @@ def _check_device(device: str) -> None:
         raise ModelError(
             f"model.device: '{device}' was asked for, torch sees no GPU of that kind; use model.device=cpu"
         )
-
-
-def _heads(model: Any, kind: Kind, missing: Sequence[str], path: str) -> tuple[str, ...]:
-    """The modules to train whole: every parametrised sibling of the encoder, and every made-up module."""
-    if kind == "instruction":
-        if missing:
-            raise ModelError(
-                f"model: instructions need a decoder, such as model=smollm2; '{path}' is no complete causal "
-                f"language model, it lacks {sorted(missing)[:3]}"
-            )
-        return ()
-    prefix = model.base_model_prefix
-    heads = [n for n, m in model.named_children() if n != prefix and any(True for _ in m.parameters())]
-    for name in sorted({".".join(key.split(".")[:2]) for key in missing if key.startswith(prefix + ".")}):
-        lacks = [f"{name}.{key}" for key, _ in model.get_submodule(name).named_parameters()]
-        if not set(lacks) <= set(missing):
-            raise ModelError(
-                f"model.path: the checkpoint '{path}' lacks a part of {name}, or has other shapes"
-            )
-        heads.append(name)
-    return tuple(sorted(set(heads)))
 
 
 def _make_up(model: Any, missing: Sequence[str], seed: int) -> None:

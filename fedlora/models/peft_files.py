@@ -26,8 +26,8 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
 
     The model there is the plain transformers model of the same checkpoint and number of labels. Heads are
     always saved, trained or not, since a plain model would make up its own. The tokenizer lies beside the
-    adapter. A classifier's configuration, which names the label of each logit, lies in `base/`, a folder of
-    its own because transformers takes an adapter's folder with a config.json for a whole model.
+    adapter. The configuration of a model with a new head, which names its outputs, lies in `base/`, a folder
+    of its own because transformers takes an adapter's folder with a config.json for a whole model.
 
     Args:
         adapter: of any ranks and scales, mixed over modules; with magnitudes it becomes one of DoRA.
@@ -41,7 +41,7 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod((folder / "adapter_config.json").stat().st_mode)  # safetensors' own is for one user
     base.tokenizer.save_pretrained(str(folder))
-    if base.kind == "classification":
+    if base.task.new_head:
         labelled = copy.deepcopy(base.model.config)
         if hasattr(labelled, "quantization_config"):  # how this run loaded the base, not what the base is
             del labelled.quantization_config
@@ -65,7 +65,7 @@ def as_peft(adapter: Adapter, base: Base) -> tuple[Any, dict[str, Tensor]]:
     scale = next(pair.scale for pair in adapter.pairs.values())
     transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in adapter.pairs)
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS if base.kind == "classification" else TaskType.CAUSAL_LM,
+        task_type=TaskType[base.task.peft_type],
         base_model_name_or_path=str(Path(base.path).absolute()) if Path(base.path).is_dir() else base.path,
         r=rank,
         lora_alpha=scale * rank,
@@ -167,7 +167,7 @@ def by_peft(base: Base, folder: Path) -> Base:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers
         model = PeftModel.from_pretrained(base.model, str(folder)).eval()
-    return Base(model, base.tokenizer, base.kind, (), base.path)
+    return Base(model, base.tokenizer, base.task, (), base.path)
 
 
 def merge(base: Base, adapter: Adapter) -> None:

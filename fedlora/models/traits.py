@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedlora.data.encode import Side
+from fedlora.data.examples import Side
 
 
 @dataclass(frozen=True)

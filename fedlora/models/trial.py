@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.data.encode import Side
+from fedlora.data.examples import Side
 from fedlora.errors import ModelError
 from fedlora.models.state import put_back
 from fedlora.models.traits import Traits
+from fedlora.tasks import LearningTask
 
 SHORT = (
     17,
@@ -35,16 +36,17 @@ class Trial:
     Args:
         model: a transformers model, frozen.
         tokenizer: its tokenizer.
-        decoder: whether logits are wanted of every token.
+        task: what the model is to be trained for, which says whether there are logits of every token, and
+            whether tokens must not see those that follow.
         pad: what to pad with.
         room: how many tokens a row may have; None for any number.
         path: where the model came from, for messages.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, decoder: bool, pad: int, room: int | None, path: str
+        self, model: Any, tokenizer: Any, task: LearningTask, pad: int, room: int | None, path: str
     ) -> None:
-        self.model, self.decoder, self.pad, self._path = model, decoder, pad, path
+        self.model, self.task, self.pad, self._path = model, task, pad, path
         self.stateful = False
         self._coarse = any(not p.is_floating_point() for p in model.parameters())
         self._seen: list[dict[str, set[bool]]] = []
@@ -54,7 +56,7 @@ class Trial:
         """What these rows show.
 
         Raises:
-            ModelError: the model takes none of them; or it is to be a decoder and sees later tokens.
+            ModelError: the model takes none of them; or it is to generate and sees later tokens.
         """
         modules = dict(self.model.named_modules())
         handles = [m.register_forward_pre_hook(self._note(n), with_kwargs=True) for n, m in modules.items()]
@@ -62,7 +64,7 @@ class Trial:
             alone = self._alone()
             mixes = self._twins(alone[0])
             side, limit = ("right", 0) if mixes else self._padding(alone)
-            prompts = not self.decoder or self._prompts(alone)
+            prompts = not self.task.generates or self._prompts(alone)
         finally:
             for handle in handles:
                 handle.remove()
@@ -78,7 +80,7 @@ class Trial:
     def answers(self) -> list[Tensor]:
         """The logits of a batch padded on both sides, and a gradient by its embedded tokens.
 
-        Of a decoder the logits are those of real tokens alone, (tokens, vocabulary).
+        Where there are logits for each token, they are those of real tokens alone, (tokens, outputs).
         """
         sides: list[Side] = [("right", "left")[i % 2] for i in range(len(self.rows))]
         ids, mask = padded(self.rows, sides, self.pad, self.model.device)
@@ -94,7 +96,7 @@ class Trial:
         try:
             with put_back(self.model), torch.enable_grad():
                 logits = self.model(input_ids=ids, attention_mask=mask).logits
-                logits = logits[mask.bool()] if self.decoder else logits
+                logits = logits[mask.bool()] if self.task.per_token else logits
                 weights = torch.linspace(-1, 1, logits.numel()).view_as(logits).to(logits)
                 grads = torch.autograd.grad((logits * weights).sum(), leaves, allow_unused=True)
         finally:
@@ -134,10 +136,10 @@ class Trial:
         cut = max(1, len(row) - 5)
         other = row[:cut] + row[cut : len(row) - 1][::-1] + row[-1:]
         one, two = self._say([row, other], ["right", "right"])
-        if self.decoder and not self._near(two[:cut], one[:cut]):
+        if self.task.generates and not self._near(two[:cut], one[:cut]):
             raise ModelError(
-                f"model: instructions need a decoder, such as model=smollm2; '{self._path}' sees the "
-                "tokens that follow, so that it would be trained on what it reads"
+                f"model: {self.task.needs}; '{self._path}' sees the tokens that follow, so that it would be "
+                "trained on what it reads"
             )
         return not self._near(one, alone)
 
@@ -147,7 +149,7 @@ class Trial:
             rows, wanted = self.rows[first:], alone[first:]
             for side in ("right", "left"):
                 said = self._say(rows, [side] * len(rows))
-                join = torch.cat if self.decoder else torch.stack
+                join = torch.cat if self.task.per_token else torch.stack
                 if self._near(join(said), join(wanted)):
                     return side, None if first == 0 else len(rows[0])
         return "right", 0
@@ -171,7 +173,9 @@ class Trial:
         with put_back(self.model) as kept:
             logits = self.model(**named).logits
             self.stateful |= kept.changed
-        return [one[real.bool()] if self.decoder else one for one, real in zip(logits, mask, strict=True)]
+        if not self.task.per_token:
+            return [*logits]
+        return [one[real.bool()] for one, real in zip(logits, mask, strict=True)]
 
     def _note(self, name: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:

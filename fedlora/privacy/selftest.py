@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
 from fedlora.data import Example
-from fedlora.data.encode import IGNORED
 from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel
 from fedlora.models.trial import lengths, made_up
@@ -89,17 +88,14 @@ def _rows(base: Base) -> list[Example]:
     """Rows of the lengths with which loading tried the model, the longest first, which comes twice."""
     longest, *shorter = lengths(base.model, base.room)
     rows = made_up(base.model, base.tokenizer, base.pad_id, [longest, longest, *shorter])
-    if base.kind == "classification":
-        return [Example(ids, number % 2) for number, ids in enumerate(rows)]
-    told = min(2, len(rows[-1]) - 1)
-    return [Example(ids, [IGNORED] * told + ids[told:]) for ids in rows]
+    return [base.task.probe(ids, number) for number, ids in enumerate(rows)]
 
 
 def _batches(base: Base, rows: list[Example]) -> list[list[int]]:
     """Indices of the rows that may share a batch; the rows are ordered by falling length."""
     found: list[list[int]] = []
     for at, row in enumerate(rows):
-        if not found or not base.traits.together(len(rows[found[-1][0]].input_ids), len(row.input_ids)):
+        if not found or not base.traits.together(rows[found[-1][0]].size, row.size):
             found.append([])
         found[-1].append(at)
     return found

@@ -28,7 +28,7 @@ def clients_table(run: Run) -> Table:
         "clipped": [score(row.get("clipped"), "loss") for row in rows],
         "training loss": [score(row.get("loss"), "loss") for row in rows],
         f"alone on {evaluated([run])}": [score(row.get("test_accuracy"), "accuracy") for row in rows],
-        "local accuracy": [score(row.get("local_accuracy"), "accuracy") for row in rows],
+        words(run.local_metric): [score(row.get(run.local_metric), "accuracy") for row in rows],
         "MB down": megabytes([row.get("bytes_down") for row in rows]),
         "MB up": megabytes([row.get("bytes_up") for row in rows]),
         "status": [_status(row) for row in rows],
@@ -113,9 +113,9 @@ def thinned(held: Mapping[int, dict[str, Any]]) -> tuple[Mapping[int, dict[str, 
 
 
 def own_metric(run: Run) -> str | None:
-    """What tells how a client fares: its own accuracy on rows it keeps back, else its training loss."""
-    if any("local_accuracy" in row for row in run.clients) or _own(run):
-        return "local_accuracy"
+    """What tells how a client fares: its own metric on rows it keeps back, else its training loss."""
+    if any(run.local_metric in row for row in run.clients) or _own(run):
+        return run.local_metric
     return "loss" if any(number(row.get("loss")) is not None for row in run.clients) else None
 
 
@@ -126,7 +126,7 @@ def own_values(run: Run) -> dict[str, float]:
         names[str(row["client"])] = _name(row)
         if metric and (value := number(row.get(metric))) is not None:
             found[str(row["client"])] = value
-    if metric == "local_accuracy":
+    if metric == run.local_metric:
         own = {client: number(row.get(metric)) for client, row in _own(run).items()}
         found |= {client: value for client, value in own.items() if value is not None}
     return {names.get(client, clean(client)): value for client, value in found.items()}

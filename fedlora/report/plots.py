@@ -154,7 +154,7 @@ def by_client(runs: Sequence[Run]) -> list[Picture]:
     together = groups(runs)
     named = [*zip(labels([group[0] for group in together]), together, strict=True)]
     shown = []
-    for metric in ("local_accuracy", "loss"):
+    for metric in sorted({metric for group in together if (metric := own_metric(group[0]))}):
         drawn = []
         for at, (label, group) in enumerate(named):
             each = [worst_first([*own_values(run).values()], metric) for run in group]

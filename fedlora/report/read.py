@@ -44,13 +44,19 @@ class Run:
 
     @property
     def metric(self) -> str:
-        """The headline metric's key, `accuracy` or `perplexity`."""
+        """The headline metric's key, such as `accuracy` or `perplexity`."""
         return str(self.summary.get("metric", "loss"))
 
     @property
     def more_is_better(self) -> bool:
-        """Whether a higher headline metric is better; it is for accuracies alone."""
-        return self.metric.endswith("accuracy")
+        """Whether a higher headline metric is better; for accuracies alone, unless the summary tells."""
+        return bool(self.summary.get("more_is_better", self.metric.endswith("accuracy")))
+
+    @property
+    def local_metric(self) -> str:
+        """The key of what clients measure on rows of their own beside the loss, such as `local_accuracy`."""
+        keys = (key for told in (self.summary, *self.metrics) for key in told if key.startswith("local_"))
+        return next((key for key in keys if key != "local_loss"), "local_accuracy")
 
     @property
     def counts(self) -> bool:

@@ -96,6 +96,7 @@ class ServerLoop:
         aggregation: how the next state follows from a round's replies; None takes what `config` asks for.
         recording: keeps what the strategy is given.
         scheduler: when tasks are sent, and when updates are aggregated.
+        score: what clients call the score of their own models (`LearningTask.score`).
     """
 
     def __init__(
@@ -113,12 +114,13 @@ class ServerLoop:
         aggregation: Aggregation | None = None,
         recording: UpdateLog | None = None,
         scheduler: Scheduler = Synchronous(),  # noqa: B008 (it has no state)
+        score: str = "accuracy",
     ) -> None:
         self.strategy, self.state, self.config, self.done = strategy, state, config, done
         self._registry, self._evaluate, self._named = registry, evaluate, named
         self._folder, self._progress, self._spent, self._scheduler = folder, progress, spent, scheduler
         self._aggregation = aggregation or aggregation_for(config)
-        self._recording = recording
+        self._recording, self._score = recording, score
         self._exchange = MessageExchange(progress.warn, config.seed, config.timeout)
 
     @property
@@ -203,7 +205,8 @@ class ServerLoop:
             lines.sort(key=lambda line: int(line["client"]))
         named = self._named if self.strategy.personal else None  # the clients' own models are the result
         seconds = time.perf_counter() - round.began
-        line = totals(round.number, lines, metrics, seconds, self._aggregation.shows_losses, named)
+        shown = self._aggregation.shows_losses
+        line = totals(round.number, lines, metrics, seconds, shown, named, self._score)
         line |= self._spent(lines)
         self._folder.finish_round(round.number, self.state, line, lines)
         self.done = round.number

@@ -12,6 +12,7 @@ def totals(
     seconds: float,
     losses: bool = True,
     named: Callable[[float, float], dict[str, float]] | None = None,
+    score: str = "accuracy",
 ) -> dict[str, Any]:
     """All that a round comes to.
 
@@ -21,19 +22,21 @@ def totals(
         metrics: what is known of the new state.
         seconds: how long it took.
         losses: whether the clients' training losses may be told.
-        named: from loss and share of right answers to the metrics of what is trained for, where the clients'
-            own models are the result.
+        named: from loss and score to the metrics of what is trained for, where the clients' own models are
+            the result.
+        score: what clients call the score of their own models, after "local_" (`LearningTask.score`).
     """
     metrics = dict(metrics)
     good = [line for line in lines if line["status"] == "ok"]
     told = [line for line in good if "loss" in line] if losses else []
     examples = sum(line["examples"] for line in told)
-    own = [line for line in good if line.keys() >= {"local_accuracy", "local_loss"}]
+    local = f"local_{score}"
+    own = [line for line in good if line.keys() >= {local, "local_loss"}]
     if own:
-        metrics["local_accuracy"] = statistics.fmean(line["local_accuracy"] for line in own)
+        metrics[local] = statistics.fmean(line[local] for line in own)
         metrics["local_loss"] = statistics.fmean(line["local_loss"] for line in own)
         if named:
-            metrics |= named(metrics["local_loss"], metrics["local_accuracy"])
+            metrics |= named(metrics["local_loss"], metrics[local])
     if clipped := [line["clipped"] for line in good if "clipped" in line]:
         metrics["clipped"] = statistics.fmean(clipped)
     return {

@@ -18,7 +18,7 @@ from fedlora.training.generation import Answer, answer, chosen
 from . import compatibility, privacy_checks
 from .assign_ranks import assign_ranks
 from .initial_state import initial_state
-from .load_data import encode_rows, load_dataset, metrics, partition_rows
+from .load_data import encode_rows, load_dataset, partition_rows
 from .load_models import load_base, shared, trained_heads
 from .spec import Dealt, RunSpec
 
@@ -72,7 +72,7 @@ class Assembly:
     @property
     def metric(self) -> str:
         """The headline metric."""
-        return "accuracy" if self.dataset.kind == "classification" else "perplexity"
+        return self.dataset.task.headline
 
     def enough(self, sampled: int) -> int:
         """How many of a round's clients it waits for.
@@ -102,7 +102,7 @@ class Assembly:
 
     def named(self, loss: float, right: float) -> dict[str, float]:
         """Loss and share of right answers as the metrics of what is trained for."""
-        return metrics(self.dataset.kind, loss, right)
+        return self.dataset.task.metrics(loss, right)
 
     def initial(self) -> Task:
         """The model before round 1; the bare one where the adapter is no part of it."""
@@ -111,13 +111,9 @@ class Assembly:
             return Task(self.start.adapter, fold=self.start.fold)
         return Task(Adapter({}))
 
-    def majority(self) -> float | None:
-        """The accuracy of always saying the most frequent training label, where those are known here."""
-        if self.dataset.kind != "classification" or not self.dataset.train:
-            return None
-        said = [row.target for row in self.dataset.train]
-        label = max(sorted(set(said)), key=said.count)
-        return sum(row.target == label for row in self.dataset.test) / len(self.dataset.test)
+    def baseline(self) -> dict[str, float | None]:
+        """The headline metric of an answer that reads no row, by the answer's name, such as "majority"."""
+        return self.dataset.task.baseline(self.dataset.train, self.dataset.test)
 
 
 def assemble(spec: RunSpec) -> Assembly:

@@ -31,6 +31,7 @@ from fedlora.models import Base
 from fedlora.privacy import DPSGD, Ledger
 from fedlora.privacy.audit_bound import CONFIDENCE, lower_bound
 from fedlora.seeds import generator
+from fedlora.tasks import Classification
 from fedlora.training.client import TrainRequest
 
 # One canary in so many is guessed, half of these as in. Fixed beforehand, so that no choice has to be paid
@@ -148,7 +149,7 @@ def audit(
     client, plan = local.privately(privacy), privacy.plan(canaries, batch_size, steps)
     present = torch.from_numpy(generator(seed, "audit").integers(0, 2, canaries) == 1)
     rows = [Example([i if is_in else canaries], 0) for i, is_in in enumerate(present.tolist())]
-    base = Base(_Probe(canaries).eval(), _Tokens(canaries), "classification", (), "the audit's probe")
+    base = Base(_Probe(canaries).eval(), _Tokens(canaries), Classification(), (), "the audit's probe")
     B = LOUD * CLIP * torch.tensor([[1.0], [-1.0]])  # with which label 0 pulls every coordinate of A upwards
     adapter, ledger = Adapter({MODULE: Pair(torch.zeros(1, canaries), B)}), None
     seen = [adapter.pairs[MODULE].A[0].double()]

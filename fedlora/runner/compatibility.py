@@ -115,10 +115,11 @@ def recorded_updates(spec: RunSpec) -> str | None:
 
 def answers_of_labels(known: Dealt) -> str | None:
     """A classifier writes no text."""
-    if known.spec.evaluate.answers and known.dataset.kind == "classification":
+    task = known.dataset.task
+    if known.spec.evaluate.answers and not task.generates:
         return (
-            "evaluate.answers: a classifier gives labels and writes no text, its accuracy says all; leave it "
-            "out, or name data.prompt and data.response"
+            f"evaluate.answers: a {task.model} writes no text, its {task.headline} says all; leave it out, "
+            "or name data.prompt and data.response"
         )
     return None
 

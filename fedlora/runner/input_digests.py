@@ -127,8 +127,8 @@ def _texts(rows: Sequence[Row]) -> Iterable[str]:
 
 def _numbers(examples: Sequence[Example]) -> Iterable[bytes]:
     for example in examples:
-        for part in example:
-            yield np.asarray(part, np.int64).tobytes()
+        for part in (example.input_ids, example.target):
+            yield np.asarray(part).tobytes()
 
 
 def _source(thing: object) -> str:

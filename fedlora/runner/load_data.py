@@ -1,6 +1,5 @@
 """The rows of a run, and whose they are."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -8,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.data import Dataset, Example, Kind, Part, Row, encode, partition
+from fedlora.data import Dataset, Example, Part, Row, partition
 from fedlora.data.dataset import hold_out
 from fedlora.errors import ConfigError, DataError
 from fedlora.models import Base
 from fedlora.seeds import generator
+from fedlora.tasks import LearningTask
 
 from .spec import DataSpec, Partitioner, RunSpec
 
@@ -32,7 +32,7 @@ def load_dataset(spec: RunSpec) -> Dataset:
         raise ConfigError(
             "evaluate.rows=validation: the training rows are at the sites; say evaluate.rows=test"
         )
-    kept, held = hold_out(dataset.train, dataset.kind, VALIDATION, spec.seed)
+    kept, held = hold_out(dataset.train, dataset.task, VALIDATION, spec.seed)
     return replace(dataset, train=tuple(kept), test=tuple(held), cut=True)
 
 
@@ -45,7 +45,7 @@ def partition_rows(data: DataSpec, dataset: Dataset, clients: int | None, seed: 
     if not isinstance(data.partition, str):
         return _own_partition(data.partition, dataset, clients, seed)
     how = (data.partition, clients, data.alpha, data.shards, data.min_rows, data.max_rows, seed)
-    return partition(dataset.train, *how, kind=dataset.kind)
+    return partition(dataset.train, *how, group=dataset.task.group)
 
 
 def _own_partition(how: Partitioner, dataset: Dataset, clients: int | None, seed: int) -> list[Part]:
@@ -64,13 +64,6 @@ def _own_partition(how: Partitioner, dataset: Dataset, clients: int | None, seed
     return [Part(f"client-{i:0{width}}", part) for i, part in enumerate(made)]
 
 
-def metrics(kind: Kind, loss: float, right: float) -> dict[str, float]:
-    """Loss and share of right answers as the metrics of what is trained for."""
-    if kind == "classification":
-        return {"loss": loss, "accuracy": right}
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": right}
-
-
 @dataclass(frozen=True)
 class _Tokenizer:
     """A tokenizer, the same as any other that was loaded from there."""
@@ -86,13 +79,13 @@ def encode_rows(max_length: int, dataset: Dataset, rows: Sequence[Row], base: Ba
     training and test rows only, since a large set's take gigabytes and a small one's a tenth of a second.
     """
     tokenizer = _Tokenizer(base.path or str(id(base.tokenizer)), base.tokenizer)
-    examples = _encoded(dataset.kind, tuple(rows), dataset.labels, tokenizer, max_length)
+    examples = _encoded(dataset.task, tuple(rows), dataset.labels, tokenizer, max_length)
     base.check_lengths(examples)
     return examples
 
 
 @lru_cache(maxsize=2)
 def _encoded(
-    kind: Kind, rows: tuple[Row, ...], labels: tuple[str, ...], tokenizer: _Tokenizer, max_length: int
+    task: LearningTask, rows: tuple[Row, ...], labels: tuple[str, ...], tokenizer: _Tokenizer, max_length: int
 ) -> Sequence[Example]:
-    return encode(kind, rows, labels, tokenizer.itself, max_length)
+    return task.encode(rows, labels, tokenizer.itself, max_length)

@@ -35,9 +35,9 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
         ConfigError: neither a path nor a source is named.
         ModelError: no such model, or one that cannot do this.
     """
-    seed = seed if dataset.kind == "classification" else 0  # only a new head is drawn from it
+    seed = seed if dataset.task.new_head else 0  # only a new head is drawn from it
     if model.loaded is not None:
-        return load_given(*model.loaded, dataset.kind, dataset.labels, seed, model.name)
+        return load_given(*model.loaded, dataset.task, dataset.labels, seed, model.name)
     path = model.path or (model.source() if model.source is not None else None)
     if not path:
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
@@ -48,7 +48,7 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
             stacklevel=2,
         )
     where = (model.dtype, model.device, seed, model.quantize, model.allow_pickle)
-    return loader(path, dataset.kind, dataset.labels, *where)
+    return loader(path, dataset.task, dataset.labels, *where)
 
 
 def _lacks_bfloat16() -> bool:

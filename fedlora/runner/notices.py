@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from fedlora.clients import LocalTraining
 from fedlora.data import Row
-from fedlora.data.encode import count_cut
 from fedlora.runner.assemble import Assembly
 
 
@@ -52,7 +51,7 @@ def _schedule(job: Assembly) -> Iterator[str]:
 def _pooled(job: Assembly) -> Iterator[str]:
     """Rows that name their clients, dealt to others."""
     how, column = job.spec.data.partition, job.spec.data.client
-    by_client = job.dataset.kind == "instruction" and how in ("dirichlet", "shards")
+    by_client = not job.dataset.task.labelled and how in ("dirichlet", "shards")
     if (
         not isinstance(how, str)
         or how == "natural"
@@ -71,7 +70,7 @@ def _repeated(job: Assembly) -> Iterator[str]:
     """Rows to evaluate on that clients train on as well."""
     if _protected(job):
         return
-    texts = job.dataset.kind == "classification"
+    texts = job.dataset.task.labelled
 
     def content(row: Row) -> tuple[str, str]:
         return row.source, "" if texts else row.target
@@ -100,12 +99,11 @@ def _cut(job: Assembly) -> Iterator[str]:
         sets.insert(0, ("training", held))
     said = []
     for name, pieces in sets:
-        cut = sum(count_cut(dataset.kind, rows, made, b.tokenizer, most) for rows, made, b in pieces)
+        cut = sum(dataset.task.count_cut(rows, made, b.tokenizer, most) for rows, made, b in pieces)
         if cut:
             said.append(f"{cut} of {sum(len(rows) for rows, _, _ in pieces)} {name} rows")
     if said:
-        side = "end" if dataset.kind == "classification" else "start of the prompt"
         yield (
-            f"{' and '.join(said)} are longer than data.max_length={most} tokens and lose their {side}; "
-            "raise it where that matters"
+            f"{' and '.join(said)} are longer than data.max_length={most} tokens and lose their "
+            f"{dataset.task.cut}; raise it where that matters"
         )

@@ -1,6 +1,7 @@
 """What a run says when it begins and when it has ended, and the files of its end."""
 
 import hashlib
+import math
 import platform
 import resource
 import sys
@@ -15,12 +16,13 @@ from typing import Any
 import fedlora
 from fedlora.callbacks.console import megabytes
 from fedlora.core.messages import State
-from fedlora.data.dataset import counted
+from fedlora.data.labels import counted
 from fedlora.models import save_adapter
 from fedlora.privacy import Ledger
 from fedlora.runner import privacy_report
 from fedlora.runner.assemble import Assembly
 from fedlora.storage.run_folder import RunFolder
+from fedlora.tasks import TASKS
 from fedlora.training.generation import Answer, scores
 
 ANSWERS = "answers.jsonl"  # in the folder of a run: what the model said to test rows, a line each
@@ -87,11 +89,12 @@ def finish(
     rounds = folder.rounds()
     evaluated = [line for line in rounds if "loss" in line]
     last = evaluated[-1] if evaluated else {}
-    names = ("accuracy", "loss", "perplexity", "token_accuracy", "aggregation_error")
-    told = [found for found in own.values() if found.keys() >= {"local_accuracy", "local_loss"}]
-    ends = {n: fmean(found[n] for found in told) for n in ("local_accuracy", "local_loss") if told}
+    task = job.dataset.task
+    names, local = [*sorted(task.metrics(math.nan, math.nan)), "aggregation_error"], f"local_{task.score}"
+    told = [found for found in own.values() if found.keys() >= {local, "local_loss"}]
+    ends = {n: fmean(found[n] for found in told) for n in (local, "local_loss") if told}
     if spec.strategy.personal and told:
-        ends |= job.named(ends["local_loss"], ends["local_accuracy"])
+        ends |= job.named(ends["local_loss"], ends[local])
     away = dict(Counter(name for line in rounds for name in line.get("away", [])))
     privacy: dict[str, Any] = {}
     if spec.privacy is not None:
@@ -102,11 +105,13 @@ def finish(
         "model": spec.model_name,
         "data": spec.data.name,
         "metric": job.metric,
+        # Of fedlora's own tasks, reports know by the metric's name whether more of it is better.
+        **({} if task in TASKS else {"more_is_better": task.more_is_better}),
         **{name: last[name] for name in names if name in last},
         **ends,
         **scores(answers),
         "initial": initial,
-        **({} if spec.privacy else {"majority": job.majority()}),  # it follows from counts of private labels
+        **({} if spec.privacy else job.baseline()),  # it follows from counts of private labels
         "rounds": spec.rounds,
         "clients": job.rules.clients,
         "ranks": sorted(set(job.ranks)),

@@ -219,6 +219,7 @@ class Session:
             aggregation_for(made.rules, central, [self.spec.robust] if self.spec.robust else []),
             UpdateLog(folder.path) if self.spec.record_updates else None,
             self.spec.scheduler,
+            made.dataset.task.score,
         )
 
     def _check_anything_came(self) -> None:

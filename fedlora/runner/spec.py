@@ -18,6 +18,7 @@ from fedlora.privacy import DPSGD, Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
+from fedlora.tasks import LearningTask
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
@@ -73,6 +74,7 @@ class DataSpec:
         file: which file of its folder a site takes.
         client: the column that names a row's client.
         tested: reads the test rows alone, given the labels, where that can be done without the training rows.
+        task: what is learnt, where it is no task of fedlora's own; it is the task of what `source` reads.
     """
 
     source: Callable[[], Dataset]
@@ -89,6 +91,7 @@ class DataSpec:
     file: str | None = None
     client: str | None = None
     tested: Callable[[Sequence[str]], Dataset] | None = None
+    task: LearningTask | None = None
 
 
 @dataclass(frozen=True)

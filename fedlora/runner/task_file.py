@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fedlora.data import Dataset, Kind
+from fedlora.data import Dataset
 from fedlora.errors import CheckpointError
 from fedlora.models import Base, load
 from fedlora.runner.assemble import Assembly
@@ -13,6 +13,7 @@ from fedlora.runner.load_data import load_dataset
 from fedlora.runner.load_models import load_base
 from fedlora.runner.spec import RunSpec
 from fedlora.storage.run_folder import RunFolder
+from fedlora.tasks import LearningTask, learning_task
 
 FILE = "task.json"
 
@@ -22,15 +23,15 @@ class TaskFile:
     """What is learnt, and from which base.
 
     Args:
-        kind: classification or instruction.
-        labels: of a classification, in the order of the logits.
+        kind: the name of the learning task.
+        labels: the names of the model's outputs, in their order.
         base: the folder or hub name that the base was loaded from.
         ranks: the clients', in their order.
         strategy: the name of the strategy's class.
         personal: whether the result is a model for each client, and none for all.
     """
 
-    kind: Kind
+    kind: str
     labels: tuple[str, ...]
     base: str
     ranks: tuple[int, ...]
@@ -42,7 +43,7 @@ class TaskFile:
         """What a job learns."""
         path = Path(job.base.path)
         return cls(
-            job.dataset.kind,
+            job.dataset.task.name,
             tuple(job.dataset.labels),
             str(path.absolute()) if path.is_dir() else job.base.path,
             tuple(job.ranks),
@@ -67,6 +68,18 @@ class TaskFile:
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"'{run / FILE}' is damaged: {error}") from error
 
+    def task(self, spec: RunSpec) -> LearningTask:
+        """The learning task.
+
+        Args:
+            spec: the run's description, which has the task if it is the user's own.
+
+        Raises:
+            ConfigError: there is no task of this name.
+        """
+        own = spec.data.task
+        return own if own is not None and own.name == self.kind else learning_task(self.kind)
+
     def write(self, folder: RunFolder) -> None:
         """Write it into a run's folder."""
         folder.write_json(FILE, asdict(self))
@@ -74,7 +87,7 @@ class TaskFile:
     def load_base(self, spec: RunSpec, loader: Callable[..., Base] = load) -> Base:
         """The base model, from where the run had it if that is still there, else as its settings say."""
         model = replace(spec.model, path=self.base) if Path(self.base).is_dir() else spec.model
-        return load_base(model, Dataset("", self.kind, (), (), self.labels), spec.seed, loader)
+        return load_base(model, Dataset("", self.task(spec), (), (), self.labels), spec.seed, loader)
 
     def tested(self, spec: RunSpec) -> Dataset:
         """The rows that the run was evaluated on; training rows are read only if these were cut from them."""

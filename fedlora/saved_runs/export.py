@@ -13,7 +13,7 @@ from fedlora.config.instantiate import Trust, read
 from fedlora.config.translate import kept_spec, run_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task, whole
-from fedlora.data import Example, encode
+from fedlora.data import Example
 from fedlora.errors import CheckpointError, ConfigError, ModelError
 from fedlora.models import (
     Base,
@@ -122,7 +122,7 @@ def verify(run: Path, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
     dataset = learnt.tested(spec)
     _, state = RunFolder(run).read_state()
     base = learnt.load_base(spec)
-    rows = encode(dataset.kind, dataset.test, dataset.labels, base.tokenizer, spec.data.max_length)
+    rows = dataset.task.encode(dataset.test, dataset.labels, base.tokenizer, spec.data.max_length)
     some = rows[:16]
     with MultiAdapterModel(base, [Task(state.adapter, fold=state.fold)]):
         ours, exact = _logits(base, some), _logits(_in_float32(base), some)
@@ -161,9 +161,9 @@ def _logits(base: Base, rows: Sequence[Example]) -> list[Tensor]:
     found = {}
     for micro in micro_batches(list(enumerate(rows)), None, base.traits):
         batch = base.collate([row for _, row in micro])
-        real = batch.attention_mask.bool()
+        real = batch.inputs["attention_mask"].bool()
         for (at, _), one, mask in zip(micro, base.logits(batch).double().cpu(), real, strict=True):
-            found[at] = one[mask] if base.kind == "instruction" else one
+            found[at] = one[mask] if base.task.per_token else one
     return [found[at] for at in range(len(rows))]
 
 

@@ -21,7 +21,7 @@ from fedlora.errors import CheckpointError, ConfigError
 from fedlora.report import Table
 from fedlora.report.tables import score
 from fedlora.rounds.aggregation_error import aggregation_error, sizes
-from fedlora.runner.load_data import encode_rows, metrics
+from fedlora.runner.load_data import encode_rows
 from fedlora.runner.task_file import TaskFile
 from fedlora.seeds import generator
 from fedlora.storage.run_folder import RunFolder
@@ -73,7 +73,7 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         before, updates = recording.read(round)
         after, tasks = again(recorder, other, widest, spec.seed, before, updates, round)
         found = {**sizes(after), **aggregation_error(after, updates, tasks)}
-        found |= metrics(learnt.kind, *evaluate(base, [Task(after.adapter, fold=after.fold)], [test])[0])
+        found |= base.task.metrics(*evaluate(base, [Task(after.adapter, fold=after.fold)], [test])[0])
         kept = {key: had[round][key] for key in SHOWN if key in had.get(round, {})}
         lines.append({"round": round, "recorded": kept, "replayed": found, "state": after.digest()})
     said = OmegaConf.to_container(OmegaConf.create({"strategy": chosen or config.strategy}), resolve=True)

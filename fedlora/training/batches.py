@@ -57,8 +57,8 @@ def micro_batches(rows: Micro, tokens: int | None, traits: Traits, padded: bool 
         traits: of the model, which say what rows may be together.
         padded: whether each row counts as long as its list's longest.
     """
-    ordered = sorted(rows, key=lambda item: -len(item[1].input_ids))
-    lengths = [len(row.input_ids) for _, row in ordered]
+    ordered = sorted(rows, key=lambda item: -item[1].size)
+    lengths = [row.size for _, row in ordered]
     if tokens is None:
         fewest, high = count(sum(lengths)), sum(lengths[:1]) * len(lengths)
     else:
@@ -86,7 +86,7 @@ def groups(batches: Sequence[Sequence[Sequence[Example]]], tokens: int) -> list[
     found: list[list[int]] = []
     room = 0.0
     for slot in order:
-        lengths = [len(row.input_ids) for batch in batches[slot] for row in batch]
+        lengths = [row.size for batch in batches[slot] for row in batch]
         need = sum(lengths) / max(1, len(batches[slot]))
         if not found or need > room:
             found.append([])

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,22 +37,25 @@ def evaluate(
 
 
 @torch.no_grad()
-def predictions(base: Base, task: Task, rows: Sequence[Example], tokens: int | None = None) -> list[int]:
-    """The most likely label of each row under a task's adapter, by its number.
+def predictions(
+    base: Base, task: Task, rows: Sequence[Example], labels: Sequence[str], tokens: int | None = None
+) -> list[Any]:
+    """What a task's adapter says of each row, such as its label, by `LearningTask.predicted`.
 
     Args:
-        base: the frozen model, a classifier.
+        base: the frozen model, of a task that does not generate.
         task: its adapter, as it is.
-        rows: encoded; their own labels are not read.
+        rows: encoded; their own targets are not read.
+        labels: the names of the model's outputs.
         tokens: as for `evaluate`.
     """
-    found: dict[int, int] = {}
+    found: dict[int, Any] = {}
     micros = micro_batches(list(enumerate(rows)), budget(tokens, base.device.type), base.traits)
     with MultiAdapterModel(base, [task], every_token=True) as bank:
         for micro in micros:
             bank.route([len(micro)])
             logits = base.logits(base.collate([row for _, row in micro]))
-            found |= dict(zip((at for at, _ in micro), logits.argmax(-1).tolist(), strict=True))
+            found |= dict(zip((at for at, _ in micro), base.task.predicted(logits, labels), strict=True))
     return [found[at] for at in range(len(rows))]
 
 
@@ -110,7 +114,7 @@ def losses_of(base: Base, bank: MultiAdapterModel, micro: Micro, slots: int) -> 
     rows, tokens = Counter[int](), Counter[int]()
     for slot, row in micro:
         rows[slot] += 1
-        tokens[slot] += len(row.input_ids)
+        tokens[slot] += row.size
     counts, lengths = ([held[slot] for slot in range(slots)] for held in (rows, tokens))
     if bank.unpadded:
         bank.route(counts, lengths)

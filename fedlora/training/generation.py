@@ -19,9 +19,9 @@ import torch
 from fedlora.core.messages import Task
 from fedlora.core.natural_order import in_order
 from fedlora.data import Example, Row
-from fedlora.data.encode import IGNORED, turn_ends
 from fedlora.models import Base, MultiAdapterModel
 from fedlora.seeds import generator
+from fedlora.tasks.instruction import turn_ends
 from fedlora.training.batches import Micro, micro_batches
 from fedlora.training.workers import Workers
 
@@ -89,13 +89,13 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | No
     Args:
         base: the frozen model, a decoder.
         task: the adapter, and what is folded into the base.
-        examples: as `fedlora.data.encode` makes them of instructions.
+        examples: as the base's task encodes them.
         tokens: padded tokens of the prompts of one batch; None takes 4,096.
     """
     if not examples:
         return []  # without a look at the adapter, which may be no part of this model
-    prompts = [(at, Example(e.input_ids[: _told(e)], [])) for at, e in enumerate(examples)]
-    longest = min(LONGEST, max(len(e.input_ids) - _told(e) for e in examples))
+    prompts = [(at, Example(base.task.prompt(example), [])) for at, example in enumerate(examples)]
+    longest = min(LONGEST, max(examples[at].size - prompt.size for at, prompt in prompts))
     room = base.room
     ends = answer_ends(base)
     traits = base.traits if base.traits.prompts else replace(base.traits, limit=0)
@@ -107,12 +107,12 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | No
 
         @torch.no_grad()
         def generate(batch: Micro) -> list[str]:
-            width = max(len(prompt.input_ids) for _, prompt in batch)
+            width = max(prompt.size for _, prompt in batch)
             ids = torch.full((len(batch), width), base.pad_id)
             mask = torch.zeros_like(ids)
             for line, (_, prompt) in enumerate(batch):  # on the left, so that answers begin side by side
-                ids[line, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
-                mask[line, width - len(prompt.input_ids) :] = 1
+                ids[line, width - prompt.size :] = torch.tensor(prompt.input_ids)
+                mask[line, width - prompt.size :] = 1
             most = longest if room is None else min(longest, room - width)
             if most < 1:  # no position is left to answer at
                 return [""] * len(batch)
@@ -182,12 +182,6 @@ def _means(answers: Sequence[Answer]) -> dict[str, float]:
         "exact_match": fmean(found.exact for found in answers),
         "rouge_l": fmean(found.rouge_l for found in answers),
     }
-
-
-def _told(example: Example) -> int:
-    """How many tokens the prompt has."""
-    assert isinstance(example.target, list)
-    return example.target.count(IGNORED)
 
 
 def _text(base: Base, ids: list[int], ends: Sequence[int]) -> str:

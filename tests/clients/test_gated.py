@@ -16,6 +16,7 @@ from fedlora.data import Example, collate
 from fedlora.errors import ConfigError
 from fedlora.models import Base, LoRA, MultiAdapterModel, fresh_adapter, targets
 from fedlora.strategies import FedMS
+from fedlora.tasks import Instruction
 from fedlora.training.client import TrainRequest
 from fedlora.training.evaluation import evaluate
 from fedlora.training.expert import GlobalExpert
@@ -39,7 +40,7 @@ def moved(adapter: Adapter, seed: int) -> Adapter:
 
 
 def expert(base: Base, seed: int = 0, head: bool = True) -> Adapter:
-    shapes = targets(base, "all-linear" if base.kind == "instruction" else ["query", "value"])
+    shapes = targets(base, "all-linear" if base.task.generates else ["query", "value"])
     return moved(fresh_adapter(base, shapes, LoRA().peer(0, 2, shapes), base.heads if head else ()), seed)
 
 
@@ -84,7 +85,7 @@ def decoder() -> Base:
                 pad_token_id=0,
             )
         )
-    return Base(model.requires_grad_(False).eval(), None, "instruction", (), "made")
+    return Base(model.requires_grad_(False).eval(), None, Instruction(), (), "made")
 
 
 def test_stage_1_is_local_training_bit_for_bit(base: Base) -> None:
@@ -128,7 +129,7 @@ def test_the_mixture_is_that_of_the_formula(base: Base) -> None:
     batch = collate(job.rows, base.pad_id)
     g, o = logits(base, common, job.rows), logits(base, own, job.rows)
     handle.remove()
-    real = batch.attention_mask.double()[:, :, None]
+    real = batch.inputs["attention_mask"].double()[:, :, None]
     assert not real.all()
     h = (seen[0].double() * real).sum(1) / real.sum(1)
     one = np.concatenate([h.numpy(), np.ones((len(h), 1))], 1)

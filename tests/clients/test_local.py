@@ -41,7 +41,7 @@ def test_every_epoch_goes_over_all_rows_in_a_new_order() -> None:
     assert [len(batch) for batch in found] == [4, 4, 2] * 3
     passes = [[row for batch in found[i : i + 3] for row in batch] for i in (0, 3, 6)]
     for order in passes:
-        assert sorted(order) == sorted(work.rows)
+        assert sorted(order, key=repr) == sorted(work.rows, key=repr)
     assert passes[0] != passes[1] != passes[2]
     assert passes[0] != list(work.rows)
 

@@ -11,6 +11,7 @@ from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import LoRA, fresh_adapter, targets
+from fedlora.tasks import Instruction
 from fedlora.training.client import TrainRequest
 
 SEED = 5
@@ -102,7 +103,7 @@ def test_noise_is_as_long_as_the_change_and_repeats(base: Any, assignments: list
 
 def test_labels_need_a_task_with_labels(base: Any, assignments: list[TrainRequest]) -> None:
     with pytest.raises(ConfigError, match=r"client.kind: 'labels' needs a classification task"):
-        client("labels").train(replace(base, kind="instruction"), assignments)
+        client("labels").train(replace(base, task=Instruction()), assignments)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from fedlora.core.messages import Task
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base, LoRA, MultiAdapterModel, fresh_adapter, targets
+from fedlora.tasks import Classification, Instruction
 from fedlora.training.client import TrainRequest
 
 pytestmark = pytest.mark.slow
@@ -80,16 +81,15 @@ def made(make: Callable[[], Any], dtype: torch.dtype = torch.float32) -> Base:
         torch.manual_seed(0)
         model = make()
     model.requires_grad_(False).eval().to(dtype)
-    kind: Any = "instruction" if type(model).__name__.endswith("LMHeadModel") else "classification"
-    kind = "instruction" if isinstance(model, LlamaForCausalLM) else kind
+    decoder = isinstance(model, LlamaForCausalLM) or type(model).__name__.endswith("LMHeadModel")
     heads = tuple(n for n, _ in model.named_children() if "classifier" in n)
-    return Base(model, None, kind, heads, "made")
+    return Base(model, None, Instruction() if decoder else Classification(), heads, "made")
 
 
 def rows(base: Base, number: int, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng([seed, 1])
     found = [rng.integers(2, 60, 3 + i % 5).tolist() for i in range(number)]
-    if base.kind == "instruction":
+    if base.task.generates:
         return [Example(ids, [-100, *ids[1:]]) for ids in found]
     return [Example(ids, i % 2) for i, ids in enumerate(found)]
 
@@ -212,7 +212,7 @@ def test_a_model_without_known_layers_is_refused() -> None:
         base_model = nn.Linear(2, 2)
 
     with pytest.raises(ModelError, match=r"Odd.*client=local"):
-        layers_of(Base(Odd(), None, "classification", (), "odd"))
+        layers_of(Base(Odd(), None, Classification(), (), "odd"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,7 @@ from fedlora.core.messages import Task
 from fedlora.data import Example, collate
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base, LoRA, MultiAdapterModel, fresh_adapter, targets
+from fedlora.tasks import Classification, Instruction
 from fedlora.training.client import TrainRequest
 
 TARGETS = ["query", "value"]
@@ -58,12 +59,12 @@ def other_base() -> Base:
             pad_token_id=0,
         )
         model = BertForSequenceClassification(config)
-    return Base(model.requires_grad_(False).eval(), None, "classification", ("classifier",), "other")
+    return Base(model.requires_grad_(False).eval(), None, Classification(), ("classifier",), "other")
 
 
 def test_the_shared_pair_goes_from_the_common_width_to_the_labels(base: Base) -> None:
     assert client().shared(base) == client().shared(other_base()) == {"shared": (2, 6)}
-    decoder = dataclasses.replace(base, kind="instruction")
+    decoder = dataclasses.replace(base, task=Instruction())
     with pytest.raises(ModelError, match="strategy=fedsalora"):
         client().shared(decoder)
 
@@ -122,7 +123,7 @@ def test_the_personal_prediction_is_the_weighted_mean_of_both(base: Base, mu: fl
     batch = collate(job.rows, base.pad_id)
     with torch.no_grad(), MultiAdapterModel(base, [Task(own)], every_token=True):
         local = base.logits(batch).double().numpy()
-        ids, mask = batch.input_ids, batch.attention_mask
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
         states = base.model.base_model(input_ids=ids, attention_mask=mask)[0].double().numpy()
     real = mask.double().numpy()[:, :, None]
     h = (states * real).sum(1) / real.sum(1)

@@ -292,4 +292,4 @@ def test_a_site_listens_to_its_own_word_alone(tmp_path: Path) -> None:
     config = compose([*SMALL, *deployed, "strategy._target_=my_module.Mine", "allow=[my_module]"])
     node = SiteConfig.read({"client": 0, "data": "run", "state": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"allow=\[my_module\]"):
-        make_runtime(config, node, Invitation("x", ("a", "b"), ""))
+        make_runtime(config, node, Invitation("x", "classification", ("a", "b"), ""))

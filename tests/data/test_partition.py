@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedlora.data import Part, Row, partition
 from fedlora.errors import ConfigError, DataError
+from fedlora.tasks import Instruction
 
 ROWS = [Row(str(i), "abcde"[i % 5], f"site {i % 7}") for i in range(200)]
 
@@ -146,11 +147,11 @@ def test_natural_clients_keep_their_rows_and_the_largest_come_first() -> None:
 
 
 def test_instructions_are_dealt_by_their_client_field() -> None:
-    parts = partition(ROWS, "shards", 7, shards=1, kind="instruction")
+    parts = partition(ROWS, "shards", 7, shards=1, group=Instruction().group)
     commonest = [Counter(ROWS[i].client for i in part.rows).most_common(1)[0][1] for part in parts]
     assert min(commonest) > 20
     with pytest.raises(DataError, match=r"partition dirichlet: expected a client field.*row 0.*client="):
-        partition([Row("q", "a")] * 9, "dirichlet", 2, kind="instruction")
+        partition([Row("q", "a")] * 9, "dirichlet", 2, group=Instruction().group)
 
 
 @pytest.mark.parametrize(

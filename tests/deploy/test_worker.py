@@ -183,7 +183,7 @@ def test_an_experiments_name_leads_nowhere(name: str) -> None:
     with pytest.raises(ConfigError, match=r"engine\.experiment"):
         check_name(name)
     with pytest.raises(ConfigError):
-        Invitation.read(Invitation(name, (), "x").record())
+        Invitation.read(Invitation(name, "instruction", (), "x").record())
 
 
 @pytest.mark.parametrize(

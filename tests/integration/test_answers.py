@@ -121,7 +121,7 @@ def test_without_answers_nothing_is_said(run: Callable[..., Any], words: list[st
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (("data=tiny", "model=tiny"), "evaluate.answers: a classifier gives labels"),
+        (("data=tiny", "model=tiny"), "evaluate.answers: a text classifier writes no text, its accuracy"),
         (("strategy=fedsalora",), "evaluate.answers: the result of FedSALoRA is a model for each client"),
         (("evaluate.answers=-1",), "evaluate.answers: expected a number of test rows.*got -1"),
     ],

@@ -159,7 +159,7 @@ class Zoo:
         """The model as a user of transformers loads it, with a head of its own."""
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        if base.kind == "instruction":
+        if base.task.generates:
             model = AutoModelForCausalLM.from_pretrained(base.path)
         else:
             model = AutoModelForSequenceClassification.from_pretrained(base.path, num_labels=len(LABELS))
@@ -172,7 +172,7 @@ class Zoo:
         found = []
         for _ in range(number):
             ids = rng.integers(3, VOCABULARY, rng.integers(2, longest + 1)).tolist()
-            if base.kind == "classification":
+            if base.task.labelled:
                 found.append(Example(ids, int(rng.integers(len(LABELS)))))
             else:
                 asked = int(rng.integers(1, len(ids)))
@@ -189,15 +189,15 @@ class Zoo:
     def theirs(self, base: Base, model: Any) -> torch.Tensor:
         rows = self.batch(base)
         with torch.no_grad():
-            return model.eval()(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits
+            return model.eval()(**rows.inputs).logits
 
     def same(
         self, base: Base, one: torch.Tensor, other: torch.Tensor, rows: Any, tolerance: float = 1e-5
     ) -> bool:
         """Equal at every real token, relative to the largest logit."""
         gap = (one - other).abs() / one.abs().max()
-        if base.kind == "instruction":
-            gap = gap[rows.attention_mask.bool()]
+        if base.task.generates:
+            gap = gap[rows.inputs["attention_mask"].bool()]
         return bool(gap.max() < tolerance)
 
     def clean(self, base: Base) -> bool:

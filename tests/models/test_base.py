@@ -88,7 +88,7 @@ def test_a_checkpoint_with_a_head_for_other_labels_gets_a_new_head_or_a_clear_li
 def test_a_row_may_be_as_long_as_the_table_of_positions_and_no_longer(zoo: Any, name: str) -> None:
     base = zoo.base(name)
     assert base.room is not None
-    target = 0 if base.kind == "classification" else [5] * base.room
+    target = 0 if base.task.labelled else [5] * base.room
     whole = Example([5] * base.room, target)
     base.check_lengths([whole])
     assert base.losses(collate([whole], base.pad_id))[0].isfinite()
@@ -150,7 +150,7 @@ def test_losses_are_each_row_s_own_mean(zoo: Any, name: str) -> None:
     for row, loss, hit in zip(rows, losses, right, strict=True):
         logits = base.model(input_ids=torch.tensor([row.input_ids])).logits[0]
         target = torch.tensor(row.target)
-        if base.kind == "instruction":
+        if base.task.generates:
             logits, target = logits[:-1][target[1:] != -100], target[1:][target[1:] != -100]
         torch.testing.assert_close(loss, F.cross_entropy(logits, target), rtol=1e-9, atol=1e-9)
         assert hit == pytest.approx((logits.argmax(-1) == target).double().mean().item())

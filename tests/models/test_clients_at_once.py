@@ -147,7 +147,7 @@ def reference(
 def row_loss(model: Any, base: Base, row: Example) -> torch.Tensor:
     ids = torch.tensor([row.input_ids])
     logits = model(input_ids=ids).logits[0]
-    if base.kind == "classification":
+    if base.task.labelled:
         return F.cross_entropy(logits, torch.tensor(row.target))
     return F.cross_entropy(logits[:-1], torch.tensor(row.target[1:]))  # transformers' own computes in float32
 

@@ -99,7 +99,7 @@ def their_model(zoo: Any, base: Any, m: str) -> Any:
         target_modules=[m],
         use_dora=True,
         fan_in_fan_out=m == "c_fc",
-        task_type=TaskType.SEQ_CLS if base.kind == "classification" else TaskType.CAUSAL_LM,
+        task_type=TaskType[base.task.peft_type],
     )
     model = get_peft_model(zoo.plain(base), config)
     with torch.no_grad():
@@ -118,9 +118,7 @@ def test_loss_and_gradients_are_peft_s(zoo: Any, tmp_path: Path, name: str, m: s
     model.save_pretrained(str(tmp_path))
     ours = load_adapter(tmp_path, base)
     rows = zoo.batch(base)
-    base.scores(model.eval()(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits, rows)[
-        0
-    ].sum().backward()
+    base.scores(model.eval()(**rows.inputs).logits, rows)[0].sum().backward()
     wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and ".lora_" in n}
     with MultiAdapterModel(base, [Task(ours)], train=True) as bank:
         base.losses(rows)[0].sum().backward()

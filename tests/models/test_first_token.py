@@ -14,6 +14,7 @@ from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel, targets
 from fedlora.models.first_token import only_first_token
 from fedlora.models.hidden_states import HiddenStateHook
+from fedlora.tasks import Classification
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -38,7 +39,7 @@ def made(family: str) -> Any:
 def batch(seed: int = 0) -> Batch:
     ids = torch.randint(3, 60, (4, 7), generator=torch.Generator().manual_seed(seed))
     mask = (torch.arange(7) < torch.tensor([[7], [3], [1], [5]])).long()
-    return Batch(ids, mask, torch.tensor([0, 1, 2, 0]))
+    return Batch({"input_ids": ids, "attention_mask": mask}, torch.tensor([0, 1, 2, 0]))
 
 
 def gradients(base: Base, every_token: bool) -> dict[str, torch.Tensor]:
@@ -63,7 +64,7 @@ def gradients(base: Base, every_token: bool) -> dict[str, torch.Tensor]:
 def test_logits_and_all_gradients_are_those_of_the_whole_layer(family: str) -> None:
     model = made(family)
     heads = tuple(n for n, m in model.named_children() if n != model.base_model_prefix and [*m.parameters()])
-    base = Base(model, None, "classification", heads, family, only_first_token(model))
+    base = Base(model, None, Classification(), heads, family, only_first_token(model))
     assert base.after is not None
     narrow, whole = gradients(base, False), gradients(base, True)
     assert len(whole) > 20
@@ -73,7 +74,7 @@ def test_logits_and_all_gradients_are_those_of_the_whole_layer(family: str) -> N
 
 def test_the_rest_of_the_layer_is_left_out_while_a_bank_is_open_and_no_longer() -> None:
     model = made("Bert")
-    base = Base(model, None, "classification", (), "bert", only_first_token(model))
+    base = Base(model, None, Classification(), (), "bert", only_first_token(model))
     seen: list[int] = []
     model.bert.encoder.layer[-1].output.register_forward_pre_hook(lambda m, x: seen.append(x[0].shape[1]))
     base.logits(batch())
@@ -115,7 +116,7 @@ def test_a_head_of_zeros_proves_nothing() -> None:
 
 def test_a_tap_does_not_take_one_token_for_all() -> None:
     model = made("Bert")
-    base = Base(model, None, "classification", (), "bert", only_first_token(model))
+    base = Base(model, None, Classification(), (), "bert", only_first_token(model))
     for every_token in (True, False):
         with (
             MultiAdapterModel(base, [Task(Adapter({}))], every_token=every_token),
@@ -123,7 +124,7 @@ def test_a_tap_does_not_take_one_token_for_all() -> None:
         ):
             base.logits(batch())
             if every_token:
-                assert tap.pooled(batch().attention_mask).shape == (4, 16)
+                assert tap.pooled(batch().inputs["attention_mask"]).shape == (4, 16)
             else:
                 with pytest.raises(ModelError, match="7 tokens, got 1"):
-                    tap.pooled(batch().attention_mask)
+                    tap.pooled(batch().inputs["attention_mask"])

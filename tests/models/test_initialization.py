@@ -60,7 +60,7 @@ def test_products_and_residual_weights_are_peft_s(zoo: Any, name: str, init: str
         target_modules=list(adapter.pairs),
         init_lora_weights=init,
         fan_in_fan_out=name == "gpt2",
-        task_type=TaskType.SEQ_CLS if base.kind == "classification" else TaskType.CAUSAL_LM,
+        task_type=TaskType[base.task.peft_type],
     )
     theirs = get_peft_model(zoo.plain(base), config).base_model.model
     for m, pair in adapter.pairs.items():

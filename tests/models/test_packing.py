@@ -16,6 +16,7 @@ from fedlora.models import Base, MultiAdapterModel, targets
 from fedlora.models.attention import OURS, Pack, attend_our_way
 from fedlora.models.first_token import only_first_token
 from fedlora.models.packing import offset_of
+from fedlora.tasks import Classification, Instruction
 from fedlora.training.evaluation import losses_of
 
 SMALL: dict[str, Any] = {
@@ -49,10 +50,10 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, **more: Any) -> An
 def base_of(family: str, dtype: torch.dtype = torch.float64) -> Base:
     model = model_of(family, dtype)
     if family not in ENCODERS:
-        return Base(model, None, "instruction", (), family, None, offset_of(model, None))
+        return Base(model, None, Instruction(), (), family, None, offset_of(model, None))
     heads = tuple(n for n, m in model.named_children() if n != model.base_model_prefix and [*m.parameters()])
     after = only_first_token(model)
-    return Base(model, None, "classification", heads, family, after, offset_of(model, after))
+    return Base(model, None, Classification(), heads, family, after, offset_of(model, after))
 
 
 def rows(kind: str, lengths: Sequence[int], seed: int = 0) -> list[Example]:
@@ -103,7 +104,7 @@ def test_losses_and_gradients_of_two_clients_are_those_of_the_padded_batch(
     base = base_of(family)
     assert base.offset == (2 if "oberta" in family.lower() else 0)
     tasks = [task_of(base, 1, 1), task_of(base, 2, 3, fold=True)]
-    micro = [(int(i >= len(lengths) / 2), row) for i, row in enumerate(rows(base.kind, lengths))]
+    micro = [(int(i >= len(lengths) / 2), row) for i, row in enumerate(rows(base.task.name, lengths))]
     padded = results(dataclasses.replace(base, offset=None), tasks, micro)
     unpadded = results(base, tasks, micro)
     assert len(padded) == len(unpadded) > 10
@@ -127,7 +128,7 @@ def test_sparse_values_see_each_token_s_own_client() -> None:
 def test_in_bfloat16_too_up_to_its_rounding(family: str) -> None:
     base = base_of(family, torch.bfloat16)
     assert base.offset == 0
-    batch = rows(base.kind, [5, 1, 7, 3])
+    batch = rows(base.task.name, [5, 1, 7, 3])
     micro = [(0, row) for row in batch]
     with torch.no_grad(), MultiAdapterModel(base, [Task(Adapter({}))]) as bank:
         unpadded, _ = losses_of(base, bank, micro, 1)

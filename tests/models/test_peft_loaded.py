@@ -43,7 +43,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
 
 def made_by_peft(zoo: Any, base: Base, folder: Path, **settings: Any) -> Any:
     """A PEFT model with random factors, saved."""
-    if base.kind == "classification":
+    if base.task.new_head:
         settings = {"task_type": TaskType.SEQ_CLS} | settings
     else:
         settings = {"task_type": TaskType.CAUSAL_LM} | settings

@@ -158,7 +158,7 @@ def test_a_record_that_is_not_finite_is_as_if_it_were_not_there(
 
     def poisoned(self: Base, batch: Any) -> tuple[Tensor, Tensor]:
         each, right = losses(self, batch)
-        bad = (batch.input_ids == rows[3].input_ids[0])[:, 0]
+        bad = (batch.inputs["input_ids"] == rows[3].input_ids[0])[:, 0]
         assert bad.sum() == 1
         return each * torch.ones_like(each).masked_fill(bad, math.nan), right  # so the others' gradients stay
 

@@ -10,6 +10,7 @@ from fedlora.config.composition import compose
 from fedlora.config.translate import model_spec
 from fedlora.data import Dataset
 from fedlora.runner.load_models import load_base
+from fedlora.tasks import Classification
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ def test_bfloat16_on_a_processor_without_it_is_a_warning(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     config = compose(["model=tiny", "data=tiny", f"model.dtype={dtype}"])
-    dataset = Dataset("none", "classification", (), (), ("a", "b"))
+    dataset = Dataset("none", Classification(), (), (), ("a", "b"))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         load_base(model_spec(config), dataset, 0, lambda *named: "loaded")  # type: ignore[arg-type, return-value]

