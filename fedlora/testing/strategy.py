@@ -11,51 +11,25 @@ scales where the strategy allows them, in float64. They look at the first round 
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import dense
-from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.messages import State, Task, Update
 from fedlora.core.strategy import Strategy
 from fedlora.errors import IncompatibleUpdates
 
-LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
-LARGEST = 12  # over the smaller side of every layer
-ONE_RANK = (Peer(7, LARGEST), Peer(2, LARGEST), Peer(5, LARGEST))
-MIXED = (Peer(7, LARGEST), Peer(2, 1), Peer(5, 3))
-WEIGHTS = (3.0, 1.0, 2.0)
+from .federation import LAYERS, WEIGHTS, Round, federation
+
 CLOSE = 1e-9
 FACTS = ("mixed_ranks", "linear", "products", "exact", "personal")
 
 
 class Broken(AssertionError):
     """A promise that a strategy does not keep; its words say which, and what came instead."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """One round of the small federation.
-
-    Args:
-        strategy: what is checked.
-        state: the state before the round.
-        peers: who takes part.
-        updates: what they send.
-    """
-
-    strategy: Strategy
-    state: State
-    peers: Sequence[Peer]
-    updates: Sequence[Update]
-
-    def aggregate(self, updates: Sequence[Update] | None = None) -> State:
-        """The next state, from the round's own updates or from others."""
-        sent = list(self.updates if updates is None else updates)
-        return self.strategy.aggregate(self.state, sent, np.random.default_rng(11))
 
 
 def check_strategy(strategy: Strategy, seed: int = 0) -> None:
@@ -80,7 +54,7 @@ def check_strategy(strategy: Strategy, seed: int = 0) -> None:
 def broken(strategy: Strategy, seed: int = 0) -> Iterator[tuple[str, str]]:
     """The promises that a strategy breaks: the name of each, and what came."""
     try:
-        rounds = [*_federation(strategy, seed)]
+        rounds = [*federation(strategy, seed)]
     except Exception as error:
         yield "a federation of three rounds runs", f"{type(error).__name__}: {error}"
         return
@@ -246,41 +220,6 @@ def _digests(one: Round) -> list[str]:
     return [dataclasses.replace(one.state).digest(), *(adapter.digest() for adapter in adapters)]
 
 
-def _federation(strategy: Strategy, seed: int) -> Iterator[Round]:
-    """The first round and the third."""
-    rng = np.random.default_rng(seed)
-    peers = MIXED if getattr(strategy, "mixed_ranks", False) else ONE_RANK
-    pairs = {m: Pair(_random(rng, LARGEST, b), _random(rng, a, LARGEST), 0.7) for m, (a, b) in LAYERS.items()}
-    head = {"head.weight": _random(rng, 2, 3), "head.bias": _random(rng, 2)}
-    state = strategy.init(Adapter(pairs, head))
-    for number in range(3):
-        one = Round(
-            strategy,
-            state,
-            peers,
-            [_trained(rng, strategy, state, *each) for each in zip(peers, WEIGHTS, strict=True)],
-        )
-        if number in (0, 2):
-            yield copy.deepcopy(one)  # before aggregate can write into it
-        state = one.aggregate()
-
-
-def _trained(rng: np.random.Generator, strategy: Strategy, state: State, peer: Peer, weight: float) -> Update:
-    """What the server sees of a client that has trained: what it shares has moved, nothing else has."""
-    task = strategy.task(state, peer)
-    shared = set(task.shared())
-
-    def after(name: str, tensor: Tensor) -> Tensor:
-        return tensor + 0.3 * _random(rng, *tensor.shape) if name in shared else tensor.clone()
-
-    pairs = {
-        m: Pair(scale=p.scale, **{f: after(f"{m}.{f}", t) for f, t in p.factors()})
-        for m, p in task.adapter.pairs.items()
-    }
-    extra = {name: after(name, tensor) for name, tensor in task.adapter.extra.items()}
-    return Update(Adapter(pairs, extra), weight, peer, {"loss": 1.0})
-
-
 def _effective(task: Task, adapter: Adapter, module: str) -> Tensor:
     """All that a client's model adds to a module's weight."""
     found = torch.zeros(LAYERS[module], dtype=torch.float64)
@@ -300,7 +239,3 @@ def _same(one: State, two: State, what: str) -> None:
 def _tensor(value: Tensor | int) -> Tensor:
     assert isinstance(value, Tensor)
     return value
-
-
-def _random(rng: np.random.Generator, *shape: int) -> Tensor:
-    return torch.from_numpy(rng.standard_normal(shape))

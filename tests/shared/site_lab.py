@@ -109,7 +109,13 @@ def ask(model: str) -> Callable[..., Asked]:
     """A worker of a site's, and messages to it."""
 
     def make(config: DictConfig, site: dict[str, Any], **plan: Any) -> Asked:
-        known = {"experiment": "trial", "task": "classification", "labels": ("a", "b"), "model": model, **plan}
+        known = {
+            "experiment": "trial",
+            "task": "classification",
+            "labels": ("a", "b"),
+            "model": model,
+            **plan,
+        }
         return Asked(Worker(), config, site, Invitation(**known))
 
     return make

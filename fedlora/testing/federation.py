@@ -1,0 +1,80 @@
+"""A small federation of random layers and updates, on which the promises of an author's code are tried."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.messages import Peer, State, Update
+from fedlora.core.strategy import Strategy
+
+LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
+LARGEST = 12  # over the smaller side of every layer
+ONE_RANK = (Peer(7, LARGEST), Peer(2, LARGEST), Peer(5, LARGEST))
+MIXED = (Peer(7, LARGEST), Peer(2, 1), Peer(5, 3))
+WEIGHTS = (3.0, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the small federation.
+
+    Args:
+        strategy: what is checked.
+        state: the state before the round.
+        peers: who takes part.
+        updates: what they send.
+    """
+
+    strategy: Strategy
+    state: State
+    peers: Sequence[Peer]
+    updates: Sequence[Update]
+
+    def aggregate(self, updates: Sequence[Update] | None = None) -> State:
+        """The next state, from the round's own updates or from others."""
+        sent = list(self.updates if updates is None else updates)
+        return self.strategy.aggregate(self.state, sent, np.random.default_rng(11))
+
+
+def federation(strategy: Strategy, seed: int) -> Iterator[Round]:
+    """The first round and the third."""
+    rng = np.random.default_rng(seed)
+    peers = MIXED if getattr(strategy, "mixed_ranks", False) else ONE_RANK
+    pairs = {m: Pair(random(rng, LARGEST, b), random(rng, a, LARGEST), 0.7) for m, (a, b) in LAYERS.items()}
+    head = {"head.weight": random(rng, 2, 3), "head.bias": random(rng, 2)}
+    state = strategy.init(Adapter(pairs, head))
+    for number in range(3):
+        one = Round(
+            strategy,
+            state,
+            peers,
+            [trained(rng, strategy, state, *each) for each in zip(peers, WEIGHTS, strict=True)],
+        )
+        if number in (0, 2):
+            yield copy.deepcopy(one)  # before aggregate can write into it
+        state = one.aggregate()
+
+
+def trained(rng: np.random.Generator, strategy: Strategy, state: State, peer: Peer, weight: float) -> Update:
+    """What the server sees of a client that has trained: what it shares has moved, nothing else has."""
+    task = strategy.task(state, peer)
+    shared = set(task.shared())
+
+    def after(name: str, tensor: Tensor) -> Tensor:
+        return tensor + 0.3 * random(rng, *tensor.shape) if name in shared else tensor.clone()
+
+    pairs = {
+        m: Pair(scale=p.scale, **{f: after(f"{m}.{f}", t) for f, t in p.factors()})
+        for m, p in task.adapter.pairs.items()
+    }
+    extra = {name: after(name, tensor) for name, tensor in task.adapter.extra.items()}
+    return Update(Adapter(pairs, extra), weight, peer, {"loss": 1.0})
+
+
+def random(rng: np.random.Generator, *shape: int) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(shape))
