@@ -77,4 +77,5 @@ def trained(rng: np.random.Generator, strategy: Strategy, state: State, peer: Pe
 
 
 def random(rng: np.random.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers of a shape, in float64."""
     return torch.from_numpy(rng.standard_normal(shape))
