@@ -1,4 +1,4 @@
-"""What right guesses of one training run say of its epsilon.
+"""A lower bound on epsilon from a membership-inference attack on one training run.
 
 Steinke, Nasr, Jagielski. "Privacy Auditing with One (1) Training Run". NeurIPS 2023.
 https://arxiv.org/abs/2305.08846
@@ -14,20 +14,21 @@ CONFIDENCE = 0.95
 
 
 def p_value(right: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
-    """The most that the probability of so many right guesses, or more, is under (epsilon, delta)-privacy.
+    """An upper bound on the probability of at least so many right guesses if training is (ε, δ)-private.
 
-    Steinke et al. (2023), corollary 5.4 and appendix D of arXiv version 1, for whatever way to guess:
-    P[right ≥ v] ≤ f(v) + 2 m δ max_i (f(v - i) - f(v)) / i, where f(v) = P[Binomial(r, 1/(1+e^-ε)) ≥ v].
+    Steinke et al. (2023), corollary 5.4 and appendix D of arXiv version 1. It holds for every guessing
+    strategy: P[right ≥ v] ≤ f(v) + 2 m δ max_i (f(v - i) - f(v)) / i, where f(v) = P[Binomial(r, 1/(1+e^-ε))
+        ≥ v].
 
     Args:
-        right: v, the guesses that are right.
-        guesses: r, those that were made; how many must not depend on which are right.
-        canaries: m, the records that were in or out by a fair coin each, guessed or not.
-        epsilon: ε, to be refuted.
+        right: v, the number of right guesses.
+        guesses: r, the number of guesses; it must not depend on which of them are right.
+        canaries: m, the number of records that were included by independent fair coins, guessed or not.
+        epsilon: ε, the hypothesis to be refuted.
         delta: δ.
 
     Raises:
-        ConfigError: numbers that cannot be, such as more right guesses than guesses.
+        ConfigError: the numbers contradict each other, such as more right guesses than guesses.
     """
     if not (0 <= right <= guesses <= canaries and 0 <= epsilon < math.inf and 0 <= delta <= 1):
         raise ConfigError(
@@ -36,7 +37,7 @@ def p_value(right: int, guesses: int, canaries: int, epsilon: float, delta: floa
         )
     k = np.arange(guesses + 1)
     factorials = np.array([math.lgamma(i + 1) for i in k])
-    hit = -math.log1p(math.exp(-epsilon))  # the logarithms of a guess's chances, to be right and wrong
+    hit = -math.log1p(math.exp(-epsilon))  # log-probabilities of a right and of a wrong guess
     miss = hit - epsilon
     chances = np.exp(factorials[-1] - factorials - factorials[::-1] + k * hit + (guesses - k) * miss)
     below = np.cumsum(chances[:right][::-1])  # f(v - i) - f(v) for i from 1 to v; f is 1 beyond
@@ -47,16 +48,16 @@ def p_value(right: int, guesses: int, canaries: int, epsilon: float, delta: floa
 def lower_bound(
     right: int, guesses: int, canaries: int, delta: float, confidence: float = CONFIDENCE
 ) -> float:
-    """The largest epsilon that so many right guesses refute, to 1e-6 below; 0 if they refute none.
+    """The largest epsilon that the guesses refute, rounded down by at most 1e-6; 0 if they refute none.
 
-    The true epsilon is at least this with probability `confidence` (lemma 4.7 there).
+    With probability `confidence` the true epsilon is at least this (lemma 4.7 of the paper).
 
     Args:
-        right: guesses that are right.
-        guesses: those that were made.
-        canaries: guessed or not.
-        delta: at which epsilon is meant.
-        confidence: one minus the p-value at which an epsilon counts as refuted.
+        right: the number of right guesses.
+        guesses: the number of guesses.
+        canaries: the number of canaries, guessed or not.
+        delta: the δ of the guarantee.
+        confidence: one minus the p-value below which an epsilon is refuted.
 
     Raises:
         ConfigError: as for `p_value`.
@@ -73,4 +74,4 @@ def lower_bound(
     while high - low > 1e-6:
         middle = (low + high) / 2
         low, high = (middle, high) if refuted(middle) else (low, middle)
-    return low  # it is refuted itself, so that the search does not raise the bound
+    return low  # a refuted value, so the search errs to the low side

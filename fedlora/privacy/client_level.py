@@ -1,7 +1,7 @@
-"""Client-level privacy at the server: who is in a round, and the noised mean that the strategy gets to see.
+"""Client-level privacy at the server: it samples the clients of a round and releases their noised mean.
 
 McMahan, Ramage, Talwar, Zhang. "Learning Differentially Private Recurrent Language Models". ICLR 2018.
-https://arxiv.org/abs/1710.06963, their fixed-denominator estimator.
+https://arxiv.org/abs/1710.06963; this is their fixed-denominator estimator.
 """
 
 import math
@@ -33,36 +33,37 @@ Node = TypeVar("Node")
 
 
 class ClientLevelMechanism:
-    """The server's mechanism, for a whole run.
+    """The Gaussian mechanism that the server applies in every round of a run.
 
-    A round's release is u + (Σ_k w_k clip(Δ_k, C) + N(0, (σ C)² I)) / (q N): Δ_k is what client k has changed
-    of what it was sent, 0 ≤ w_k ≤ 1, and u is what a client of the largest ranks is sent. The denominator is
-    fixed: it is neither the number of clients that answered nor the sum of their weights.
+    A round releases u + (Σ_k w_k clip(Δ_k, C) + N(0, (σ C)² I)) / (q N). Δ_k is the change that client k made
+    to the parameters it received, 0 ≤ w_k ≤ 1, and u are the parameters that a client of the largest ranks
+    receives. The denominator is a constant: it is neither the number of clients that answered nor the sum of
+    their weights.
 
-    **Plain rounds** (`sample` draws each client with probability q, and every round is released). Take two
-    runs, one of which lacks client c. Give the other clients the same draws and the same failures in both.
-    Then the sums differ by w_c clip(Δ_c, C) if c was drawn and answered, and by nothing otherwise, so their
-    distance is at most C. No count stands between the draw and the release: with no answer at all the sum is
-    zero, and noise is released. A round is therefore a Poisson-sampled Gaussian mechanism of sensitivity C
-    and rate q, to adding or removing a client.
+    **Without secure aggregation** `sample` includes each client with probability q, independently, and every
+    round is released. Consider two runs of which one lacks client c, and let all other clients be sampled and
+    fail alike in both. Then the sums differ by w_c clip(Δ_c, C) if c was sampled and answered, and are equal
+    otherwise, so their distance is at most C. The release does not depend on any count: if nobody answers,
+    the sum is zero and noise is released. Under adding or removing one client, a round is therefore a
+    Poisson-subsampled Gaussian mechanism of sensitivity C and sampling rate q.
 
-    **Rounds under masks** (the plan has q = 1). The sum is known only if enough of the round's members have
-    delivered (`fedlora.secure_aggregation.protocol`), and a server that sees the sum of a small draw sees a
-    client. So the number of members is fixed, the run's seed chooses them, and nothing is claimed for the
-    draw. Take two runs in which the updates of client c differ: in one of them they are all replaced by
-    zeros. Who is there, who is a member and who delivers does not follow from what the updates hold, since a
-    client sends a vector of the same length whatever it has learned, and a change that is not finite is sent
-    as zero. Hence the sum is known in both runs or in neither. If it is not, neither run releases anything
-    and both keep the state; if it is, the sums differ by w_c clip(Δ_c, C) at most, and a round is a Gaussian
-    mechanism of sensitivity C. This does not hold for adding or removing a client: its presence can be what
-    makes the sum known, and "no sum" against "a sum of m clients" is seen by everybody. The ledger therefore
-    counts the unit "contribution", which says that presence and failures are known. A client whose rows make
-    it fail, or make it late, is outside of the claim, as a client that failed is elsewhere.
+    **With secure aggregation** (the plan has q = 1) the server learns the sum only if enough members of the
+    round deliver (`fedlora.secure_aggregation.protocol`), and the sum of a small sample reveals a single
+    client. The number of members is therefore fixed, the run's seed chooses them, and the analysis takes no
+    credit for sampling. Consider two runs that differ in the updates of client c, which are all replaced by
+    zeros in one of them. Presence, membership and delivery do not depend on the content of an update: a
+    client sends a vector of the same length whatever it has learned, and sends zeros for a change that is not
+    finite. So the sum is known in both runs or in neither. If it is not known, neither run releases anything
+    and both keep the state. If it is known, the sums differ by at most w_c clip(Δ_c, C), and a round is a
+    Gaussian mechanism of sensitivity C. The same is not true for adding or removing a client: its presence
+    can decide whether the sum is known, and everybody sees whether a round had a sum. The ledger's unit is
+    therefore "contribution", with presence and failures public. The guarantee does not cover a client that
+    its own rows cause to fail or to be late.
 
     Args:
         privacy: the settings.
-        plan: what follows from them.
-        path: the ledger's file.
+        plan: the parameters that follow from the settings, see `ClientLevel.plan`.
+        path: the file of the ledger.
     """
 
     def __init__(self, privacy: ClientLevel, plan: Plan, path: Path) -> None:
@@ -71,22 +72,23 @@ class ClientLevelMechanism:
 
     @property
     def ledger(self) -> Ledger | None:
-        """What all rounds so far have cost; None for nothing."""
+        """The ledger of all rounds so far; None before the first release."""
         return read_ledger(self._path)
 
     @property
     def terms(self) -> dict[str, Any]:
-        """What clients that send under masks have to do themselves, for `SecureSum`."""
+        """The clip and the weight cap, which clients apply themselves under secure aggregation."""
         return {"clip": self._privacy.clip, "cap": self._privacy.example_cap}
 
     def refusal(self) -> str | None:
-        """Why there must not be another round; None if there may."""
+        """Why another round would exceed the budget; None if it would not."""
         return self._plan.refusal(self.ledger)
 
     def sample(self, nodes: Sequence[Node], round: int) -> list[Node]:
-        """Draw a round's clients, each by itself with probability q, and begin the round.
+        """Begin a round: a Poisson sample of the nodes, each included with probability q, independently.
 
-        The draw follows no seed, or anyone could tell who was in. With q = 1 it takes all of `nodes`.
+        The sample does not follow the run's seed, from which anyone could compute it. With q = 1 it is all
+        nodes.
         """
         self._mechanism = self._plan.mechanism(-1, round)
         return [nodes[i] for i in self._mechanism.source.chosen(len(nodes), self._plan.q)]
@@ -94,13 +96,15 @@ class ClientLevelMechanism:
     def total(
         self, strategy: Strategy, wide: Task, updates: Sequence[Update], tasks: Sequence[Task]
     ) -> Tensor:
-        """Σ_k w_k clip(Δ_k) of what came, (n,), float64; of factors or, where it is they, of products.
+        """The sum Σ_k w_k clip(Δ_k) over the updates that arrived, (n,), float64.
+
+        Δ_k is the change of the factors, or of the products B·A where the strategy averages products.
 
         Args:
-            strategy: linear in factors, or in products.
-            wide: the task of a client of the largest ranks that the run can serve.
-            updates: those that came; there may be none.
-            tasks: what each was sent.
+            strategy: it takes a mean of factors, or of products.
+            wide: the task of a client of the largest ranks in the run.
+            updates: the updates that arrived; there may be none.
+            tasks: for each update, the task that its client received.
         """
         total = torch.zeros(_length(_sizes(strategy, wide)), dtype=torch.float64)
         for task, update in zip(tasks, updates, strict=True):
@@ -113,21 +117,21 @@ class ClientLevelMechanism:
         return total
 
     def release(self, strategy: Strategy, wide: Task, total: Tensor) -> Update:
-        """The noised mean of a round, as the one update that the strategy needs; paid for first.
+        """The noised mean of a round as a single update. The ledger is written before the noise is drawn.
 
         Args:
             strategy: as for `total`.
             wide: as for `total`.
-            total: the sum of clipped changes.
+            total: the sum of clipped changes, (n,).
 
         Raises:
-            IncompatibleUpdates: the sum is not one of such changes. Nothing has been paid for it then.
+            IncompatibleUpdates: the sum has another length. Nothing is written to the ledger then.
         """
         mechanism, sizes = self._mechanism, _sizes(strategy, wide)
         assert mechanism is not None, "a round begins with its sample"
         if total.shape != (_length(sizes),):
             raise IncompatibleUpdates(f"expected a sum of {_length(sizes)} numbers, got {tuple(total.shape)}")
-        self._mechanism = None  # its noise is drawn once
+        self._mechanism = None  # a mechanism serves one release
         spent = self.ledger
         spend(self._path, spent, self._plan.after(spent))
         noise = mechanism.source.normals(len(total)) * (mechanism.sigma * mechanism.clip)
@@ -136,7 +140,7 @@ class ClientLevelMechanism:
 
 
 def _sizes(strategy: Strategy, wide: Task) -> Form:
-    """The names and shapes of what is summed."""
+    """The names and shapes of the parameters in the sum."""
     if strategy.linear:
         return form(wide)
     whole = {name: pair.shape for name, pair in wide.adapter.pairs.items()}

@@ -1,7 +1,8 @@
-"""What a client has spent: every (σ, q, steps), and the epsilon that all of it comes to.
+"""The privacy ledger: which noisy steps were released, and the epsilon that they compose to.
 
-A step releases the sum of clipped gradients of a Poisson batch, in which each record is with probability q,
-with Gaussian noise of σ times the clip. Steps compose in any order, so equal ones are kept as a count.
+A step is one Poisson-subsampled Gaussian mechanism: it includes each record (or client) with probability q,
+independently of the others, and releases the sum of the clipped contributions with Gaussian noise of standard
+deviation σ · clip. The order of steps does not matter to the bound, so equal steps are stored as a count.
 """
 
 import functools
@@ -16,28 +17,40 @@ from fedlora.errors import CheckpointError, ConfigError
 
 Unit = Literal["record", "client", "contribution"]
 ADJACENCY: dict[Unit, str] = {
-    "record": "add or remove one record of a client, whose number of records is known",
-    "client": "add or remove one client with all its records; how many there are is known",
-    "contribution": "replace all updates of one client by zeros; who takes part, and who fails, is known",
+    "record": (
+        "neighbouring datasets differ by adding or removing one record of one client; "
+        "the number of that client's records is public"
+    ),
+    "client": (
+        "neighbouring datasets differ by adding or removing one client with all of its records; "
+        "the number of clients is public"
+    ),
+    "contribution": (
+        "neighbouring datasets differ by replacing all updates of one client by zeros; "
+        "who takes part and who fails is public"
+    ),
 }
 MECHANISM = "Gaussian noise on Poisson samples"
 
 Accountant = Literal["prv", "rdp"]
-# Beyond these the PRV accountant takes minutes and gigabytes; the Rényi bound holds as well, and is wider.
+# Beyond these the PRV accountant takes minutes and gigabytes. The Rényi bound holds too, but is looser.
 LARGEST_RENYI, MOST_ENTRIES, MOST_STEPS = 50.0, 8, 20_000
-ORDERS = (*range(2, 17), 20, 24, 32, 48, 63, 128, 256, 512)  # whole ones are quick
+ORDERS = (*range(2, 17), 20, 24, 32, 48, 63, 128, 256, 512)  # integer orders are fast to compute
 
 Step = tuple[float, float, int]
 
 
 @dataclass(frozen=True, order=True)
 class Entry:
-    """Steps of one kind.
+    """A number of equal steps.
 
     Args:
-        sigma: standard deviation of the noise over the clip.
-        q: probability with which a record is in a batch.
-        steps: how many; empty batches count.
+        sigma: noise multiplier, the standard deviation of the noise divided by the clip; at least 0.
+        q: sampling rate, the probability with which a record is in a batch; above 0 and at most 1.
+        steps: number of steps; a step with an empty batch counts, too.
+
+    Raises:
+        ConfigError: a value is outside of its range.
     """
 
     sigma: float
@@ -46,19 +59,23 @@ class Entry:
 
     def __post_init__(self) -> None:
         if not (self.sigma >= 0 and 0 < self.q <= 1 and isinstance(self.steps, int) and self.steps >= 0):
-            raise ConfigError(f"a ledger's entry needs sigma >= 0, 0 < q <= 1 and whole steps, got {self}")
+            raise ConfigError(
+                f"a ledger's entry: expected sigma >= 0, 0 < q <= 1 and whole steps, got {self}"
+            )
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """All that one client, or for client-level privacy the server, has spent in a run. It only ever grows.
+    """All steps that one client, or under client-level privacy the server, has released in a run.
+
+    A ledger only grows: no step is ever removed from it.
 
     Args:
-        delta: at which epsilon is read.
-        entries: what was spent, equal kinds merged.
-        accountant: "prv" takes the smaller of the Rényi and the PRV bound, where PRV is safe; "rdp" Rényi.
-        valid: whether all noise was random; a test seed makes epsilon a number without a meaning, for good.
-        unit: what is protected.
+        delta: the δ at which epsilon is computed.
+        entries: the released steps; equal ones are merged.
+        accountant: "rdp" uses the Rényi bound; "prv" the smaller of the Rényi and the PRV bound.
+        valid: whether all noise was random. After a step with `insecure_test_seed` it stays False.
+        unit: what one dataset of a neighbouring pair has and the other lacks; see `ADJACENCY`.
     """
 
     delta: float
@@ -74,17 +91,17 @@ class Ledger:
 
     @property
     def epsilon(self) -> float:
-        """The epsilon of all entries together, at the ledger's delta; 0 for none."""
+        """The epsilon that all entries compose to at the ledger's delta; 0 without entries."""
         return epsilon(self.entries, self.delta, self.accountant)
 
     def covers(self, older: "Ledger") -> bool:
-        """Whether nothing that an older state of this ledger holds is missing."""
+        """Whether this ledger contains every step of an older state of it."""
         steps = {(e.sigma, e.q): e.steps for e in self.entries}
         kept = all(steps.get((e.sigma, e.q), 0) >= e.steps for e in older.entries)
         return kept and self.valid <= older.valid and self.unit == older.unit
 
     def record(self) -> dict[str, Any]:
-        """All of it with its epsilon and what that means, as plain values."""
+        """The ledger, its epsilon, and the definition of what epsilon bounds, as values for JSON."""
         spent = self.epsilon
         return {
             "epsilon": spent if math.isfinite(spent) else None,
@@ -106,25 +123,26 @@ class Ledger:
         """The ledger that `dump` wrote.
 
         Raises:
-            CheckpointError: it is damaged; what a client has spent is then unknown, and it must not train.
+            CheckpointError: the text is damaged. What the client has spent is then unknown, so it must not
+                train.
         """
         try:
             read = json.loads(text)
             entries = _merged(Entry(e["sigma"], e["q"], e["steps"]) for e in read["entries"])
             if read["unit"] not in ADJACENCY or read["mechanism"] != MECHANISM:
-                raise ValueError(f"it counts {read['unit']}s under {read['mechanism']}")
+                raise ValueError(f"unknown unit {read['unit']!r} or mechanism {read['mechanism']!r}")
             return cls(float(read["delta"]), entries, read["accountant"], bool(read["valid"]), read["unit"])
         except (ValueError, KeyError, TypeError, ConfigError) as error:
-            raise CheckpointError(f"this is no ledger of a client's privacy: {error!r}") from error
+            raise CheckpointError(f"this is no ledger of differential privacy: {error!r}") from error
 
 
 @functools.lru_cache(maxsize=4096)
 def epsilon(entries: tuple[Entry, ...], delta: float, accountant: Accountant = "prv") -> float:
-    """The epsilon at `delta` of all steps together; an upper bound, never an estimate.
+    """An upper bound on the epsilon at `delta` that all steps compose to; infinite for a step without noise.
 
-    Opacus' Rényi accountant (Mironov, Talwar, Zhang, 2019, arXiv:1908.10530), and its PRV accountant (Gopi,
-    Lee, Wutschitz, NeurIPS 2021, arXiv:2106.02848) where that is safe; the smaller holds. Infinite without
-    noise.
+    It is computed by Opacus' Rényi accountant (Mironov, Talwar, Zhang, 2019, arXiv:1908.10530). With "prv" it
+    is the smaller of that and of Opacus' PRV accountant (Gopi, Lee, Wutschitz, NeurIPS 2021,
+    arXiv:2106.02848), where the latter is numerically safe.
     """
     history = [(e.sigma, e.q, e.steps) for e in entries if e.steps]
     if not history:
@@ -133,7 +151,7 @@ def epsilon(entries: tuple[Entry, ...], delta: float, accountant: Accountant = "
         return math.inf
     steps = sum(steps for _, _, steps in history)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the best Rényi order is the last of those that are tried
+        warnings.simplefilter("ignore")  # Opacus warns if the best Rényi order is the largest that it tried
         if accountant == "prv" and len(history) <= MOST_ENTRIES and steps <= MOST_STEPS:
             rough = _renyi(history, delta, ORDERS)
             if rough <= LARGEST_RENYI and (tight := _prv(history, delta)) is not None:
@@ -166,7 +184,7 @@ def _prv(history: list[Step], delta: float) -> float | None:
 
 
 def worst(ledgers: Iterable[Ledger]) -> Ledger | None:
-    """The ledger of the largest epsilon: clients hold different records, so that none has lost more."""
+    """The ledger with the largest epsilon, or None; it bounds all, since clients hold disjoint records."""
     return max(ledgers, key=lambda ledger: ledger.epsilon, default=None)
 
 

@@ -1,4 +1,4 @@
-"""Ledgers on disk: written before anything leaves, and never taken back."""
+"""Ledgers on disk. A ledger is written before its release is sent, and no entry is ever removed."""
 
 from pathlib import Path
 
@@ -10,37 +10,37 @@ LEDGER = "ledger.json"
 
 
 def read_ledger(path: Path) -> Ledger | None:
-    """What was spent so far; None for nothing.
+    """The ledger in a file; None if there is no file, which means that nothing was released.
 
     Raises:
-        CheckpointError: the ledger is damaged, so that nobody knows what is left.
+        CheckpointError: the file is damaged, so the remaining budget is unknown.
     """
     try:
         return Ledger.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, CheckpointError) as error:
-        raise CheckpointError(f"'{path}', what was spent, cannot be read: {error}") from error
+        raise CheckpointError(f"'{path}', a privacy ledger, cannot be read: {error}") from error
 
 
 def spend(path: Path, before: Ledger | None, after: Ledger) -> None:
-    """Write down what has been spent, all of it; on disk when this returns, so call it before sending.
+    """Replace a ledger by one with more steps. It is on disk when this returns, so call it before sending.
 
     Args:
         path: the ledger's file.
-        before: what it held when the spending was decided on; None for nothing.
-        after: what it holds from now on.
+        before: the ledger that was read before the release was decided on; None if there was none.
+        after: the ledger with the steps of the release.
 
     Raises:
-        CheckpointError: it holds something else by now, or `after` lacks some of it.
+        CheckpointError: the file has changed since `before` was read, or `after` lacks a step of it.
     """
     with locked(path.with_name(f"{path.name}.lock")):
         if read_ledger(path) != before:
             raise CheckpointError(
-                f"'{path}' is no longer the ledger that was read before training, which another process has "
-                "changed or removed since; nothing is sent, ask again"
+                f"'{path}' is no longer the ledger that was read before training: another process has "
+                "changed or removed it; nothing is sent, ask again"
             )
         if before is not None and not after.covers(before):
-            raise CheckpointError(f"'{path}' can only grow, and some of what was spent would be missing")
+            raise CheckpointError(f"'{path}' can only grow, but the new ledger lacks steps of the old one")
         text = after.dump() + "\n"
         write_whole(path, lambda file: file.write_text(text, "utf-8"))

@@ -1,4 +1,4 @@
-"""Opacus' DP-SGD step, with random numbers of our own and the guards that the stock one lacks."""
+"""The DP-SGD step of Opacus with a cryptographic source of noise and additional checks."""
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -7,21 +7,22 @@ from torch import Tensor
 from fedlora.errors import ModelError
 from fedlora.privacy.plan import Mechanism
 
-MARGIN = 1e-5  # relative; more than the rounding of `_norms`, so that no row is over the clip
-BLOCK = 1024  # numbers that are squared and added in float32; of more, rounding would reach the margin
+MARGIN = 1e-5  # relative; larger than the rounding of `_norms`, so that no row exceeds the clip
+BLOCK = 1024  # numbers whose squares are added in float32; with more, rounding would exceed the margin
 
 
 class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
-    """From per-row gradients to one noised gradient, for the optimizer inside to step with.
+    """Turns per-row gradients into one clipped and noised gradient, with which the inner optimizer steps.
 
-    A parameter's `grad_sample` is a list of (rows, *shape), one a micro-batch of the step; all parameters
-    have the same rows in the same order. Different from Opacus' own: rows are counted against those that went
-    in; a row that is not finite counts as zero, instead of making all NaN; noise is drawn by a cryptographic
-    generator and added in float64; the clip has a margin for rounding; no row at all makes a step of noise.
+    A parameter's `grad_sample` is a list of tensors (rows, *shape), one for each micro-batch of the step. All
+    parameters have the same rows in the same order. It differs from Opacus' optimizer in five points: the
+    number of rows is checked; a row that is not finite counts as zero, instead of making the sum NaN; the
+    noise comes from a cryptographic generator and is added in float64; the clip has a margin for rounding;
+    and an empty batch gives a step of noise alone.
 
     Args:
-        optimizer: what moves the parameters.
-        mechanism: clip, noise, batch size.
+        optimizer: the inner optimizer.
+        mechanism: clip, noise and batch size.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, mechanism: Mechanism) -> None:
@@ -34,15 +35,15 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         self._source = mechanism.source
         for p in self.params:
             p.grad_sample = None
-        self.steps = 0  # released so far
-        self._total = torch.zeros(0)  # of the clipped rows, all parameters in one vector
-        self.clipped = self.seen = 0  # rows; how many were clipped is the client's own business, never sent
+        self.steps = 0  # steps released so far
+        self._total = torch.zeros(0)  # the sum of the clipped rows, all parameters in one vector
+        self.clipped = self.seen = 0  # numbers of rows; sent only with privacy.public_metrics
 
     def release(self, rows: int) -> None:
-        """Put the noised mean of `rows` rows' gradients into `grad`, and forget the rows.
+        """Write the noised mean of the gradients of `rows` rows into `grad`, and delete the rows' gradients.
 
         Raises:
-            ModelError: a parameter has gradients of other rows; nothing is released then.
+            ModelError: a parameter has gradients of another number of rows; nothing is released then.
         """
         self._check(rows)
         self.clip_and_accumulate()
@@ -54,14 +55,14 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
 
     @property
     def accumulated_iterations(self) -> int:
-        """One: the micro-batches of a step are one Poisson batch."""
+        """Always 1: the micro-batches of a step are one Poisson batch."""
         return 1
 
     def clip_and_accumulate(self) -> None:
-        """Sum the rows' gradients, each with its joint norm over all parameters at most the clip.
+        """Sum the rows' gradients, each scaled such that its norm over all parameters is at most the clip.
 
-        All parameters side by side in one matrix a micro-batch: few large operations, where many small ones
-        of several clients' threads would wait for each other.
+        The parameters of a micro-batch lie side by side in one matrix. A few large operations are faster than
+        many small ones, for which the threads of several clients would wait for each other.
         """
         self._total = torch.zeros(sum(p.numel() for p in self.params), dtype=torch.float64)
         for chunk in zip(*(p.grad_sample or [] for p in self.params), strict=True):
@@ -77,20 +78,20 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
             self.clipped += int((factor < 1).sum())
 
     def add_noise(self) -> None:
-        """Add one draw of noise over all parameters, of σ times the clip in every coordinate."""
+        """Add Gaussian noise of standard deviation σ · clip to every number of the sum."""
         noise = self._source.normals(len(self._total)).mul_(self.noise_multiplier * self.max_grad_norm)
         noised = torch.split(noise.add_(self._total), [p.numel() for p in self.params])
         for p, own in zip(self.params, noised, strict=True):
             p.grad = own.view(p.shape).to(p)
 
     def _check(self, rows: int) -> None:
-        """Every parameter has one gradient for each row that went in, micro-batch by micro-batch."""
+        """Check that every parameter has one gradient for each row, in every micro-batch."""
         forms = [[tuple(g.shape) for g in p.grad_sample or []] for p in self.params]
         for p, found in zip(self.params, forms, strict=True):
             counts = [shape[0] for shape in found]
             if sum(counts) != rows or counts != [shape[0] for shape in forms[0]]:
                 raise ModelError(
-                    f"private training: {rows} records went in, a tensor of shape {tuple(p.shape)} has "
+                    f"private training: {rows} records went in, but a tensor of shape {tuple(p.shape)} has "
                     f"gradients of {sum(counts)}; this model cannot be trained privately with these targets"
                 )
             if any(shape[1:] != tuple(p.shape) for shape in found):

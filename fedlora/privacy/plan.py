@@ -1,4 +1,4 @@
-"""What follows from the settings of a private run: σ for the whole of it, and each round's mechanism."""
+"""What the settings of a private run imply: the noise multiplier σ, and the mechanism of a round."""
 
 import functools
 import math
@@ -16,22 +16,25 @@ if TYPE_CHECKING:
     from fedlora.privacy.optimizer import PrivateOptimizer
     from fedlora.privacy.settings import Privacy
 
-TRIES, CLOSE, AIM = 6, 0.985, 0.993  # of the search for σ: at most so many, until so close, by aiming so
-SLOPE = 1.3  # epsilon goes about as σ to the minus this
+# The search for σ: at most TRIES steps, until epsilon is CLOSE to the target, each aimed at AIM times the
+# target.
+TRIES, CLOSE, AIM = 6, 0.985, 0.993
+SLOPE = 1.3  # first guess: epsilon is proportional to σ to the power of minus this
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The way of one client, or of the server, through a private run.
+    """The parameters with which one client, or the server, takes part in a private run.
 
     Args:
         privacy: the settings.
-        batch_size: expected number of records of a batch or of clients of a round; sums are divided by it.
-        steps: releases of a round.
-        delta: at which epsilon is read.
-        sigma: standard deviation of the noise over the clip, for the whole run.
-        q: probability with which a record is in a batch, or a client in a round.
-        unit: what the ledger protects; None for the unit of the settings.
+        batch_size: expected number of records in a batch, or of clients in a round; sums are divided by it.
+        steps: noisy steps in a round.
+        delta: the δ at which epsilon is computed.
+        sigma: noise multiplier, the standard deviation of the noise divided by the clip; the same in all
+            rounds.
+        q: sampling rate, the probability with which a record is in a batch, or a client in a round.
+        unit: the unit of the ledger; None takes the unit of the settings.
     """
 
     privacy: "Privacy"
@@ -50,11 +53,11 @@ class Plan:
         return before.plus(Entry(self.sigma, self.q, self.steps), privacy.valid)
 
     def refusal(self, spent: Ledger | None) -> str | None:
-        """Why there must not be another round; None if there may."""
+        """Why another round would exceed the budget; None if it would not."""
         then, budget = self.after(spent).epsilon, self.privacy.epsilon
         if then <= budget:
             return None
-        if self.privacy.hides_counts:  # the numbers would tell how many records there are
+        if self.privacy.hides_counts:  # the numbers would reveal how many records there are
             return "the privacy budget is spent"
         now = 0.0 if spent is None else spent.epsilon
         return (
@@ -63,7 +66,7 @@ class Plan:
         )
 
     def mechanism(self, client: int, round: int) -> "Mechanism":
-        """What releases one round of a client, or of the server (client -1); draws its batches too."""
+        """The mechanism of one round of a client, or of the server (client -1); it also draws the batches."""
         seed = self.privacy.insecure_test_seed
         source = Source(None if seed is None else f"{seed} {client} {round}")
         return Mechanism(self.sigma, self.privacy.clip, self.batch_size, source)
@@ -71,13 +74,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Mechanism:
-    """How sums are released: clip, noise, and where random numbers come from.
+    """A subsampled Gaussian mechanism: its clip, its noise, and its source of random numbers.
 
     Args:
-        sigma: standard deviation of the noise over the clip.
-        clip: largest norm of a record's gradient, or of a client's change, over all that is trained.
+        sigma: noise multiplier, the standard deviation of the noise divided by the clip.
+        clip: largest L2 norm of a record's gradient, or of a client's change, over all trained parameters.
         batch_size: expected size of a batch, by which the sum is divided.
-        source: of the noise and the batches; one client's alone.
+        source: random numbers of the noise and the batches; no other client uses this source.
     """
 
     sigma: float
@@ -86,7 +89,7 @@ class Mechanism:
     source: Source
 
     def wrap(self, optimizer: torch.optim.Optimizer) -> "PrivateOptimizer":
-        """The optimizer whose gradients come out of this mechanism."""
+        """The optimizer, with gradients that this mechanism has clipped and noised."""
         from fedlora.privacy.optimizer import PrivateOptimizer  # Opacus is slow to import
 
         return PrivateOptimizer(optimizer, self)
@@ -94,10 +97,17 @@ class Mechanism:
 
 @functools.lru_cache(maxsize=4096)
 def calibrate(target: float, delta: float, q: float, steps: int, accountant: Accountant = "prv") -> float:
-    """The σ with which so many steps spend at most the target, by the ledger's own account.
+    """A small σ with which so many steps have at most the target epsilon, by `ledger.epsilon`.
+
+    Args:
+        target: the epsilon of all steps together.
+        delta: the δ at which epsilon is computed.
+        q: sampling rate.
+        steps: number of steps.
+        accountant: "prv" or "rdp".
 
     Raises:
-        ConfigError: no noise is enough.
+        ConfigError: no σ reaches the target.
     """
     from opacus.accountants.utils import get_noise_multiplier
 
@@ -120,13 +130,13 @@ def calibrate(target: float, delta: float, q: float, steps: int, accountant: Acc
             )
     except (ValueError, OverflowError) as error:
         raise ConfigError(
-            f"privacy: no noise gives epsilon {target:g} at delta {delta:g} over {steps} steps of a share "
-            f"{q:.3g} of the records; raise epsilon or delta, or train fewer rounds"
+            f"privacy: no noise gives epsilon {target:g} at delta {delta:g} over {steps} steps with sampling "
+            f"rate {q:.3g}; raise epsilon or delta, or train fewer rounds"
         ) from error
     while (reached := spent(high)) > target:
         high *= 1.01
-    low, slope = 0.0, SLOPE  # a σ that is too small, and how epsilon goes with σ
-    for _ in range(TRIES):  # that bound was quick and wide; by the ledger's own less noise will do
+    low, slope = 0.0, SLOPE  # the largest σ known to be too small, and the exponent of epsilon in σ
+    for _ in range(TRIES):  # Opacus' bound is loose; by the ledger's own, less noise suffices
         if reached >= CLOSE * target:
             break
         sigma = max(high * (reached / (AIM * target)) ** (1 / slope), low + (high - low) / 4, high / 2)

@@ -1,7 +1,8 @@
-"""Random numbers that nobody can repeat: AES-256 in counter mode, keyed by the operating system.
+"""Cryptographic random numbers: AES-256 in counter mode with a key from the operating system.
 
-Noise of a generator with a known or guessable seed can be taken off again, and torch's CPU generators keep 32
-bits of any seed. So noise and batches of private training come from here, and from no seed of the run.
+An attacker who knows or guesses the seed of a generator can subtract its noise, and torch's CPU generators
+use 32 bits of a seed only. The noise and the batches of private training therefore come from this module and
+do not depend on the run's seed.
 """
 
 import hashlib
@@ -13,14 +14,14 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-PAIRS = 8192  # normals are made in pairs, so many at a time: their numbers stay in the cache
+PAIRS = 8192  # normals are made in pairs, this many at a time, which fit into the cache
 
 
 class Source:
-    """A stream of random numbers with a key of its own; for one thread at a time.
+    """A stream of random numbers with its own key; only one thread may use it at a time.
 
     Args:
-        insecure_test_seed: makes the stream repeatable, for tests; what is drawn then protects nobody.
+        insecure_test_seed: makes the stream repeatable, for tests. Such numbers give no privacy.
     """
 
     def __init__(self, insecure_test_seed: str | None = None) -> None:
@@ -30,14 +31,14 @@ class Source:
         self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
     def uniforms(self, count: int) -> Tensor:
-        """So many numbers above 0 and at most 1, of 53 bits, in float64."""
+        """Uniform numbers above 0 and at most 1 with 53 random bits, (count,), float64."""
         bits = torch.frombuffer(bytearray(self._stream.update(bytes(8 * count))), dtype=torch.int64)
-        # Half a step off the grid, so that 0 never comes: its logarithm would be an infinite normal.
-        # Added last, since next to 0 float64 can hold it.
+        # A shift by half a step excludes 0, whose logarithm would give an infinite normal. It is added last,
+        # because float64 can represent it there.
         return (bits >> 11).double().add_(2.0**52).mul_(2.0**-53).add_(2.0**-54)
 
     def normals(self, count: int) -> Tensor:
-        """So many standard normals in float64 (Box and Muller, 1958)."""
+        """Standard normal numbers (Box and Muller, 1958), (count,), float64."""
         rounds = math.ceil(count / (2 * PAIRS))
         found = torch.empty(rounds, 2, PAIRS, dtype=torch.float64)
         for pair in found:
@@ -48,6 +49,6 @@ class Source:
         return found.view(-1)[:count]
 
     def chosen(self, count: int, rate: float) -> list[int]:
-        """A Poisson batch: indices below `count`, each drawn by itself with probability `rate`."""
+        """A Poisson sample: each index below `count` is included with probability `rate`, independently."""
         drawn: list[int] = np.flatnonzero(self.uniforms(count).numpy() <= rate).tolist() if count else []
         return drawn

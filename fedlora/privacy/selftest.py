@@ -1,8 +1,8 @@
-"""Before private training: are the per-row gradients of this model those of its rows, one by one?
+"""A check before private training: are a model's per-row gradients those of each row alone?
 
-Some models compute one row's output from another's, or feed a layer something that is no row; then clipping a
-row's gradient bounds nothing. The test is made with made-up rows and factors, so that it tells nothing of any
-data.
+In some models a row's output depends on the other rows of its batch, or a layer's input has no row dimension.
+Clipping per-row gradients then bounds nothing. The check uses made-up rows and factors, so it reveals nothing
+about any data.
 """
 
 import weakref
@@ -20,19 +20,19 @@ from fedlora.models import Base, MultiAdapterModel
 from fedlora.models.trial import lengths, made_up
 from fedlora.seeds import generator
 
-TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2}  # relative; what the model's rounding alone makes
+TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 2e-2}  # relative difference that rounding alone causes
 FINE = 1e-3
-# Model -> the forms of tasks that have passed.
+# For each model the forms of tasks that have passed.
 _passed: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 def self_test(base: Base, task: Task) -> None:
-    """Compare the gradients of rows in batches, cut as in training, with those of each alone.
+    """Compare the gradients of rows in batches, formed as in training, with those of each row alone.
 
-    Once a form of task and model.
+    The result is cached for each model and form of task.
 
     Raises:
-        ModelError: they differ, so that this model cannot be trained privately with these targets.
+        ModelError: they differ, so this model cannot be trained privately with these targets.
     """
     form = _form(task)
     passed = _passed.setdefault(base.model, set())
@@ -66,7 +66,7 @@ def _form(task: Task) -> str:
 
 
 def _made_up(base: Base, task: Task) -> Task:
-    """The task with factors of normal size: where B is zero, as at the start, A gets no gradient to test."""
+    """The task with random factors: with B = 0, as at the start of training, A would have no gradient."""
     rng = generator(0, "self-test")
 
     def normal(like: Tensor, spread: float) -> Tensor:
@@ -86,7 +86,7 @@ def _made_up(base: Base, task: Task) -> Task:
 
 
 def _rows(base: Base) -> list[Example]:
-    """Rows of the lengths on which the model was tried when it was loaded, longest first, and that twice."""
+    """Rows of the lengths with which loading tried the model, the longest first, which comes twice."""
     longest, *shorter = lengths(base.model, base.room)
     rows = made_up(base.model, base.tokenizer, base.pad_id, [longest, longest, *shorter])
     if base.kind == "classification":
@@ -96,7 +96,7 @@ def _rows(base: Base) -> list[Example]:
 
 
 def _batches(base: Base, rows: list[Example]) -> list[list[int]]:
-    """The numbers of rows that may share a batch, of rows of falling length."""
+    """Indices of the rows that may share a batch; the rows are ordered by falling length."""
     found: list[list[int]] = []
     for at, row in enumerate(rows):
         if not found or not base.traits.together(len(rows[found[-1][0]].input_ids), len(row.input_ids)):
@@ -106,7 +106,7 @@ def _batches(base: Base, rows: list[Example]) -> list[list[int]]:
 
 
 def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> list[list[Tensor]]:
-    """For each row the gradients of all that is trained; not per row, for the batch's one row."""
+    """The gradients of all trained parameters, a list for each row; without `per_row` there is one row."""
     with MultiAdapterModel(base, [task], train=True, per_row=per_row) as bank:
         bank.route([len(rows)])
         parameters = [p for found in bank.factors(0).values() for p in found]
@@ -117,5 +117,5 @@ def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> li
     if not per_row:
         return [grads]
     if any(len(g) != len(rows) for g in grads):
-        raise ModelError(f"private training: {len(rows)} records went in, gradients of others came out")
+        raise ModelError(f"private training: expected gradients of {len(rows)} records, got another number")
     return [[g[i] for g in grads] for i in range(len(rows))]

@@ -1,4 +1,4 @@
-"""The settings of private training, of records and of clients."""
+"""The settings of differential privacy: of single records (`DPSGD`), of whole clients (`ClientLevel`)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,22 +7,27 @@ from fedlora.errors import ConfigError
 from fedlora.privacy.ledger import Accountant, Ledger, Unit
 from fedlora.privacy.plan import Plan, calibrate
 
-# Where float32 holds a clipped gradient. Far below, its numbers are rounded up to the smallest that float32
-# has, and squares vanish from its norm; far above, they are infinite. A record would then be over the clip.
+# The range in which float32 represents a clipped gradient. Far below it, numbers are rounded to the smallest
+# that float32 has and their squares vanish from the norm; far above it, they are infinite. Both would break
+# the clip.
 CLIPS = (1e-9, 1e9)
-LARGEST = 1000.0  # an epsilon beyond this protects nothing, and its σ is beneath what accountants resolve
+LARGEST = 1000.0  # a larger epsilon is no protection, and accountants cannot resolve its σ
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """What both levels have in common.
+    """The settings that both levels share. n is a client's number of records, or the number of clients.
 
     Args:
-        epsilon: of the whole run.
-        delta: below one over the number of what is protected; None takes min(1e-5, a tenth of that).
-        clip: largest norm of what a single record, or client, adds to a sum, from 1e-9 to 1e9.
-        accountant: "prv", or "rdp", which is quicker where every client has another number of rows.
-        insecure_test_seed: repeatable noise for tests; every output then says that epsilon is not valid.
+        epsilon: the budget for the whole run, above 0 and below 1000.
+        delta: the δ of the guarantee, below 1 / n; None takes min(1e-5, 1 / (10 n)).
+        clip: upper bound on the L2 norm of what one record, or one client, adds to a sum, from 1e-9 to 1e9.
+        accountant: "prv", or "rdp", which is faster where all clients have different numbers of records.
+        insecure_test_seed: makes the noise repeatable, for tests. Every output then says that epsilon is not
+            valid.
+
+    Raises:
+        ConfigError: a value is outside of its range.
     """
 
     unit: ClassVar[Unit]
@@ -51,12 +56,12 @@ class Privacy:
 
     @property
     def valid(self) -> bool:
-        """Whether the noise is random, so that epsilon means something."""
+        """Whether the noise is random; epsilon is a guarantee only then."""
         return self.insecure_test_seed is None
 
     @property
     def hides_counts(self) -> bool:
-        """Whether nobody may learn how many of what is protected there are, from no message either."""
+        """Whether the number of records, or of clients, must not appear in any message."""
         return False
 
     def _whole(self, name: str, none: bool = False) -> None:
@@ -65,13 +70,13 @@ class Privacy:
             raise ConfigError(f"privacy.{name}: expected a whole number of at least 1, got {value!r}")
 
     def _delta(self, count: int, whose: str) -> float:
-        """At most a tenth of 1/count unless it is said, and below 1/count in any case."""
+        """The configured delta, or min(1e-5, 1 / (10 count)); refused unless it is below 1 / count."""
         delta = min(1e-5, 1 / (10 * count)) if self.delta is None else self.delta
         if delta >= 1 / count:
             n = "n" if self.hides_counts else str(count)
             raise ConfigError(
-                f"privacy.delta: expected less than 1/{n}, since {whose} {n} {self.unit}s and one of "
-                f"them could be given away; got {delta:g}"
+                f"privacy.delta: expected less than 1/{n}, since {whose} {n} {self.unit}s and a larger delta "
+                f"permits to publish one of them; got {delta:g}"
             )
         return delta
 
@@ -81,28 +86,31 @@ class Privacy:
         except ConfigError:
             if not self.hides_counts:
                 raise
-            why = f"privacy: no noise gives epsilon {self.epsilon:g}; raise it, or train fewer rounds"
+            why = f"privacy: no noise gives epsilon {self.epsilon:g}; raise epsilon, or train fewer rounds"
             raise ConfigError(why) from None
         return Plan(self, batch_size, steps, delta, sigma, q)
 
 
 @dataclass(frozen=True)
 class DPSGD(Privacy):
-    """Differential privacy of each record of a client, against whoever sees what the client sends.
+    """Record-level differential privacy, against everyone who sees what a client sends, the server included.
 
     Abadi et al. "Deep Learning with Differential Privacy". CCS 2016. https://arxiv.org/abs/1607.00133
-    Every step takes each record with probability q, clips each record's gradient over all that is trained to
-    `clip`, sums, adds normal noise of σ times the clip, and divides by the expected size of a batch. σ is
-    such that a client which takes part `participations` times has spent at most `epsilon`; then it stops.
+    Neighbouring datasets differ by adding or removing one record of one client. Each training step samples
+    each record with probability q, clips each record's gradient over all trained parameters to the norm
+    `clip`, sums the gradients, adds Gaussian noise of standard deviation σ · clip, and divides by the
+    expected batch size. σ is chosen such that a client that takes part in `participations` rounds spends at
+    most `epsilon`. A client whose budget is spent takes no further part.
 
     Args:
-        participations: rounds that a client takes part in at most; None, all rounds of the run.
-        public_counts: whether a client's number of records may be known. Then it weighs in the mean, and q,
-            σ, steps and the epsilon spent so far, from which it follows, are reported; else only the budget.
-            It is then in no message, but not hidden from whoever measures: σ, and so the noise, follows from
-            it, and so does the time of a round where the client's steps do.
-        public_metrics: whether a client's training loss and its share of clipped records may be known, which
-            no noise covers.
+        participations: the largest number of rounds in which a client takes part; None takes all rounds.
+        public_counts: whether a client's number of records is public. If so, it is the client's weight in the
+            mean, and q, σ, the steps and the epsilon spent so far are reported. Otherwise all weights are
+            equal and only the budget is reported. The number then is in no message, but an observer can still
+            infer it from the strength of the noise, and from the duration of a round unless `client.steps` is
+            set.
+        public_metrics: whether a client reports its training loss and its share of clipped records. No noise
+            is added to either.
     """
 
     unit = "record"
@@ -120,20 +128,20 @@ class DPSGD(Privacy):
 
     @property
     def hides_counts(self) -> bool:
-        """Unless a client's number of records may be known."""
+        """True unless a client's number of records is public."""
         return not self.public_counts
 
     def plan(self, rows: int, batch_size: int, steps: int) -> Plan:
-        """What follows for a client.
+        """The plan of one client: q = batch_size / rows, and the σ for the whole run.
 
         Args:
-            rows: its records.
-            batch_size: expected size of a batch.
-            steps: of a round.
+            rows: the client's number of records.
+            batch_size: expected number of records in a batch.
+            steps: training steps in a round.
 
         Raises:
-            ConfigError: fewer records than a batch, a delta that allows giving a record away, or an epsilon
-                that no noise reaches.
+            ConfigError: there are fewer records than a batch has, delta is at least 1 / rows, or no σ reaches
+                epsilon.
         """
         if rows < batch_size:
             has = "fewer records" if self.hides_counts else f"{rows} records"
@@ -146,21 +154,21 @@ class DPSGD(Privacy):
 
     @property
     def planned(self) -> int:
-        """For how many rounds of a client the noise is made.
+        """The number of rounds of a client for which σ is chosen.
 
         Raises:
-            ConfigError: nobody has said, and this privacy is no part of a run.
+            ConfigError: neither the setting nor a run gives the number.
         """
         return _said("participations", self.participations)
 
     def for_rounds(self, rounds: int) -> "DPSGD":
-        """The same, for so many rounds where it names no number of its own."""
+        """The same settings, with this number of rounds where they give none."""
         return self if self.participations is not None else replace(self, participations=rounds)
 
     def told(self, plan: Plan, spent: Ledger) -> dict[str, float]:
-        """What a client reports of its privacy; numbers that depend on nothing that is to be protected."""
+        """What a client reports of its privacy; it depends on the settings and on public counts only."""
         known = {"delta": plan.delta, "epsilon_valid": float(spent.valid)}
-        if not self.public_counts:  # what is spent so far says how many steps, and so how many rows
+        if not self.public_counts:  # the epsilon spent so far tells the steps, and so the number of rows
             delta = self.delta
             return known | {"epsilon": self.epsilon, "delta": 1e-5 if delta is None else delta}
         return known | {
@@ -173,17 +181,19 @@ class DPSGD(Privacy):
 
 @dataclass(frozen=True)
 class ClientLevel(Privacy):
-    """Differential privacy of each client as a whole, against whoever sees the models but not the updates.
+    """Client-level differential privacy, against everyone who sees the global models but not the updates.
 
     McMahan, Ramage, Talwar, Zhang. "Learning Differentially Private Recurrent Language Models". ICLR 2018.
-    https://arxiv.org/abs/1710.06963. A round takes each of N clients with probability q by itself; the server
-    clips what each has changed to `clip`, sums with weights of at most 1, adds normal noise of σ times the
-    clip, and divides by q N, whoever answered. σ is such that all rounds together spend at most `epsilon`.
+    https://arxiv.org/abs/1710.06963. Neighbouring datasets differ by adding or removing one client with all
+    of its records. A round samples each of the N clients with probability q, independently. The server clips
+    the change of each sampled client to the norm `clip`, sums the changes with weights of at most 1, adds
+    Gaussian noise of standard deviation σ · clip, and divides by the constant q N, however many clients
+    answered. σ is chosen such that all rounds together spend at most `epsilon`.
 
     Args:
-        rounds: for how many the noise is made; None, for those of the run.
-        example_cap: a client of n examples counts min(n / example_cap, 1); None counts all alike. It is
-            chosen without a look at the clients' data.
+        rounds: the number of rounds for which σ is chosen; None takes those of the run.
+        example_cap: a client with n examples has the weight min(n / example_cap, 1); None gives all clients
+            the weight 1. The value must be chosen without looking at the clients' data.
     """
 
     unit = "client"
@@ -197,16 +207,18 @@ class ClientLevel(Privacy):
         self._whole("example_cap", none=True)
 
     def plan(self, clients: int, sampled: int, masked: bool = False) -> Plan:
-        """What follows for the server.
+        """The plan of the server: q = sampled / clients, and the σ for the whole run.
 
         Args:
-            clients: N, how many there are.
-            sampled: how many a round takes: on the average of a Poisson sample, or exactly under masks.
-            masked: whether the clients send under masks. The members of a masked round are known, so nothing
-                is gained by sampling (q = 1), and what is protected are a client's updates, not its presence.
+            clients: N, the number of clients.
+            sampled: clients in a round: the expected number of a Poisson sample, or the exact number under
+                secure aggregation.
+            masked: whether the clients use secure aggregation. The members of such a round are public, so
+                sampling does not amplify privacy (q = 1), and the unit is a client's contribution: its
+                updates are protected, its presence is not.
 
         Raises:
-            ConfigError: a delta that allows giving a client away, or an epsilon that no noise reaches.
+            ConfigError: delta is at least 1 / clients, or no σ reaches epsilon.
         """
         sampled = min(sampled, clients)
         delta = self._delta(clients, "there are")
@@ -216,25 +228,27 @@ class ClientLevel(Privacy):
 
     @property
     def planned(self) -> int:
-        """For how many rounds the noise is made.
+        """The number of rounds for which σ is chosen.
 
         Raises:
-            ConfigError: nobody has said, and this privacy is no part of a run.
+            ConfigError: neither the setting nor a run gives the number.
         """
         return _said("rounds", self.rounds)
 
     def for_rounds(self, rounds: int) -> "ClientLevel":
-        """The same, for so many rounds where it names no number of its own."""
+        """The same settings, with this number of rounds where they give none."""
         return self if self.rounds is not None else replace(self, rounds=rounds)
 
     def weight(self, examples: float) -> float:
-        """What a client of so many examples counts, from 0 to 1."""
+        """The weight of a client with so many examples, from 0 to 1."""
         return 1.0 if self.example_cap is None else min(max(examples, 0.0) / self.example_cap, 1.0)
 
 
 def _said(name: str, rounds: int | None) -> int:
     if rounds is None:
-        raise ConfigError(f"privacy.{name}: expected the number of rounds that the noise is for, got none")
+        raise ConfigError(
+            f"privacy.{name}: expected the number of rounds for which sigma is chosen, got none"
+        )
     return rounds
 
 

@@ -126,16 +126,16 @@ def changes_table(run: Run, defaults: Mapping[str, Any]) -> Table:
 
 
 def privacy_table(runs: Sequence[Run]) -> Table | None:
-    """What each private run protects, and at what price; None where none is private."""
+    """Each private run's unit, epsilon, budget and noise, with the definition below; None without any."""
     private = [run for run in runs if isinstance(run.summary.get("ledger"), dict)]
     if not private:
         return None
     ledgers = [run.summary["ledger"] for run in private]
     columns = {
         "run": [name for name, run in zip(labels(runs), runs, strict=True) if run in private],
-        "protects each": [setting(ledger.get("unit")) for ledger in ledgers],
+        "unit": [setting(ledger.get("unit")) for ledger in ledgers],
         "ε": amounts([run.summary.get("epsilon") for run in private]),
-        "of": amounts([ledger.get("budget") for ledger in ledgers]),
+        "budget": amounts([ledger.get("budget") for ledger in ledgers]),
         "δ": [f"{run.summary.get('delta') or 0:g}" for run in private],
         "clip": [setting(ledger.get("clip")) for ledger in ledgers],
         "σ, least": amounts([_last(run, "sigma") for run in private]),
@@ -143,11 +143,11 @@ def privacy_table(runs: Sequence[Run]) -> Table | None:
         "noise": ["random" if ledger.get("valid") else "NOT VALID, from a test seed" for ledger in ledgers],
     }
     shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
-    said = sorted({f"to {ledger.get('adjacency')}" for ledger in ledgers})
+    said = sorted({clean(ledger.get("adjacency")) for ledger in ledgers})
     left = sorted({clean(item) for ledger in ledgers for item in ledger.get("not_covered") or []})
     note = (
-        f"ε of the whole run, {'; '.join(map(clean, said))}; of several ledgers the largest. "
-        f"Not covered: {'; '.join(left)}."
+        "ε and δ are those of the whole run; of several clients, those of the one with the largest ε. "
+        f"Definition: {'. Or: '.join(said)}. Not covered by ε: {'; '.join(left)}."
     )
     marked = frozenset(at for at, ledger in enumerate(ledgers) if not ledger.get("valid"))
     return Table("Privacy", [*shown], turned(shown), note, marked)

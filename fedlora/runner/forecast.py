@@ -160,7 +160,7 @@ def _plans_table(privacy: Privacy, plans: Sequence[tuple[int, Plan]]) -> Table:
     what = "records" if privacy.unit == "record" else "clients"
     of = "clients" if privacy.unit == "record" else "servers"
     header = [what, of, "q", "steps", "delta", "sigma", "epsilon"]
-    note = f"For the whole run, to {ADJACENCY[privacy.unit]}; clip {privacy.clip:g}."
+    note = f"Epsilon is that of the whole run; {ADJACENCY[privacy.unit]}. Clip {privacy.clip:g}."
     return Table("Noise for a budget of epsilon " + f"{privacy.epsilon:g}", header, rows, note)
 
 

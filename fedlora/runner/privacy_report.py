@@ -1,4 +1,4 @@
-"""What a run says of its privacy: what it promises, what was spent, and what no epsilon covers."""
+"""What a run reports about its privacy: the guarantee, the epsilon spent, and what epsilon does not cover."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,27 +10,27 @@ from fedlora.storage.run_folder import SERVER
 
 
 def opening(privacy: Privacy, plans: Sequence[Plan]) -> str:
-    """What is promised, in a line; a second one where it is not."""
+    """The guarantee in one line; a second line where the noise is not random."""
     sigmas = [plan.sigma for plan in plans]
     low, high = min(sigmas), max(sigmas)
     noise = f", sigma {high:.3f}" if f"{low:.3f}" == f"{high:.3f}" else f", sigma {low:.3f} to {high:.3f}"
-    if privacy.hides_counts:  # it follows from how many records a client has
+    if privacy.hides_counts:  # sigma depends on how many records a client has
         noise = ""
     if isinstance(privacy, ClientLevel) and plans[0].unit == "contribution":
-        whom = "over the whole run, for the updates of one client, whose presence is known"
-        rest = f"clients of a round are known under masks, for {privacy.planned} rounds"
+        whom = "over the whole run for the updates of one client, whose presence is public"
+        rest = f"the clients of a round are public under secure_sum, noise for {privacy.planned} rounds"
     elif isinstance(privacy, ClientLevel):
-        whom = "over the whole run, for one client more or less"
-        rest = f"each client in a round with probability {plans[0].q:.3g}, for {privacy.planned} rounds"
+        whom = "over the whole run for adding or removing one client"
+        rest = f"Poisson-sampled clients, rate {plans[0].q:.3g}, noise for {privacy.planned} rounds"
     else:
-        whom = "a client over the whole run, for one record more or less"
-        rest = f"Poisson batches, for {planned(privacy)} rounds a client"
+        whom = "for each client over the whole run, for adding or removing one record"
+        rest = f"Poisson-sampled batches, noise for {planned(privacy)} rounds of a client"
     text = f"privacy: epsilon {privacy.epsilon:g} {whom}; clip {privacy.clip:g}{noise}, {rest}"
     return text if privacy.valid else f"{text}\nprivacy: NOT VALID, the noise comes from insecure_test_seed"
 
 
 def spent(privacy: Privacy, ledgers: Iterable[Ledger]) -> dict[str, Any]:
-    """What was spent, for the line of a round: the largest epsilon of all clients, never the mean."""
+    """What was spent, for the line of a round: the largest epsilon of all clients, not their mean."""
     found = list(ledgers)
     top = worst(found)
     epsilon, delta = 0.0 if top is None else top.epsilon, privacy.delta
@@ -46,12 +46,12 @@ def spent(privacy: Privacy, ledgers: Iterable[Ledger]) -> dict[str, Any]:
 
 
 def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -> dict[str, Any]:
-    """What was spent and what it means, for the summary of a run.
+    """What was spent, and the definition of what it bounds, for the summary of a run.
 
     Args:
         privacy: the settings.
-        ledgers: by client; for client-level privacy the server's alone.
-        secure_sum: whether the server saw sums only.
+        ledgers: by client; under client-level privacy the server's alone.
+        secure_sum: whether the run used secure aggregation.
     """
     told = spent(privacy, ledgers.values())
     unit: Unit = "contribution" if isinstance(privacy, ClientLevel) and secure_sum else privacy.unit
@@ -76,49 +76,54 @@ def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -
 
 
 def not_covered(privacy: Privacy, secure_sum: bool = False) -> list[str]:
-    """What a run lets out beside what its epsilon is of."""
+    """What a run reveals that its epsilon does not bound, a phrase each."""
     found = [
-        "settings that were chosen by looking at the private rows",
-        "that a client failed or refused, from which follows whether all of its rows have the columns and "
-        "labels that the run names",
-        "how long the run and its rounds take and how much memory, which grow with the rows",
-        "digests of the rows, in checkpoint/inputs.json",
-        "the test rows, on which the model is measured without noise",
+        "hyperparameters that were chosen by looking at private rows, also by earlier runs on them",
+        "that a client failed or refused, which shows whether all of its rows have the columns and labels "
+        "that the run names",
+        "how long the run and its rounds take, and how much memory they use: both depend on the rows",
+        "digests of the rows, which are in checkpoint/inputs.json",
+        "the test rows, on which the model is evaluated without noise",
     ]
+    if isinstance(privacy, DPSGD):
+        found.append("a person with records at several clients, whose epsilons add up")
     if isinstance(privacy, DPSGD) and privacy.public_counts:
-        found.append("how many records a client has (privacy.public_counts)")
+        found.append("how many records a client has, which is public (privacy.public_counts=true)")
     elif isinstance(privacy, DPSGD):
         found.append(
-            "how many records a client has, as far as the strength of its noise, the time it takes and what "
-            "it refuses tell it (privacy.public_counts=false keeps it out of messages alone)"
+            "how many records a client has: no message contains it (privacy.public_counts=false), but the "
+            "strength of the client's noise, its time and its refusals depend on it"
         )
-        found.append("the clients' own ledgers, which in a simulation lie in checkpoint/ and tell their rows")
+        found.append(
+            "the clients' own ledgers, from which their numbers of records follow; a simulation keeps them "
+            "in checkpoint/"
+        )
     if isinstance(privacy, DPSGD) and privacy.public_metrics:
-        found.append("training losses and shares of clipped records (privacy.public_metrics)")
+        found.append(
+            "training losses and shares of clipped records, which have no noise (privacy.public_metrics=true)"
+        )
     if isinstance(privacy, ClientLevel):
         found.append(
-            "who took part, with losses, numbers of rows and why a client failed, in clients.jsonl, "
-            "report.html and warnings"
+            "who took part, with losses, numbers of rows and reasons of failures: clients.jsonl, report.html "
+            "and warnings show it"
         )
         found.append(
-            "how many took part, and the bytes they sent, in metrics.jsonl, summary.json and trackers"
+            "how many took part, and the bytes they sent: metrics.jsonl, summary.json and trackers show it"
         )
         found.append(
-            "that a sum under masks was not known, which tells how many were there and delivered"
+            "whether the sum under masks was known, which shows how many clients were present and delivered"
             if secure_sum
-            else "what the server itself sees: every update in the clear (secure_sum=true hides them)"
+            else "what the server itself sees: every update without noise (secure_sum=true hides the updates)"
         )
     return found
 
 
 def closing(summary: Mapping[str, Any]) -> str:
-    """What a finished run has spent, for the terminal."""
+    """What a finished run has spent and what that bounds, for the terminal."""
     ledger = summary["ledger"]
-    whose = "the largest of all clients" if ledger["unit"] == "record" else "of the server's releases"
-    drawn = "" if ledger["unit"] == "contribution" else "; Poisson samples"
-    text = (
-        f"epsilon {summary['epsilon']:.3f} of {ledger['budget']:g} at delta {summary['delta']:g}, {whose}; "
-        f"to {ledger['adjacency']}{drawn}"
-    )
+    whose = ", the largest of all clients" if ledger["unit"] == "record" else ""
+    drawn = "" if ledger["unit"] == "contribution" else "; samples are Poisson samples"
+    text = f"epsilon {summary['epsilon']:.3f} of {ledger['budget']:g} at delta {summary['delta']:g}{whose}"
     text = text if ledger["valid"] else f"{text}; NOT VALID, the noise came from insecure_test_seed"
-    return f"{text}\nnot covered: {'; '.join(ledger['not_covered'])}"
+    bounds = f"definition: {ledger['adjacency']}{drawn}"
+    return f"{text}\n{bounds}\nepsilon does not cover: {'; '.join(ledger['not_covered'])}"

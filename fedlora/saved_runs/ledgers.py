@@ -21,7 +21,7 @@ def ledgers(path: Path) -> Table:
     if not (found := folder.ledgers()) and (path / "clients.jsonl").exists():
         # Clients on machines of their own keep it there.
         accountant = read(path, Trust()).get("privacy", {}).get("accountant", "prv")
-        found, told = told_ledgers(folder.clients(), accountant), " As the sites have told."
+        found, told = told_ledgers(folder.clients(), accountant), " The sites have reported these."
     if not found:
         raise CheckpointError(
             f"privacy show: '{path}' has no ledger: it ran without privacy, or has released nothing yet"
@@ -42,5 +42,5 @@ def ledgers(path: Path) -> Table:
         ]
     form = next(iter(found.values())).record()
     header = ["client", "epsilon", "delta", "sigma", "q", "steps", ""]
-    note = f"To {form['adjacency']}; {form['mechanism'].lower()}; accountant {form['accountant']}.{told}"
+    note = f"Definition: {form['adjacency']}. {form['mechanism']}; accountant {form['accountant']}.{told}"
     return Table(f"What {path} has spent", header, rows, note)

@@ -29,7 +29,7 @@ def test_epsilon_is_the_server_s_over_all_rounds(central: Any) -> None:
     assert central.summary["epsilon"] == last["epsilon"] == pytest.approx(told)
     assert first["epsilon"] < last["epsilon"]
     assert ledger["unit"] == "client"
-    assert "one client" in ledger["adjacency"]
+    assert "adding or removing one client" in ledger["adjacency"]
     assert ledger["clients"] == {}
     assert {line["sigma"] for line in central.metrics} == {entry["sigma"]}
     assert any("who took part" in said for said in ledger["not_covered"])
@@ -167,7 +167,7 @@ def test_a_round_whose_sum_cannot_be_known_releases_nothing_and_costs_nothing(
     [entry] = found.summary["ledger"]["server"]["entries"]
     assert (entry["q"], entry["steps"]) == (1.0, 1)
     assert found.summary["ledger"]["unit"] == "contribution"
-    assert "replace all updates of one client" in found.summary["ledger"]["adjacency"]
+    assert "replacing all updates of one client" in found.summary["ledger"]["adjacency"]
 
 
 def test_a_run_that_released_nothing_says_so(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

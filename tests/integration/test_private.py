@@ -34,7 +34,7 @@ def test_epsilon_is_that_of_the_whole_run_and_the_largest_of_all(private: Any) -
     assert summary["epsilon_valid"] is ledger["valid"] is True
     assert summary["delta"] == 1e-5
     assert ledger["unit"] == "record"
-    assert "add or remove" in ledger["adjacency"]
+    assert "adding or removing one record" in ledger["adjacency"]
 
 
 def test_every_round_s_steps_are_in_the_ledger(private: Any) -> None:

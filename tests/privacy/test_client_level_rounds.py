@@ -144,7 +144,8 @@ def test_under_masks_the_noise_is_enough_for_known_members(target: float, rounds
     exact = cdf(shift / 2 - told / shift) - math.exp(told) * cdf(-shift / 2 - told / shift)
     assert exact <= plan.delta
     ledger = plan.after(None)
-    assert (ledger.unit, ledger.record()["adjacency"][:27]) == ("contribution", "replace all updates of one ")
+    assert ledger.unit == "contribution"
+    assert "replacing all updates of one client by zeros" in ledger.record()["adjacency"]
 
 
 def test_the_client_of_the_largest_rank_may_be_away(lab: Any, tmp_path: Path) -> None:

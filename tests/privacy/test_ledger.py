@@ -116,7 +116,7 @@ def test_a_ledger_survives_json_and_says_what_it_means() -> None:
     assert Ledger.load(ledger.dump()) == ledger
     read = json.loads(ledger.dump())
     assert read["unit"] == "record"
-    assert "add or remove" in read["adjacency"]
+    assert "adding or removing one record" in read["adjacency"]
     assert "Poisson" in read["mechanism"]
     assert (read["delta"], read["valid"], read["accountant"]) == (1e-6, False, "rdp")
     assert read["epsilon"] == ledger.epsilon
