@@ -1,1 +1,1 @@
-"""Sums of updates under masks that cancel, so that the server sees the sum alone."""
+"""Secure aggregation: clients add masks that cancel in the sum, so that the server learns the sum only."""

@@ -1,7 +1,7 @@
-"""What secure aggregation is made of: fixed-point numbers, masks, shares, and letters between two clients.
+"""The primitives of secure aggregation: fixed-point numbers, masks, secret shares and encryption.
 
-All keys are 32 bytes. Private and public ones are of X25519 (RFC 7748); those of a cipher come out of HKDF
-with SHA-256 (RFC 5869) under a purpose, so that no two uses share one.
+All keys have 32 bytes. Key pairs are of X25519 (RFC 7748). Keys of ciphers are derived by HKDF with SHA-256
+(RFC 5869) under the name of their purpose, so that no key serves two purposes.
 """
 
 import os
@@ -21,32 +21,32 @@ from torch import Tensor
 
 from fedlora.errors import IncompatibleUpdates
 
-Words = NDArray[np.uint64]  # a vector of the group in which is summed, the integers mod 2^64
+Words = NDArray[np.uint64]  # a vector over the integers mod 2^64, in which sums are computed
 
-POINT = 2.0**32  # steps to the unit of the fixed-point numbers
+POINT = 2.0**32  # a fixed-point number is a multiple of 1 / POINT
 KEY = 32  # bytes
-SHARE = 48  # bytes of a share of 32, which flwr pads to whole blocks of 16
-INDEX = 4  # bytes that flwr puts before a share for its place, which all who need it know
-NONCE, TAG = 12, 16  # bytes that AES-GCM adds to a letter
+SHARE = 48  # bytes of a share of a 32-byte secret, which flwr pads to whole blocks of 16
+INDEX = 4  # bytes with a share's index, which flwr puts before it; the receivers know the index
+NONCE, TAG = 12, 16  # bytes that AES-GCM adds to a plaintext
 
 
 def encode(values: Tensor, clients: int) -> Words:
-    """Floating-point numbers as two's complement fixed-point ones, in steps of 2^-32.
+    """Round floating-point numbers to multiples of 2^-32, in two's complement.
 
     Args:
-        values: of any shape and floating dtype.
-        clients: how many such vectors will be summed at most.
+        values: numbers of any shape and floating dtype.
+        clients: the largest number of such vectors in a sum.
 
     Returns:
-        Of shape (values.numel(),); off by at most 2^-33 each.
+        The fixed-point numbers, (values.numel(),); the error of each is at most 2^-33.
 
     Raises:
-        IncompatibleUpdates: a value is not finite, or so large (2^31 / clients) that the sum could overflow.
+        IncompatibleUpdates: a value is not finite, or is at least 2^31 / clients, so the sum could overflow.
     """
     steps = values.detach().double().cpu().flatten().mul(POINT).round_()
     if not steps.isfinite().all():
-        raise IncompatibleUpdates("expected finite values to sum, got NaN or infinity; was it diverging?")
-    largest = int(steps.abs().max()) if len(steps) else 0  # exact, as the bound then is, too
+        raise IncompatibleUpdates("expected finite values to sum, got NaN or infinity; training has diverged")
+    largest = int(steps.abs().max()) if len(steps) else 0  # an int, so that the bound is exact
     if largest * clients >= 2**63:
         raise IncompatibleUpdates(
             f"expected values below 2^31 / {clients} = {2**31 / clients:.4g} for a sum of {clients} clients, "
@@ -56,32 +56,37 @@ def encode(values: Tensor, clients: int) -> Words:
 
 
 def decode(vector: Words) -> Tensor:
-    """The numbers of `encode`, or of a sum of its results: float64, exact up to that type's 53 bits."""
+    """The inverse of `encode`, also for a sum of its results: float64, exact up to its 53 bits."""
     return torch.from_numpy(vector.view(np.int64).astype(np.float64)).div_(POINT)
 
 
 def new_key() -> bytes:
-    """A fresh private key."""
+    """A new private key of X25519."""
     return X25519PrivateKey.generate().private_bytes_raw()
 
 
 def public(private: bytes) -> bytes:
-    """The public key of a private one."""
+    """The public key that belongs to a private key."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
 def agreement(private: bytes, public: bytes, purpose: str) -> bytes:
-    """The key of two clients for one purpose, from the private key of either and the other's public one.
+    """The key that two clients share for one purpose: Diffie-Hellman from one private and one public key.
+
+    Args:
+        private: the private key of either client.
+        public: the public key of the other.
+        purpose: what the key is used for; another purpose gives another key.
 
     Raises:
-        ValueError: the public key is of small order, so that everybody knows what would be agreed upon.
+        ValueError: the public key has small order, so the result would be known to everybody.
     """
     own, other = X25519PrivateKey.from_private_bytes(private), X25519PublicKey.from_public_bytes(public)
     return derive(own.exchange(other), purpose)
 
 
 def usable(public: bytes) -> bool:
-    """Whether a public key is one with which anything secret can be agreed upon."""
+    """Whether a public key is valid; a key of small order is not."""
     try:
         agreement(new_key(), public, "test")
     except ValueError:
@@ -90,42 +95,45 @@ def usable(public: bytes) -> bool:
 
 
 def derive(secret: bytes, purpose: str) -> bytes:
-    """A key for one purpose from a secret of 32 bytes; tells nothing of the secret or of its other keys."""
+    """A key for one purpose from a 32-byte secret; it reveals nothing about the secret or its other keys."""
     return HKDF(SHA256(), KEY, salt=None, info=f"fedlora secure aggregation, {purpose}".encode()).derive(
         secret
     )
 
 
 def self_mask(seed: bytes, round: int, length: int) -> Words:
-    """The mask of shape (length,) that a client adds for itself, PRG(b_u) of the paper."""
+    """The self-mask of a client, PRG(b_u) in the paper, (length,)."""
     return _keystream(derive(seed, f"self-mask of round {round}"), length)
 
 
 def pairwise_mask(private: bytes, public: bytes, node: int, peer: int, round: int, length: int) -> Words:
-    """The mask of shape (length,) that `node` adds for `peer`; what `peer` adds for `node` is its negative.
+    """The mask that `node` adds for `peer`, (length,); the mask that `peer` adds for `node` is its negative.
 
     Args:
-        private: the mask key of one of the two.
-        public: that of the other.
-        node: the id of who adds it.
-        peer: the other's id.
+        private: the private mask key of one of the two.
+        public: the public mask key of the other.
+        node: the id of the client that adds the mask.
+        peer: the id of the other client.
         round: the round.
-        length: of the vector.
+        length: the length of the vector.
     """
     mask = _keystream(agreement(private, public, f"pairwise mask of round {round}"), length)
     return mask if node < peer else np.negative(mask)
 
 
 def split(secret: bytes, least: int, count: int) -> list[bytes]:
-    """Shares of a secret of 32 bytes (Shamir, 1979), SHARE bytes each; fewer than `least` tell nothing."""
+    """Shamir shares (1979) of a 32-byte secret, SHARE bytes each; fewer than `least` reveal nothing."""
     return [share[INDEX:] for share in create_shares(secret, least, count)]
 
 
 def join(shares: Mapping[int, bytes]) -> bytes:
-    """The secret from as many shares as it needs, each under its place in `split`'s list.
+    """Reconstruct a secret from `least` of its shares.
+
+    Args:
+        shares: the shares by their index in the list that `split` returned.
 
     Raises:
-        ValueError: they are not of one secret. This may go unnoticed, and another secret comes out.
+        ValueError: the shares are not of one secret. This is not always detected; the result is then wrong.
     """
     secret: bytes = combine_shares(
         [(place + 1).to_bytes(INDEX, "little") + share for place, share in shares.items()]
@@ -133,33 +141,35 @@ def join(shares: Mapping[int, bytes]) -> bytes:
     return secret
 
 
-def seal(private: bytes, public: bytes, text: bytes, bound: str) -> bytes:
-    """A letter that only its receiver can open, under AES-256-GCM; NONCE + TAG bytes longer than its text.
+def encrypt(private: bytes, public: bytes, plaintext: bytes, associated: str) -> bytes:
+    """Encrypt a message between two clients with AES-256-GCM; the result is NONCE + TAG bytes longer.
 
     Args:
-        private: the sender's channel key.
-        public: the receiver's.
-        text: what it says.
-        bound: what it belongs to; it cannot be opened as anything else.
+        private: the sender's private channel key.
+        public: the receiver's public channel key.
+        plaintext: the message.
+        associated: associated data, such as sender and receiver; decryption fails with any other.
     """
     nonce = os.urandom(NONCE)
-    return nonce + AESGCM(agreement(private, public, "channel")).encrypt(nonce, text, bound.encode())
+    return nonce + AESGCM(agreement(private, public, "channel")).encrypt(
+        nonce, plaintext, associated.encode()
+    )
 
 
-def unseal(private: bytes, public: bytes, letter: bytes, bound: str) -> bytes:
-    """The text of a letter, from the receiver's private channel key and the sender's public one.
+def decrypt(private: bytes, public: bytes, ciphertext: bytes, associated: str) -> bytes:
+    """Decrypt a message, with the receiver's private channel key and the sender's public one.
 
     Raises:
-        IncompatibleUpdates: it is not as it was sealed, or bound to something else.
+        IncompatibleUpdates: the message was changed, or was encrypted with other associated data.
     """
     cipher = AESGCM(agreement(private, public, "channel"))
     try:
-        return cipher.decrypt(letter[:NONCE], letter[NONCE:], bound.encode())
+        return cipher.decrypt(ciphertext[:NONCE], ciphertext[NONCE:], associated.encode())
     except (InvalidTag, ValueError) as error:
-        raise IncompatibleUpdates(f"shares were changed on their way: those of {bound}") from error
+        raise IncompatibleUpdates(f"encrypted shares were changed on their way: {associated}") from error
 
 
 def _keystream(key: bytes, length: int) -> Words:
-    """AES-256 in counter mode; a key makes one stream only, so the counter may start at 0."""
+    """AES-256 in counter mode; each key is used for one stream, so the counter may start at 0."""
     stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(8 * length))
     return np.frombuffer(stream, "<u8").astype(np.uint64, copy=False)

@@ -1,8 +1,9 @@
-"""A round whose updates the server sees as a sum only, for strategies that are linear in the factors.
+"""A round with secure aggregation: the server learns the weighted sum of the updates only.
 
-A client sends its shared tensors times its weight, in the form of a client of the largest ranks, and the
-weight itself, all under masks (fedlora.secure_aggregation.protocol). Under client-level privacy it sends the
-change, and clips it itself: nobody else could.
+It serves strategies that need no more than a mean of the factors. A client sends its shared tensors times its
+weight, padded to the largest ranks, and the weight itself, all under masks
+(`fedlora.secure_aggregation.protocol`). Under client-level privacy it sends its change instead, which it
+clips itself, since nobody else sees it.
 """
 
 import json
@@ -24,23 +25,25 @@ from fedlora.rounds.aggregation.base import Delivery
 from fedlora.rounds.codec import array_of, metrics_of, told
 from fedlora.rounds.exchange import line_of
 from fedlora.secure_aggregation.crypto import POINT, Words, decode, encode
-from fedlora.secure_aggregation.protocol import RECORD, SecureRound, mask
+from fedlora.secure_aggregation.protocol import RECORD, mask
+from fedlora.secure_aggregation.secure_round import SecureRound
 from fedlora.training.client import TrainResult
 
-SUM = "sum"  # the record that says what is summed, beside that of the masks
+SUM = "sum"  # the name of the record with the `Terms`, beside the record of the masks
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a client has to send.
+    """What a client has to send, as the server asks for it.
 
     Args:
-        form: name -> shape of the shared tensors, in the largest ranks.
-        scales: module -> scale, in which B is expressed.
-        clients: how many take part at most.
-        uniform: whether all weigh the same, or by their examples.
-        clip: largest norm of the change, which then is sent in the place of the values; None for values.
-        cap: with a clip, the examples from which on a client counts fully; None counts all alike.
+        form: name -> shape of each shared tensor at the largest ranks.
+        scales: module -> scale in which B is expressed.
+        clients: the largest number of clients in the sum.
+        uniform: whether all weights are 1; otherwise a weight is the number of examples.
+        clip: the largest norm of the change, which is then sent instead of the values; None sends the values.
+        cap: with a clip, the number of examples from which on a client has the weight 1; None gives all the
+            weight 1.
     """
 
     form: Mapping[str, tuple[int, ...]]
@@ -51,7 +54,7 @@ class Terms:
     cap: int | None = None
 
     def write(self) -> ConfigRecord:
-        """As a record of a message."""
+        """The terms as a record of a message."""
         return ConfigRecord({"terms": json.dumps(self.__dict__)})
 
     @classmethod
@@ -61,12 +64,14 @@ class Terms:
         return cls(**(read | {"form": {name: tuple(shape) for name, shape in read["form"].items()}}))
 
     def vector(self, sent: Adapter, got: Adapter, examples: int) -> Tensor:
-        """What one client adds to the sum, float64: its weighted tensors or clipped change, then its weight.
+        """The summand of one client, float64: its weighted tensors or its clipped change, then its weight.
+
+        With a clip the last number is 0, because the sum of weights would reveal how many clients took part.
 
         Args:
-            sent: the adapter that it was sent.
-            got: the one that it has trained.
-            examples: how many rows it has.
+            sent: the adapter that the client received.
+            got: the adapter that it has trained.
+            examples: its number of rows.
         """
         values = flat(embed(got, self.form, self.scales))
         if self.clip is None:
@@ -74,18 +79,18 @@ class Terms:
             return torch.cat([values * weight, torch.tensor([weight], dtype=torch.float64)])
         weight = 1.0 if self.cap is None else min(examples / self.cap, 1.0)
         change = clipped(values - flat(embed(sent, self.form, self.scales)), self.clip)
-        # Toward zero on the masks' grid: rounding to the nearest could make the norm larger than the clip.
+        # Truncated to the fixed-point grid: rounding to nearest could increase the norm beyond the clip.
         bounded = (change * weight * POINT).trunc() / POINT
-        return torch.cat([bounded, torch.zeros(1, dtype=torch.float64)])  # how many is a secret, too
+        return torch.cat([bounded, torch.zeros(1, dtype=torch.float64)])
 
 
 def write_masked(
     message: Message, task: Task, outcome: TrainResult, examples: int, context: Context
 ) -> RecordDict:
-    """A client's reply: its masked vector, its round and its metrics.
+    """A client's reply: its masked vector, the round and its metrics.
 
     Raises:
-        IncompatibleUpdates: what was trained is not finite, or this client must not send in this round.
+        IncompatibleUpdates: the update is not finite, or this client is not at this step of the round.
     """
     records = message.content.config_records
     terms = Terms.read(records[SUM])
@@ -97,19 +102,19 @@ def write_masked(
 
 
 class SecureSum(Delivery):
-    """The server's side of one such round.
+    """The server's side of a round with secure aggregation. Making one exchanges the keys and shares.
 
     Args:
-        grid: how clients are reached.
-        nodes: who was sampled.
+        grid: carries messages to the nodes.
+        nodes: the sampled nodes.
         round: the round, from 1.
         wide: the task of a client of the largest ranks.
-        uniform: whether all weigh the same.
+        uniform: as in `Terms`.
         clip: as in `Terms`.
         cap: as in `Terms`.
 
     Raises:
-        ConfigError: fewer than 3 nodes.
+        ConfigError: there are fewer than 3 nodes.
         IncompatibleUpdates: too few of them answered.
     """
 
@@ -130,14 +135,14 @@ class SecureSum(Delivery):
         self._wide, self._vectors = wide, dict[int, Words]()
 
     def records(self, node: int) -> dict[str, ConfigRecord]:
-        """What a node needs for the sum, for its training message."""
+        """The records that a node's training message needs: the terms and the encrypted shares."""
         return {SUM: self._terms.write(), RECORD: self.exchange.attachment(node)}
 
     def read(self, reply: Message, task: Task, peer: Peer, round: int) -> Update:
-        """Take a node's vector; an update without tensors, since nobody knows them.
+        """Keep a node's masked vector, and return an update without tensors, which nobody can see.
 
         Raises:
-            IncompatibleUpdates: the client failed, or sent another round or anything but one vector.
+            IncompatibleUpdates: the client failed, or its reply is of another round or is not one vector.
         """
         metrics = metrics_of(told(reply, round))
         length = sum(math.prod(shape) for shape in self._terms.form.values()) + 1
@@ -155,13 +160,13 @@ class SecureSum(Delivery):
         lines: list[dict[str, Any]],
         warn: Callable[[str], None],
     ) -> None:
-        """Put the bytes of agreeing on masks into the clients' lines, and a line for those that did not.
+        """Add the bytes of the key exchange to the clients' lines, and a line for each dropped client.
 
         Args:
             round: the round, from 1.
             peers: the clients, by node.
-            lines: those of clients.jsonl; changed in place, and sorted by client.
-            warn: takes a line for the user about every client that was dropped.
+            lines: the round's lines of clients.jsonl; changed in place and sorted by client.
+            warn: is called with one line of text for each client that was dropped.
         """
         known = {line["client"]: line for line in lines}
         for node, down in self.exchange.bytes_down.items():
@@ -176,20 +181,22 @@ class SecureSum(Delivery):
         lines.sort(key=lambda line: int(line["client"]))
 
     def total(self) -> Tensor:
-        """The sum of what came, float64, without the last number, the weight; for client-level privacy.
+        """The sum of the clipped changes, float64, for client-level privacy.
 
         Raises:
-            IncompatibleUpdates: too few vectors came, or shares are wrong.
+            IncompatibleUpdates: too few vectors arrived, or shares are wrong.
         """
         return decode(self.exchange.total(self._vectors))[:-1]
 
     def mean(self) -> Update:
-        """The weighted mean of what came, as the one update that the strategy needs.
+        """The weighted mean of the vectors as a single update.
 
         Raises:
-            IncompatibleUpdates: too few vectors came, or shares are wrong.
+            IncompatibleUpdates: too few vectors arrived, or shares are wrong.
         """
         total = decode(self.exchange.total(self._vectors))
         if not total[-1] > 0:
-            raise IncompatibleUpdates(f"secure sum: expected weights above 0 in all, got {float(total[-1])}")
+            raise IncompatibleUpdates(
+                f"secure sum: expected a sum of weights above 0, got {float(total[-1])}"
+            )
         return Update(with_shared(self._wide, split(total[:-1] / total[-1], self._terms.form)))

@@ -92,15 +92,17 @@ def test_a_keystream_belongs_to_its_round_its_pair_and_its_use() -> None:
 
 def test_a_letter_opens_only_for_its_receiver_and_route() -> None:
     a, b, c = (crypto.new_key() for _ in range(3))
-    letter = crypto.seal(a, crypto.public(b), b"text", "route")
-    assert crypto.unseal(b, crypto.public(a), letter, "route") == b"text"
-    back = crypto.seal(
+    letter = crypto.encrypt(a, crypto.public(b), b"text", "route")
+    assert crypto.decrypt(b, crypto.public(a), letter, "route") == b"text"
+    back = crypto.encrypt(
         b, crypto.public(a), b"text", "route"
     )  # under the same key, so not under the same nonce
     assert back[: crypto.NONCE] != letter[: crypto.NONCE]
     for key, route in ((b, "another"), (c, "route")):
         with pytest.raises(IncompatibleUpdates, match="changed on their way"):
-            crypto.unseal(key, crypto.public(a), letter, route)
+            crypto.decrypt(key, crypto.public(a), letter, route)
     for i in (0, 12, len(letter) - 1):
         with pytest.raises(IncompatibleUpdates, match="changed on their way"):
-            crypto.unseal(b, crypto.public(a), letter[:i] + bytes([letter[i] ^ 1]) + letter[i + 1 :], "route")
+            crypto.decrypt(
+                b, crypto.public(a), letter[:i] + bytes([letter[i] ^ 1]) + letter[i + 1 :], "route"
+            )

@@ -13,7 +13,8 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from fedlora.errors import ConfigError, IncompatibleUpdates
 from fedlora.secure_aggregation import crypto, protocol
 from fedlora.secure_aggregation.crypto import KEY, Words
-from fedlora.secure_aggregation.protocol import RECORD, SecureRound, threshold
+from fedlora.secure_aggregation.protocol import RECORD, threshold
+from fedlora.secure_aggregation.secure_round import SecureRound
 
 NODES = [2**63 + 9, 17, 5, 2**40, 2**62 + 1, 1, 99, 2**64 - 1]  # as Flower draws them, in no order
 LENGTH = 9

@@ -94,10 +94,10 @@ def test_a_letter_is_bound_to_its_run_round_sender_and_receiver() -> None:
     clients = Clients("shares", run=11, round=6)
     sender, (letter, *_) = clients.peers["keys"][1][:KEY], clients.sent[17]["letters"]
     channel, route = clients.secrets[5]["channel"], "run {}, round {}, from node {} to node {}"
-    assert len(crypto.unseal(channel, sender, letter, route.format(11, 6, 17, 5))) == 2 * SHARE
+    assert len(crypto.decrypt(channel, sender, letter, route.format(11, 6, 17, 5))) == 2 * SHARE
     for other in ((8, 6, 17, 5), (11, 2, 17, 5), (11, 6, 5, 17), (11, 6, 17, 99)):
         with pytest.raises(IncompatibleUpdates, match="changed on their way"):
-            crypto.unseal(channel, sender, letter, route.format(*other))
+            crypto.decrypt(channel, sender, letter, route.format(*other))
 
 
 def test_the_threshold_is_of_those_who_sent_keys_and_fewer_shares_give_no_secret() -> None:
@@ -216,7 +216,7 @@ def test_a_client_reveals_one_share_a_peer_and_once() -> None:
     assert found == [pair[:SHARE] for pair in pairs[:4]] + [pairs[4][SHARE:]]
     assert RECORD not in clients.contexts[5].state
     for again in (NODES[:4], NODES, [5, *NODES[2:]]):
-        with pytest.raises(IncompatibleUpdates, match="a step is done once"):
+        with pytest.raises(IncompatibleUpdates, match="no step is repeated"):
             clients.ask(protocol.unmask, 5, survivors=again)
 
 
