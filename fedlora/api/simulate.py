@@ -48,7 +48,14 @@ def simulate(
     """
     spec = make_spec(model, data, settings)
     kept, path = place_of(out)
-    carry_out(spec, path, False, progress)
+    try:
+        carry_out(spec, path, False, progress, temporary=kept is not None)
+    except KeyboardInterrupt:
+        if kept is None:
+            raise
+        raise KeyboardInterrupt(
+            "interrupted; nothing is kept of a run without out=, with out=DIR it can be resumed"
+        ) from None
     return Run(path, kept, given_parts(spec))
 
 
@@ -79,8 +86,8 @@ def given_parts(spec: RunSpec) -> dict[str, Any]:
     return {name: part for name in PARTS if (part := getattr(spec, name)) is not None}
 
 
-def carry_out(spec: RunSpec, path: Path, resumed: bool, progress: bool) -> None:
-    """Run it, with a table of the rounds or silently."""
+def carry_out(spec: RunSpec, path: Path, resumed: bool, progress: bool, temporary: bool = False) -> None:
+    """Run it, with a table of the rounds or silently; a temporary folder is not told."""
     console = Console(quiet=not progress)
 
     def shown(session: Open) -> AbstractContextManager[Display]:
@@ -90,6 +97,8 @@ def carry_out(spec: RunSpec, path: Path, resumed: bool, progress: bool) -> None:
         return Progress(spec.rounds, session.done, session.assembly.metric, console, private)
 
     def say(text: str) -> None:
+        if temporary:
+            text = "\n".join(line for line in text.splitlines() if not line.startswith("-> "))
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     runner.Run(spec, path, resumed, shown, say, console).go()
