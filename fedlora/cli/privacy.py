@@ -1,4 +1,4 @@
-"""`fedlora privacy`: plan a private run, look at what one has spent, audit the code that trains."""
+"""`fedlora privacy`: plan a private run, show what a run has spent, audit the training code."""
 
 from pathlib import Path
 
@@ -7,18 +7,25 @@ import click
 from .words import overrides
 
 
-@click.group(short_help="What privacy costs, has cost, and whether training keeps its word.")
+@click.group(short_help="Plan, show and audit differential privacy.")
 def command() -> None:
-    """Look at what a private run costs, before and after."""
+    """Plan, show and audit differential privacy."""
 
 
-@command.command(short_help="From a budget to noise, and what noise does.")
-@click.option("--records", type=int, metavar="N", help="Records of every client, instead of the data's own.")
+@command.command(short_help="The noise for a budget, and its effect on strategies.")
+@click.option(
+    "--records",
+    type=int,
+    metavar="N",
+    help="Number of records of every client, instead of those of the data.",
+)
 @overrides
 def plan(records: int | None, words: tuple[str, ...]) -> None:
-    """Go from a budget to noise, and to what noise does under several strategies; train nothing.
+    """Compute the noise that a budget needs, and estimate its effect on several strategies.
 
-    KEY=VALUE are those of `fedlora run`.
+    Nothing is trained.
+
+    KEY=VALUE are the settings of `fedlora run`.
     """
     from fedlora.config.composition import compose
     from fedlora.config.translate import run_spec
@@ -37,23 +44,39 @@ def plan(records: int | None, words: tuple[str, ...]) -> None:
         table.show()
 
 
-@command.command(short_help="The ledger of every client of a run.")
+@command.command(short_help="The privacy ledger of every client of a run.")
 @click.argument("run", metavar="RUN")
 def show(run: str) -> None:
-    """Show what every client of a run has spent; RUN is its folder, finished or not."""
+    """Show what every client of a run has spent. RUN is the folder of a run, finished or not."""
     from fedlora.saved_runs.ledgers import ledgers
 
     ledgers(Path(run)).show()
 
 
-@command.command(short_help="Attack the training code on this machine.")
-@click.option("--epsilon", type=float, default=1.0, show_default=True, metavar="E", help="What is claimed.")
-@click.option("--rounds", type=int, default=5, show_default=True, metavar="N", help="Rounds of training.")
+@command.command(short_help="Attack the training code on this machine, to test it.")
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the canaries' coins; noise has none."
+    "--epsilon",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="E",
+    help="The epsilon that training claims.",
+)
+@click.option(
+    "--rounds", type=int, default=5, show_default=True, metavar="N", help="Number of training rounds."
+)
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed that decides which canaries are included; the noise has none.",
 )
 def audit(epsilon: float, rounds: int, seed: int) -> None:
-    """Train on canaries by the code that clients run, then guess which of them were in the data."""
+    """Train on canaries with the clients' code, then guess which of them were in the data.
+
+    The share of right guesses gives a lower bound on epsilon, which must not exceed the claimed one.
+    """
     from fedlora.errors import PrivacyError
     from fedlora.runner.audit import audit as attack
     from fedlora.runner.audit import report
@@ -61,4 +84,6 @@ def audit(epsilon: float, rounds: int, seed: int) -> None:
     found = attack(epsilon, rounds, seed=seed)
     print("\n".join(report(found)))
     if not found.passed:
-        raise PrivacyError("privacy audit: private training here does not keep its word, see above")
+        raise PrivacyError(
+            "privacy audit: training on this machine is not as private as it claims, see above"
+        )

@@ -8,10 +8,12 @@ import click
 @click.command(short_help="One HTML page about a run, or several.")
 @click.argument("runs", nargs=-1, required=True, metavar="DIR...")
 @click.option(
-    "--to", metavar="FILE", help="Where to write; by default report.html in DIR, or here if DIRs are several."
+    "--to",
+    metavar="FILE",
+    help="The page's file; default: report.html in DIR, or in this folder for several.",
 )
 def command(runs: tuple[str, ...], to: str | None) -> None:
-    """Write one HTML page about finished runs or sweeps in DIR..., with PNG and CSV files beside it."""
+    """Write an HTML page about the finished runs or sweeps in DIR..., and PNG and CSV files beside it."""
     from fedlora.config.defaults import defaults
     from fedlora.report import missing, read_runs, runs_table, seeds_table, write_files, write_report
 

@@ -1,4 +1,4 @@
-"""What a run left on disk, as tables, pictures and one HTML page; reads files only, never a model."""
+"""Tables, pictures and an HTML page about finished runs, made from the files in their folders alone."""
 
 from fedlora.report.clients import absences
 from fedlora.report.files import write_files

@@ -1,4 +1,4 @@
-"""How right the answers of instruction models are, before and after training, by task where it is known."""
+"""The table of answers of instruction models: scores before and after training, by client if known."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from fedlora.report.tables import Table, score, turned
 
 
 def answers_table(runs: Sequence[Run]) -> Table | None:
-    """A row for all answers of each run, of a single run also for those of each client; None without any."""
+    """A row for each run, and for a single run also a row for each client; None if no run has answers."""
     told = [(name, run) for name, run in zip(labels(runs), runs, strict=True) if _asked(run.summary)]
     if not told:
         return None

@@ -1,4 +1,4 @@
-"""What the clients of a run were, how well the result serves each of them, and who was left out."""
+"""Tables about the clients of runs: ranks, rows, own metrics, fairness, and whose updates were left out."""
 
 import math
 import statistics
@@ -10,12 +10,12 @@ from fedlora.report.read import Run, evaluated, number
 from fedlora.report.seeds import INTERVAL, groups, spread
 from fedlora.report.tables import Table, amounts, megabytes, score, turned
 
-_MOST = 40  # rows of those left out; the CSV file has all
-_DRAWN = 200  # clients that a picture can show one by one
+_MOST = 40  # rows in the table of left-out clients; the CSV file has all
+_DRAWN = 200  # the largest number of clients that a picture shows individually
 
 
 def clients_table(run: Run) -> Table:
-    """The clients of the last round, those marked that did not count."""
+    """The clients of the last round; clients whose updates were not aggregated are marked."""
     last = max((row["round"] for row in run.clients), default=0)
     rows = sorted((row for row in run.clients if row["round"] == last), key=lambda row: row["client"])
     columns = {
@@ -39,7 +39,7 @@ def clients_table(run: Run) -> Table:
 
 
 def left_out_table(runs: Sequence[Run]) -> Table | None:
-    """Whose updates did not count, how often, and why the last time; None where all did."""
+    """Clients whose updates were left out, with numbers of rounds and last reasons; None without any."""
     rows = []
     for label, run in zip(labels(runs), runs, strict=True):
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -61,7 +61,7 @@ def left_out_table(runs: Sequence[Run]) -> Table | None:
 
 
 def absences(run: Run) -> str:
-    """Which sites were away, and in how many of the rounds: "south in 3 of 4 rounds"; empty if none was."""
+    """Sites that were away and in how many rounds, such as "south in 3 of 4 rounds"; empty if none was."""
     away = run.summary.get("away")
     if not isinstance(away, dict) or not away:
         return ""
@@ -70,7 +70,7 @@ def absences(run: Run) -> str:
 
 
 def ranks_table(run: Run) -> Table | None:
-    """How many clients had which rank, and how many rows they held, where that may be known."""
+    """The number of clients with each rank, and their rows where these are public; None without clients."""
     held = holdings(run)
     if not held:
         return None
@@ -92,7 +92,7 @@ def ranks_table(run: Run) -> Table | None:
 
 
 def holdings(run: Run) -> dict[int, dict[str, Any]]:
-    """Each client's name, rank and, where known, `rows` and `labels`, as data.json or the log has them."""
+    """Client id -> name, rank and, if known, `rows` and `labels`, from data.json or clients.jsonl."""
     found: dict[int, dict[str, Any]] = {}
     for row in run.clients:
         before = found.get(row["client"], {}).get("rows")
@@ -104,7 +104,7 @@ def holdings(run: Run) -> dict[int, dict[str, Any]]:
 
 
 def thinned(held: Mapping[int, dict[str, Any]]) -> tuple[Mapping[int, dict[str, Any]], str]:
-    """Clients few enough to draw one by one, and a sentence on which they are; all where there are few."""
+    """At most a few hundred of the clients, and a sentence about which; all of them if they are few."""
     if (step := math.ceil(len(held) / _DRAWN)) <= 1:
         return held, ""
     order = sorted(held, key=lambda at: held[at]["rows"] or 0)
@@ -113,14 +113,14 @@ def thinned(held: Mapping[int, dict[str, Any]]) -> tuple[Mapping[int, dict[str, 
 
 
 def own_metric(run: Run) -> str | None:
-    """What tells how a client fares: its own metric on rows it keeps back, else its training loss."""
+    """The metric of single clients: on their held-out rows, else the training loss, else None."""
     if any(run.local_metric in row for row in run.clients) or _own(run):
         return run.local_metric
     return "loss" if any(number(row.get("loss")) is not None for row in run.clients) else None
 
 
 def own_values(run: Run) -> dict[str, float]:
-    """Each client's own metric, after the last round if measured then, else when it last took part."""
+    """Client name -> its own metric, as last measured."""
     metric, names, found = own_metric(run), {}, {}
     for row in run.clients:
         names[str(row["client"])] = _name(row)
@@ -133,12 +133,12 @@ def own_values(run: Run) -> dict[str, float]:
 
 
 def worst_first(values: Sequence[float], metric: str) -> list[float]:
-    """The clients' values from the worst on: the lowest accuracy, the highest loss."""
+    """The clients' values in order, the worst first: the lowest accuracy or the highest loss."""
     return sorted(values, reverse=not metric.endswith("accuracy"))
 
 
 def fairness_table(runs: Sequence[Run]) -> Table | None:
-    """Mean, spread and worst decile of the clients' own metrics; None where no client tells any."""
+    """Mean, spread and worst decile of the clients' own metrics; None if no client has any."""
     told = [group for group in groups(runs) if all(own_values(run) for run in group)]
     if not told:
         return None
@@ -188,7 +188,7 @@ def _whole(value: object) -> str:
 
 
 def _left_out(row: dict[str, Any]) -> str:
-    """Dropped as unusable, away, or rejected by a robust rule; empty where the update counted."""
+    """Why an update was left out: "dropped", "away" or "rejected"; empty if it was aggregated."""
     if (status := row.get("status")) in ("dropped", "away"):
         return str(status)
     return "rejected" if row.get("rejected") else ""

@@ -1,4 +1,4 @@
-"""Tell runs apart: which settings differ, and a short distinct label for each run."""
+"""The settings in which runs differ, and a short distinct label for each run."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any
 from fedlora.report.read import Run
 
 ABSENT = "–"
-_NOT_SETTINGS = {"out", "resume", "strategy"}  # where it was written; the strategy is in every label
+_NOT_SETTINGS = {"out", "resume", "strategy"}  # folders, and the strategy, which every label names anyway
 
 
 def clean(text: object) -> str:
-    """`text` on one line and printable, so that it is safe in a terminal, in HTML and in SVG."""
+    """`text` on one line with printable characters only, which is safe in a terminal and in SVG."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))
 
 
@@ -21,7 +21,7 @@ def words(key: str) -> str:
 
 
 def plain(value: object) -> str:
-    """A setting's value as a person would write it."""
+    """A setting's value as text, without quotes and brackets."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -34,17 +34,17 @@ def plain(value: object) -> str:
 
 
 def differences(runs: Sequence[Run], also: Sequence[str] = ()) -> dict[str, list[str]]:
-    """The dotted settings that are not the same in all runs, with each run's value.
+    """The settings that differ between runs: dotted key -> the value in each run.
 
     Args:
-        runs: any.
-        also: settings to tell that every label has.
+        runs: the runs to compare.
+        also: keys to include that are left out otherwise, such as `strategy`.
     """
     flat = [_flatten(run.config) for run in runs]
     rows = {key: [settings.get(key, ABSENT) for settings in flat] for key in sorted(set().union(*flat))}
     for key in [key for key in rows if key.startswith("data.source.")]:
         if rows.get(key.replace("source.", "")) == rows[key]:
-            rows.pop(key)  # handed down from the group
+            rows.pop(key)  # it only repeats the value of its group
     return {
         key: row
         for key, row in rows.items()
@@ -53,7 +53,7 @@ def differences(runs: Sequence[Run], also: Sequence[str] = ()) -> dict[str, list
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """One label a run: the strategy, and what tells it from other runs of the same strategy."""
+    """A label for each run: the strategy, and the settings that distinguish runs of the same strategy."""
     names = [clean(run.strategy) for run in runs]
     for name in [name for name, count in Counter(names).items() if count > 1]:
         members = [at for at, other in enumerate(names) if other == name]
@@ -63,13 +63,13 @@ def labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _suffixes(runs: Sequence[Run]) -> list[str]:
-    # When a run was evaluated tells nobody what it is.
+    # Settings of the evaluation do not distinguish what was trained.
     settings = {key: row for key, row in differences(runs).items() if not key.startswith("evaluate.")}
     alone = [key for key, row in settings.items() if len(set(row)) == len(runs)]
     if len(settings) > 3 and len(alone) == 1:  # such as epsilon, beside runs without privacy
         settings = {alone[0]: settings[alone[0]]}
     if 0 < len(settings) <= 3:
-        # A key that a group takes over from another, such as the seed, is told once.
+        # A key that several groups repeat, such as the seed, is named once.
         once = {(key.rsplit(".", 1)[-1], *row): row for key, row in settings.items()}
         short = [key for key, *_ in once]
         told = [
@@ -92,7 +92,7 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
             flat.update(_flatten(value, f"{name}."))
         elif key == "_target_" and prefix:
             *_, owner, last = ["", *plain(value).split(".")]
-            flat[prefix[:-1]] = f"{owner}.{last}" if owner[:1].isupper() else last  # a class makes it
+            flat[prefix[:-1]] = f"{owner}.{last}" if owner[:1].isupper() else last  # a class method
         else:
             flat[name] = plain(value)
     return flat

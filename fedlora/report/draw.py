@@ -1,8 +1,9 @@
-"""How the report draws: lines with bands, points, bars; as SVG for the page and PNG for a paper.
+"""The drawing of pictures: lines with bands, points and bars, as SVG for the page and as PNG for papers.
 
-Drawn on Figure objects, so no window system and no pyplot state is involved. Colours are those of Okabe and
-Ito and two of Tol, which stay apart for colour-blind readers; markers tell lines apart in black and white.
-Text of an SVG stays text, drawn by the reader's own fonts, so that names in any script are readable.
+It uses Figure objects, so that neither a window system nor the state of pyplot is needed. The colours are
+those of Okabe and Ito and two of Tol, which colour-blind readers can distinguish; markers distinguish lines
+in black and white. Text in an SVG stays text and is drawn with the reader's fonts, so names in any script are
+readable.
 """
 
 import io
@@ -25,8 +26,8 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "osD^vPX*"
 _GREY, _REST = "#777777", "#bbbbbb"
 _WIDTH, _HEIGHT, _LEGEND_ROW = 4.8, 3.0, 0.185  # inches
-_UPRIGHT, _LETTER = 20, 0.05  # of a name that stands upright: letters, and inches that each adds
-EXACT = 1e-6  # aggregation errors below this are rounding
+_UPRIGHT, _LETTER = 20, 0.05  # of a vertical name: most letters, and the inches that each adds
+EXACT = 1e-6  # aggregation errors below this are rounding errors
 _STYLE: Any = {
     "font.size": 9.5,
     "axes.edgecolor": _GREY,
@@ -43,20 +44,20 @@ _STYLE: Any = {
     "lines.markersize": 4.5,
     "hatch.linewidth": 0.5,
     "svg.fonttype": "none",
-    "svg.hashsalt": "fedlora",  # the same runs give the same bytes
+    "svg.hashsalt": "fedlora",  # so that the same runs give the same bytes
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """What is drawn of one run, or of several as their mean.
+    """A line of a picture: the values of one run, or the mean of several.
 
     Args:
-        label: its name in the legend.
-        points: (x, y), by x.
-        band: lowest and highest y at every x, where several runs have one.
-        at: which colour and marker it has; lines that belong together share it.
-        style: solid, dashed, or points alone.
+        label: the name in the legend.
+        points: (x, y), ordered by x.
+        band: the lowest and the highest y at every x, for several runs.
+        at: the index of the colour and the marker; lines that belong together share it.
+        style: solid, dashed, or points only.
     """
 
     label: str
@@ -76,11 +77,11 @@ def lines(
     """A picture of lines.
 
     Args:
-        drawn: those with points; a legend names them if their labels differ.
-        x: the axis; of rounds, clients and ranks it has whole numbers.
-        y: the axis; from zero where that wastes no space.
-        more: further keys of the legend.
-        bound: where a dotted line goes, which lies in the picture.
+        drawn: the lines, each with points; a legend names them if their labels differ.
+        x: the name of the x axis; an axis of rounds, clients or ranks has whole numbers.
+        y: the name of the y axis, which starts at zero if that does not waste space.
+        more: further entries of the legend.
+        bound: the height of a dotted line; None draws none.
     """
     with matplotlib.rc_context(_STYLE), _quiet():
         figure, axes = _empty(x, y)
@@ -100,7 +101,7 @@ def lines(
 
 
 def bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], x: str, y: str) -> Figure:
-    """Stacked bars, a part a colour from dark to light; the last is grey if there are more than colours."""
+    """Stacked bars with a colour for each part; the last part is grey if there are more than colours."""
     with matplotlib.rc_context(_STYLE), _quiet():
         figure, axes = _empty(x, y)
         axes.grid(False, axis="x")
@@ -136,29 +137,29 @@ def bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], x: str, y: 
 
 
 def _turned(name: str) -> str:
-    """A client's name and rank on one line, short enough to stand upright below a bar."""
+    """A client's name and rank on one line, short enough for a vertical label."""
     name, _, rank = name.partition("\n")
     short = name if len(name) <= _UPRIGHT else f"{name[: _UPRIGHT - 1]}…"
     return f"{short} r{rank}" if rank else short
 
 
 def svg(figure: Figure) -> bytes:
-    """The picture for the page, without a background of its own."""
+    """The picture as SVG with a transparent background."""
     return _saved(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
 
 
 def png(figure: Figure) -> bytes:
-    """The picture as pixels, 200 an inch, on white."""
+    """The picture as PNG with 200 pixels an inch, on white."""
     return _saved(figure, format="png", dpi=200, facecolor="white", metadata={"Software": None})
 
 
 def key(style: Literal["-", "--"]) -> Line2D:
-    """What a legend shows for a style of line, whatever its colour."""
+    """The symbol of a line style in the legend."""
     return Line2D([], [], color=_GREY, linestyle=style)
 
 
 def hollow() -> Line2D:
-    """What a legend shows for points alone."""
+    """The symbol of points without a line in the legend."""
     return Line2D([], [], color=_GREY, linestyle="", marker="o", markerfacecolor="none")
 
 
@@ -171,7 +172,7 @@ def _saved(figure: Figure, **how: Any) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings about letters that no font of this machine has: the page is drawn by the reader's."""
+    """Suppress warnings about missing glyphs: an SVG is drawn with the reader's fonts."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         yield
@@ -209,7 +210,7 @@ def _line(axes: Axes, line: Line, shade: float) -> Line2D:
 
 
 def _doubling(axes: Axes, ranks: Sequence[float]) -> None:
-    """Ranks 2, 4, 8, 16 at equal distances, whole numbers below them."""
+    """A logarithmic x axis, with ticks at powers of two."""
     axes.set_xscale("log", base=2)
     low, high = min(ranks), max(ranks)
     ticks = [2.0**k for k in range(12) if low / 1.5 <= 2**k <= high * 1.5]
@@ -219,7 +220,7 @@ def _doubling(axes: Axes, ranks: Sequence[float]) -> None:
 
 
 def _scale(axes: Axes, values: Sequence[float], y: str) -> None:
-    """Start at zero where that wastes no space; logarithmic where errors or losses span two decades."""
+    """Start the y axis at zero if that wastes no space; logarithmic if errors or losses span two decades."""
     low, high = min(values), max(values)
     if 100 * low < high and low >= 0 and "accuracy" not in y:
         axes.set_yscale("symlog", linthresh=max(EXACT, low))
@@ -232,7 +233,7 @@ def _legend(figure: Figure, named: Sequence[tuple[Handle, str]]) -> None:
         return
     columns = max(1, min(3, 60 // (6 + max(len(name) for _, name in named))))
     rows = -(-len(named) // columns)
-    figure.set_size_inches(_WIDTH, _HEIGHT + _LEGEND_ROW * rows)  # the axes keep their size
+    figure.set_size_inches(_WIDTH, _HEIGHT + _LEGEND_ROW * rows)  # so that the axes keep their size
     handles = [handle for handle, _ in named]
     legend = figure.legend(
         handles, ["run"] * len(named), loc="outside lower center", ncols=columns, frameon=False, fontsize=9

@@ -1,4 +1,4 @@
-"""The report's pictures as PNG and its numbers as CSV, for papers and spreadsheets."""
+"""The report's pictures as PNG files and its numbers as CSV files, for papers and spreadsheets."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,16 @@ _SCALARS = (str, int, float, type(None))
 
 
 def write_files(runs: Sequence[Run], to: Path) -> Path:
-    """Write every picture and table of the page beside it, numbers with all their digits.
+    """Write every picture and table of the page as a file; numbers have all their digits.
 
     Args:
         runs: the runs to show, in this order.
-        to: a folder; files of the same names are replaced, all others stay.
+        to: the folder; files of the same names are replaced, others stay.
     """
     to.mkdir(parents=True, exist_ok=True)
     pictures = [*plots.results(runs), *plots.by_client(runs), *plots.aggregation(runs)]
     firsts = [group[0] for group in groups(runs)]
-    # What several settings share is drawn once, under the number of the first, its line in over-seeds.csv.
+    # Clients that several settings share are drawn once, under the number of the first in over-seeds.csv.
     distinct = {str(holdings(run)): (at, run) for at, run in reversed([*enumerate(firsts, start=1)])}
     data = [one for at, run in distinct.values() if (one := plots.data(run, f"clients-{at}"))]
     for picture in [*pictures, *data]:
@@ -54,7 +54,7 @@ def write_files(runs: Sequence[Run], to: Path) -> Path:
 
 
 def _over(group: Sequence[Run]) -> dict[str, Any]:
-    """What a setting reached: the mean over seeds of every number of the summaries, and its 95 % interval."""
+    """The mean over seeds, with its 95 % interval, of every number of the summaries."""
     row: dict[str, Any] = {}
     numbers = [
         key for key, value in group[0].summary.items() if isinstance(value, float | int) and key != "seed"
@@ -81,7 +81,7 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: Any) -> Any:
-    """Text as it is, but never as a formula, which a client's name could be."""
+    """A cell's text, escaped if a spreadsheet would read it as a formula."""
     if value is None or isinstance(value, float | int):
         return value
     text = plain(value)

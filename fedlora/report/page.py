@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or several runs: no network, pictures inlined, tables that sort."""
+"""One self-contained HTML page about runs, with inlined pictures and tables that can be sorted."""
 
 import base64
 import hashlib
@@ -47,12 +47,12 @@ class ClientsOf:
 
 
 def write_report(runs: Sequence[Run], to: Path, defaults: Mapping[str, Any] | None = None) -> Path:
-    """Write the page, under a temporary name first, and return where it is.
+    """Write the page atomically and return its path.
 
     Args:
         runs: the runs to show, in this order.
         to: the page's file.
-        defaults: settings of a run that says none; what of a single run differs from them is shown.
+        defaults: the default settings; the page of a single run shows the settings that differ from them.
 
     Raises:
         ConfigError: no run was given.
@@ -79,7 +79,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def _parts(runs: Sequence[Run], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the page shows, by the template's names."""
+    """The values of the template page.html.j2, by name."""
     fairness = fairness_table(runs)
     return {
         "title": title(runs),
@@ -104,7 +104,7 @@ def _parts(runs: Sequence[Run], defaults: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clients(runs: Sequence[Run]) -> list[ClientsOf]:
-    """What the clients were and did; of runs that differ in their seed alone, those of the first."""
+    """The clients' part of each run; of runs that differ in their seed only, that of the first."""
     firsts = [group[0] for group in groups(runs)]
     shown, seen = [], dict[str, str]()
     for name, run in zip(labels(firsts), firsts, strict=True):
@@ -118,7 +118,7 @@ def _clients(runs: Sequence[Run]) -> list[ClientsOf]:
 
 
 def _differs(runs: Sequence[Run], defaults: Mapping[str, Any]) -> Table | None:
-    """In which settings the runs differ, or a single run from the defaults; None where in none."""
+    """The settings in which the runs differ, or a single run from the defaults; None if there are none."""
     if len(runs) == 1:
         table = changes_table(runs[0], defaults) if defaults else None
     else:

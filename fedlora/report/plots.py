@@ -1,6 +1,6 @@
-"""The report's pictures; each is None when no run has anything to draw.
+"""The pictures of the report. A function returns None if no run has values to draw.
 
-Runs that differ in their seed alone are one line, their mean, in a band from the lowest to the highest.
+Runs that differ in their seed alone are one line: their mean, in a band from the lowest to the highest.
 """
 
 import itertools
@@ -18,20 +18,20 @@ from fedlora.report.read import Run, evaluated, number
 from fedlora.report.seeds import groups
 from fedlora.report.series import Series, by_round, ends, mean, means, without_privacy
 
-_LABELS = 6  # of the data, with a colour each; the rest is one part
-_NAMED = 60  # clients whose rows are told in words
+_LABELS = 6  # labels of the data with a colour of their own; the others are one part
+_NAMED = 60  # the largest number of clients that a picture's alternative text lists
 _BAND = "The band is from the lowest seed to the highest."
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture with what is said of it.
+    """A picture with its texts.
 
     Args:
-        name: of its file, without an ending.
-        figure: itself.
-        caption: what is shown.
-        told: the same in words and numbers, for those who cannot see it.
+        name: the name of its file, without an extension.
+        figure: the matplotlib figure.
+        caption: the text below it.
+        told: its content in words and numbers, for readers who cannot see it.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Picture:
 
 
 def results(runs: Sequence[Run]) -> list[Picture]:
-    """How good the runs became: over rounds, against traffic, epsilon and rank; and the losses."""
+    """The headline metric over rounds, traffic, epsilon and rank, and the losses."""
     shown = []
     for metric in sorted({run.metric for run in runs}):
         each = [over_rounds, over_traffic, over_epsilon, over_rank]
@@ -50,13 +50,13 @@ def results(runs: Sequence[Run]) -> list[Picture]:
 
 
 def aggregation(runs: Sequence[Run]) -> list[Picture]:
-    """How right the server's arithmetic was, and how many directions carry its update."""
+    """The aggregation error, the effective rank of ΔW and the kept share of its tail, over rounds."""
     told = {
         "aggregation_error": "How far the server’s update is from the exact weighted sum of the clients’, "
         "relative to that sum.",
         "effective_rank": "How many directions carry ΔW, the mean over modules: exp of σ / Σσ’s entropy.",
-        "tail_kept": "What a round keeps of ΔW beyond the clients’ smallest rank; below 1 it shrinks each "
-        f"time, and below {KEPT}, the dotted line, most would be gone in ten.",
+        "tail_kept": "The share of ΔW beyond the clients’ smallest rank that a round keeps. Below 1 it "
+        f"shrinks in every round; at {KEPT}, the dotted line, two thirds are gone after ten.",
     }
     bounds = {"tail_kept": KEPT}
     if exact(runs) is not None:
@@ -66,20 +66,20 @@ def aggregation(runs: Sequence[Run]) -> list[Picture]:
 
 
 def exact(runs: Sequence[Run]) -> float | None:
-    """The largest aggregation error where it is never more than rounding."""
+    """The largest aggregation error if all are rounding errors, else None."""
     errors = [value for run in runs for _, value in run.series("aggregation_error")]
     return max(errors) if errors and max(errors) < EXACT else None
 
 
 def over_rounds(runs: Sequence[Run], metric: str) -> Picture | None:
-    """The headline metric after each round; round 0 is before training."""
+    """The headline metric after each round. Round 0 is before training."""
     where = f"on the {evaluated(runs)} after each round; round 0 is before training."
     caption = f"{words(metric).capitalize()} {where}"
     return _simple(runs, metric, words(metric), caption)
 
 
 def over_traffic(runs: Sequence[Run], metric: str) -> Picture | None:
-    """The headline metric against the megabytes that have travelled, both ways, until then."""
+    """The headline metric against the megabytes that were sent until then, in both directions."""
 
     def series(run: Run) -> Series:
         each = [
@@ -95,7 +95,7 @@ def over_traffic(runs: Sequence[Run], metric: str) -> Picture | None:
 
 
 def over_epsilon(runs: Sequence[Run], metric: str) -> Picture | None:
-    """The headline metric against epsilon: at the end of runs that differ in it, else round by round."""
+    """The headline metric against epsilon: final values of runs that differ in epsilon, else by round."""
     private = [run for run in runs if number(run.summary.get("epsilon"))]
     drawn, x = ends(private, metric, "epsilon", allowed), "ε of the whole run, at most"
     free = without_privacy([run for run in runs if run not in private], metric, drawn)
@@ -107,7 +107,7 @@ def over_epsilon(runs: Sequence[Run], metric: str) -> Picture | None:
 
 
 def over_rank(runs: Sequence[Run], metric: str) -> Picture | None:
-    """The headline metric at the end against the clients' rank, where runs differ in it."""
+    """The final headline metric against the clients' rank, for runs that differ in rank."""
     alike = ends([run for run in runs if len(_ranks(run)) == 1], metric, "ranks", mean_rank)
     order = {line.label: line.at for line in alike}
     mixed = []
@@ -150,7 +150,7 @@ def losses(runs: Sequence[Run]) -> Picture | None:
 
 
 def by_client(runs: Sequence[Run]) -> list[Picture]:
-    """Every client's own metric, from the worst to the best; the mean over seeds of each place."""
+    """The clients' own metrics from the worst to the best; over seeds, the mean at each place."""
     together = groups(runs)
     named = [*zip(labels([group[0] for group in together]), together, strict=True)]
     shown = []
@@ -173,11 +173,11 @@ def by_client(runs: Sequence[Run]) -> list[Picture]:
 
 
 def data(run: Run, name: str = "clients") -> Picture | None:
-    """The rows that each client held, by label where that is known."""
+    """The number of rows of each client, by label if the labels are known."""
     held, thin = thinned(holdings(run))
     if not held or any(row.get("rows") is None for row in held.values()):
         return None
-    known = all("labels" in row for row in held.values())  # sites tell how many rows they have, and no more
+    known = all("labels" in row for row in held.values())  # sites report their number of rows only
     named = [clean(label) for label in run.data.get("labels") or []] if known else []
     counts = {label: [row["labels"][at] for row in held.values()] for at, label in enumerate(named)}
     order = sorted(counts, key=lambda label: -sum(counts[label]))
@@ -200,7 +200,7 @@ def data(run: Run, name: str = "clients") -> Picture | None:
 
 
 def allowed(run: Run) -> float:
-    """The epsilon that a run may spend."""
+    """The epsilon budget of a run."""
     ledger = run.summary.get("ledger")
     budget = number(ledger.get("budget")) if isinstance(ledger, dict) else None
     return budget or number(run.summary.get("epsilon")) or 0.0

@@ -1,4 +1,4 @@
-"""Read the folder that a run leaves: its configuration, lines and numbers."""
+"""Reading the folder of a finished run: its configuration, logs and summary."""
 
 import json
 import math
@@ -12,20 +12,20 @@ import yaml  # type: ignore[import-untyped]
 from fedlora.core.natural_order import natural
 from fedlora.errors import CheckpointError
 
-SWEEP = "sweep.json"  # in the folder of a sweep: the words of its command, and the names of its jobs
+SWEEP = "sweep.json"  # in the folder of a sweep: the arguments of its command, and the names of its jobs
 
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run, as it stands on disk.
+    """One finished run, as read from its folder.
 
     Args:
         path: the run's folder, absolute.
-        summary: final metrics, totals, hash and versions.
-        metrics: one object a round, rounds from 1.
-        clients: one object a client a round.
+        summary: final metrics, totals, hash and versions, from summary.json.
+        metrics: an object for each round, from round 1 on.
+        clients: an object for each client and round.
         config: the resolved configuration.
-        data: the clients' rows and labels, where the run knew them and may tell.
+        data: the clients' rows and labels, from data.json; empty if the run had none or must not tell.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def strategy(self) -> str:
-        """The strategy's class name, such as FlexLoRA; its name in YAML if the config does not say."""
+        """The strategy's class name, such as FlexLoRA, or its YAML name if the config has no class."""
         settings = self.config.get("strategy")
         target = settings.get("_target_") if isinstance(settings, dict) else None
         return str(target or self.summary.get("strategy", "unnamed")).rsplit(".", 1)[-1]
@@ -49,7 +49,7 @@ class Run:
 
     @property
     def more_is_better(self) -> bool:
-        """Whether a higher headline metric is better; for accuracies alone, unless the summary tells."""
+        """Whether a higher headline metric is better: as the summary tells, else for accuracies only."""
         return bool(self.summary.get("more_is_better", self.metric.endswith("accuracy")))
 
     @property
@@ -60,33 +60,33 @@ class Run:
 
     @property
     def counts(self) -> bool:
-        """Whether `examples` in the clients' lines are their rows; under hidden counts each sends a 1."""
+        """Whether `examples` are the clients' numbers of rows; if these are hidden, every client sends 1."""
         privacy = self.config.get("privacy")
         hidden = isinstance(privacy, dict) and privacy.get("public_counts") is False
         return not hidden and not self.config.get("secure_sum")
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """(round, value) wherever `key` was measured; round 0 is the state before training."""
+        """(round, value) of each round in which `key` was measured; round 0 is before training."""
         rows = [{**(self.summary.get("initial") or {}), "round": 0}, *self.metrics]
         return [(row["round"], value) for row in rows if (value := number(row.get(key))) is not None]
 
 
 def evaluated(runs: Iterable[Run]) -> str:
-    """What runs were evaluated on: "test rows", "validation rows", or both in words."""
+    """The rows on which runs were evaluated: "test rows", "validation rows", or "test or validation rows"."""
     parts = [settings if isinstance(settings := run.config.get("evaluate"), dict) else {} for run in runs]
     return f"{' or '.join(sorted({str(part.get('rows', 'test')) for part in parts}))} rows"
 
 
 def number(value: object) -> float | None:
-    """`value` as a float, or None when it is absent, not a number, NaN or infinite."""
+    """`value` as a float; None if it is not a finite number."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def read_runs(path: str | Path) -> list[Run]:
-    """The run in a folder, or every finished run below it, such as those of a sweep, in the order of names.
+    """Every finished run in or below a folder, such as the runs of a sweep, in the order of their names.
 
     Raises:
-        CheckpointError: there is none, or a broken one.
+        CheckpointError: there is no finished run, or a file of one is broken.
     """
     folders = (summary.parent for summary in Path(path).glob("**/summary.json"))
     found = sorted(folders, key=lambda folder: [natural(part) for part in folder.parts])
@@ -94,7 +94,7 @@ def read_runs(path: str | Path) -> list[Run]:
 
 
 def missing(path: str | Path) -> list[str]:
-    """The jobs of a sweep's folder that have not finished, as far as they are known; none of a run's."""
+    """The names of the unfinished jobs in a sweep's folder; empty for the folder of a run."""
     folder = Path(path)
     if not (folder / SWEEP).is_file():
         return []
@@ -105,10 +105,10 @@ def missing(path: str | Path) -> list[str]:
 def read_run(path: str | Path) -> Run:
     """Read the folder of one finished run.
 
-    A torn last line of a .jsonl file, which a killed process may leave, is skipped.
+    An incomplete last line of a .jsonl file, which a killed process may leave, is skipped.
 
     Raises:
-        CheckpointError: not a folder, not finished, or a file that is missing or broken.
+        CheckpointError: the path is no folder, the run is unfinished, or a file is missing or broken.
     """
     folder = Path(path).resolve()
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, as one row each: means with 95 % intervals."""
+"""Runs that differ in their seed alone, combined into one row: means with 95 % intervals."""
 
 import json
 import math
@@ -18,13 +18,13 @@ _NOT_SETTINGS = ("seed", "out", "resume")
 
 
 def groups(runs: Sequence[Run], but: Sequence[str] = ()) -> list[list[Run]]:
-    """The runs, those together that differ in seed and folder alone, in the order of the first of each.
+    """Group the runs that differ in seed and folder only, in the order of the first run of each group.
 
-    A repetition with the same seed is a group of its own: it says nothing about other seeds.
+    A repetition with the same seed is a group of its own, because it is no independent sample.
 
     Args:
-        runs: any.
-        but: further keys in which those of a group may differ, whatever group they are of.
+        runs: the runs to group.
+        but: further keys in which the runs of a group may differ, at any depth of the configuration.
     """
     found: dict[tuple[str, int], list[Run]] = {}
     times = Counter[tuple[str, str]]()
@@ -37,7 +37,7 @@ def groups(runs: Sequence[Run], but: Sequence[str] = ()) -> list[list[Run]]:
 
 
 def interval(values: Iterable[object]) -> tuple[float, float | None] | None:
-    """The mean of what was measured, and how far its 95 % interval reaches; None of less than two values."""
+    """The mean of the numbers and the half-width of its 95 % interval, None for one number; None for none."""
     found = [value for item in values if (value := number(item)) is not None]
     if not found:
         return None
@@ -48,7 +48,7 @@ def interval(values: Iterable[object]) -> tuple[float, float | None] | None:
 
 
 def spread(values: Iterable[object], metric: str) -> str:
-    """Mean and interval as a cell."""
+    """The mean and its interval as the text of a cell."""
     found = interval(values)
     if found is None:
         return ABSENT
@@ -57,10 +57,10 @@ def spread(values: Iterable[object], metric: str) -> str:
 
 
 def seeds_table(runs: Sequence[Run]) -> Table | None:
-    """One row for all runs that differ in their seed alone; None where no two do.
+    """A row for each group of runs that differ in their seed only; None if no group has two runs.
 
-    Bytes and seconds are means of a whole run; the aggregation error is the mean of the last round's, the
-    effective rank that after the first round and after the last.
+    Values are means over the group: bytes and seconds of a whole run, the aggregation error of the last
+    round, and the effective rank after the first and after the last round.
     """
     together = groups(runs)
     if max(map(len, together)) < 2:
@@ -103,7 +103,7 @@ def _key(settings: Any) -> str:
 
 
 def _settings(config: Any, without: Sequence[str]) -> Any:
-    """A configuration without some keys, the seed among them, which several groups take over."""
+    """A configuration without some keys, at any depth, because groups repeat keys such as the seed."""
     if not isinstance(config, dict):
         return config
     return {key: _settings(value, without) for key, value in config.items() if key not in without}
@@ -120,5 +120,5 @@ def _mean(values: Iterable[object]) -> float | None:
 
 
 def _small(value: float | None) -> str:
-    """An error: three decimals, or its power of ten where those would be zeros."""
+    """An error with three decimals, or in scientific notation if these would be zeros."""
     return f"{value:.0e}" if value and value < 5e-4 else score(value, "loss")

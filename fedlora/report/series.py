@@ -1,4 +1,4 @@
-"""The lines of a picture: of runs that differ in their seed alone the mean, and where each setting ended."""
+"""The lines of pictures: means of runs that differ in their seed alone, and final values by setting."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -8,16 +8,16 @@ from fedlora.report.draw import Line
 from fedlora.report.read import Run, number
 from fedlora.report.seeds import groups
 
-Series = dict[float, tuple[float, float]]  # a step of the run, most often a round -> x and y
+Series = dict[float, tuple[float, float]]  # a step of a run, usually a round -> (x, y)
 
 
 def by_round(name: str) -> Callable[[Run], Series]:
-    """What a run measured of something in each round."""
+    """A function that gives a run's values of a metric by round."""
     return lambda run: {at: (at, value) for at, value in run.series(name)}
 
 
 def means(runs: Sequence[Run], series: Callable[[Run], Series]) -> list[Line]:
-    """One line for all runs that differ in their seed alone."""
+    """A line for each group of runs that differ in their seed only."""
     together = groups(runs)
     named = labels([group[0] for group in together])
     drawn = [
@@ -28,7 +28,7 @@ def means(runs: Sequence[Run], series: Callable[[Run], Series]) -> list[Line]:
 
 
 def mean(label: str, each: Sequence[Series], at: int) -> Line:
-    """The mean where all were measured, in a band from the lowest to the highest."""
+    """The mean of several runs at the steps that all have, with a band from the lowest to the highest."""
     each = [series for series in each if series]
     steps = sorted(set[float]().union(*each).intersection(*each)) if each else []
     xs = [statistics.fmean(series[step][0] for series in each) for step in steps]
@@ -38,9 +38,16 @@ def mean(label: str, each: Sequence[Series], at: int) -> Line:
 
 
 def ends(runs: Sequence[Run], metric: str, setting: str, x: Callable[[Run], float]) -> list[Line]:
-    """The metric at the end over a setting: a line for runs that differ in it and in seeds alone.
+    """The final metric against a setting: a line for each group of runs that differ in it and in seed only.
 
-    Empty where no two differ in it.
+    Args:
+        runs: the runs.
+        metric: the key of the metric in the summaries.
+        setting: the key in which the runs of a group may differ.
+        x: gives the value of the setting in a run.
+
+    Returns:
+        The lines; none if no two runs of a group differ in the setting.
     """
     together = groups(runs, but=(setting,))
     if not any(len({x(run) for run in group}) > 1 for group in together):
@@ -60,9 +67,9 @@ def ends(runs: Sequence[Run], metric: str, setting: str, x: Callable[[Run], floa
 
 
 def without_privacy(runs: Sequence[Run], metric: str, drawn: Sequence[Line]) -> list[Line]:
-    """Dashed lines across the picture: what the strategies of these lines reach at the end without privacy.
+    """Dashed horizontal lines: the final metric of the same strategies without privacy.
 
-    None of a strategy whose runs differ in more than their seed.
+    A strategy whose runs differ in more than their seed gets no line.
     """
     found = []
     for line in drawn:

@@ -1,4 +1,4 @@
-"""The report's tables, as plain cells: the HTML page and the terminal show the same ones."""
+"""The tables of the report; the HTML page and the terminal show the same cells."""
 
 import math
 import re
@@ -16,22 +16,22 @@ from fedlora.report.compare import ABSENT, clean, differences, labels, plain, wo
 from fedlora.report.read import Run, number
 
 _SETTINGS = ("model", "data", "clients", "ranks", "rounds", "seed")
-_WIDE = 160  # columns of a text file
+_WIDE = 160  # width in characters where the output is no terminal
 _NUMBER = re.compile(r"–|[\d.,e+-]+( \(\d+\)|( [±→] |–)[\d.,e+-]+)?")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells with a header; without one, each row is a name and its value.
+    """A table of formatted cells. Without a header, each row is a name and its value.
 
     `table.show()` prints it.
 
     Args:
-        title: what the rows are.
-        header: one name a column, or nothing.
-        rows: the cells, already formatted.
-        note: a remark under the table, or nothing.
-        marked: the rows to highlight.
+        title: the title.
+        header: the name of each column; empty for rows of names and values.
+        rows: the formatted cells.
+        note: a remark below the table; empty for none.
+        marked: the indices of highlighted rows.
     """
 
     title: str
@@ -41,15 +41,15 @@ class Table:
     marked: frozenset[int] = frozenset()
 
     def left(self, column: int) -> bool:
-        """Whether a column holds words, which start at the left, rather than numbers."""
+        """Whether a column is aligned left, because it has words rather than numbers."""
         return not all(_NUMBER.fullmatch(row[column]) for row in self.rows)
 
     def show(self) -> None:
-        """Print it; what is no terminal has no width, and rich would cut the columns at 80."""
+        """Print the table, to a width of 160 where the output is no terminal; rich would assume 80."""
         Console(width=None if sys.stdout.isatty() else _WIDE).print(self)
 
     def __rich__(self) -> RichTable:
-        """For the terminal; cells are never read as rich's markup."""
+        """The table for a terminal; markup of rich in cells is shown literally."""
         shown = RichTable(
             title=Text(self.title, style="bold"),
             title_justify="left",
@@ -69,13 +69,13 @@ class Table:
 
 
 def score(value: object, metric: str) -> str:
-    """A metric's value: three decimals for shares and losses, two for perplexity."""
+    """A metric's value with three decimals, or two for perplexity."""
     found = number(value)
     return ABSENT if found is None else f"{found:,.{2 if metric == 'perplexity' else 3}f}"
 
 
 def amounts(values: Sequence[object]) -> list[str]:
-    """A column of measured quantities with equal decimals: three significant digits of the largest."""
+    """The cells of a column with equal decimals, such that the largest has three significant digits."""
     found = [number(value) for value in values]
     sizes = [math.floor(math.log10(abs(value))) for value in found if value]
     decimals = min(6, max(0, 2 - max(sizes), -min(sizes))) if sizes else 0
@@ -83,12 +83,12 @@ def amounts(values: Sequence[object]) -> list[str]:
 
 
 def megabytes(values: Sequence[object]) -> list[str]:
-    """A column of bytes as MB (10⁶ bytes)."""
+    """The cells of a column of bytes, in MB (10⁶ bytes)."""
     return amounts([None if (found := number(value)) is None else found / 1e6 for value in values])
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """One row a run, what all share in the note; a single run as a list of facts."""
+    """A row for each run, with settings that all share in the note; a single run as names and values."""
     columns: dict[str, list[str]] = {"run": labels(runs)}
     for key in _SETTINGS:
         columns[key] = [setting(run.summary.get(key)) for run in runs]
@@ -112,13 +112,13 @@ def runs_table(runs: Sequence[Run]) -> Table:
 
 
 def differences_table(runs: Sequence[Run]) -> Table:
-    """The settings that are not the same in all runs; no columns but the label when there are none."""
+    """The settings that differ between runs, a column each, beside the column of labels."""
     columns = {"run": labels(runs), **differences(runs)}
     return Table("What differs", [*columns], turned(columns))
 
 
 def changes_table(run: Run, defaults: Mapping[str, Any]) -> Table:
-    """The settings of one run that are not the defaults, a row each."""
+    """The settings of one run that differ from the defaults, a row each."""
     usual = replace(run, config=dict(defaults))
     found = differences([usual, run], also=("strategy",))
     rows = [[key, *values] for key, values in found.items() if values[1] != ABSENT]
@@ -154,7 +154,7 @@ def privacy_table(runs: Sequence[Run]) -> Table | None:
 
 
 def provenance_table(runs: Sequence[Run]) -> Table:
-    """What is needed to check a run: its folder, its adapter's hash, and the versions that made it."""
+    """The folder of each run, its adapter's SHA-256, and the versions of the libraries."""
     columns = {
         "run": labels(runs),
         "folder": [clean(run.path.name) for run in runs],
@@ -168,12 +168,12 @@ def provenance_table(runs: Sequence[Run]) -> Table:
 
 
 def turned(columns: dict[str, list[str]]) -> list[list[str]]:
-    """Columns as rows."""
+    """The rows of a table that is given by columns."""
     return [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def setting(value: object) -> str:
-    """A setting; a long list, of ranks, as its range."""
+    """A setting as text; a list of more than 8 numbers is shown as its range."""
     if value is None:
         return ABSENT
     if isinstance(value, list) and len(value) > 8:
@@ -182,7 +182,7 @@ def setting(value: object) -> str:
 
 
 def _best(run: Run) -> str:
-    """The headline metric's best value and the first round that reached it."""
+    """The best value of the headline metric and the first round that reached it."""
     measured = run.series(run.metric)
     if not measured:
         return ABSENT

@@ -1,1 +1,1 @@
-"""What a run and its clients keep on disk."""
+"""Files on disk: the folder of a run, checkpoints, the state of clients, and the log of updates."""

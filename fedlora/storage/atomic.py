@@ -1,4 +1,4 @@
-"""Files that are whole or not there: made under a temporary name, synced, and given their own; and locks."""
+"""Atomic files and folders: they are written under a temporary name, synced and renamed. Also file locks."""
 
 import os
 import secrets
@@ -17,19 +17,19 @@ try:
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-STALE = 3600.0  # seconds without a change, after which a temporary file is of a process that was killed
+STALE = 3600.0  # seconds without a change after which a temporary file is taken for one of a killed process
 
 
 def write_whole(final: Path, make: Callable[[Path], Any]) -> Path:
-    """Make a file or folder under a temporary name, then give it its own; on disk when this returns.
+    """Write a file or folder under a temporary name and rename it. It is on disk when this returns.
 
     Args:
-        final: its own name; what is there is replaced, and the folder above is made if it is missing.
-        make: makes it at the path that it is given, which no other call is given.
+        final: the final path; what is there is replaced, and missing parent folders are made.
+        make: writes the file or folder at the path that it is given; no other call gets the same path.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     for old in final.parent.glob(f"{escape(final.name)}.*.tmp"):
-        with suppress(FileNotFoundError):  # another process was quicker
+        with suppress(FileNotFoundError):  # another process has removed it
             if time.time() - old.stat().st_mtime > STALE:
                 remove(old)
     made = final.with_name(f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -43,16 +43,16 @@ def write_whole(final: Path, make: Callable[[Path], Any]) -> Path:
         os.replace(made, final)
     finally:
         remove(made)
-    _sync(final.parent)  # the new name, too
+    _sync(final.parent)  # so that the new name is on disk as well
     return final
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock that a file stands for; whoever else asks for it, in any process, waits meanwhile.
+    """Hold an exclusive lock on a file for the duration of the block; other processes and threads wait.
 
     Raises:
-        CheckpointError: the file system has no locks.
+        CheckpointError: the file system does not support locks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
@@ -67,7 +67,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,4 +1,4 @@
-"""What clients keep between rounds: their own trained parts on disk, and what they were sent in memory."""
+"""What clients keep between rounds: their own parameters, their privacy ledgers, and received tensors."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,30 +14,30 @@ from fedlora.privacy.ledger_files import LEDGER, read_ledger, spend
 from fedlora.storage.atomic import locked, write_whole
 from fedlora.storage.tensors import digest_of, read_tensors, write_tensors
 
-FOLD = "fold/"  # begins the name of a fold's tensor in a packed task
+FOLD = "fold/"  # prefix of the names of fold tensors in a packed task
 ANSWERED = "answered"  # the file that counts a client's trainings
-LOCKS = 64  # files for the locks of all clients
-KEPT = 3  # versions: of a round that was cut off, of the last checkpoint's, and of the one before that
+LOCKS = 64  # lock files that all clients share
+KEPT = 3  # versions: of an interrupted round, of the last checkpoint's round, and of the one before
 
 
 class ClientStore:
-    """Each client's own tensors, a file a client and round, and what its privacy has cost, by client.
+    """The own tensors of each client, a file for each client and round, and the clients' privacy ledgers.
 
-    A client that trains in round t reads what it kept in its last round before t and writes under t, so that
-    a round which is done again, after a crash or from an older checkpoint, starts from the same tensors.
+    A client that trains in round t reads the version of its last round before t and writes version t. A round
+    that is repeated, after a crash or from an older checkpoint, therefore starts from the same tensors.
 
     Args:
-        folder: of this run; made when first written to.
+        folder: the folder of this run's clients; it is made at the first write.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def read(self, client: int, before: int) -> dict[str, Tensor]:
-        """What a client kept in its last round before this one; empty if it kept nothing.
+        """The tensors that a client kept in its last round before `before`; empty if it kept none.
 
         Raises:
-            CheckpointError: its file is damaged.
+            CheckpointError: the file is damaged.
         """
         versions = [(round, path) for round, path in self._versions(client) if round < before]
         if not versions:
@@ -46,10 +46,10 @@ class ClientStore:
         try:
             return read_tensors(path)[0]
         except CheckpointError as error:
-            raise CheckpointError(f"'{path}', a client's own part, is damaged: {error}") from error
+            raise CheckpointError(f"'{path}', a client's own parameters, is damaged: {error}") from error
 
     def write(self, client: int, round: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep these tensors as of a round."""
+        """Keep tensors as the version of a round. All but the newest versions are removed."""
         if not tensors:
             return
         write_tensors(self._folder / f"client-{client}" / f"round-{round:06d}.safetensors", tensors)
@@ -57,34 +57,33 @@ class ClientStore:
             old.unlink()
 
     def ledger(self, client: int) -> Ledger | None:
-        """What a client's privacy has cost in this run so far, whichever round comes next; None for nothing.
+        """A client's privacy ledger of this run; None if it has released nothing.
 
-        What was spent stays spent: a round that is done again, after a crash or from an older checkpoint, is
-        paid for again.
+        A repeated round, after a crash or from an older checkpoint, is a second entry: it was released twice.
 
         Raises:
-            CheckpointError: the ledger is damaged, so that nobody knows what is left.
+            CheckpointError: the ledger is damaged, so the remaining budget is unknown.
         """
         return read_ledger(self._folder / f"client-{client}" / LEDGER)
 
     def spend(self, client: int, before: Ledger | None, after: Ledger) -> None:
-        """Write down what a client's privacy has cost; on disk when this returns, so call it before sending.
+        """Replace a client's privacy ledger. It is on disk when this returns, so call it before sending.
 
         Args:
-            client: its id.
-            before: its ledger as it was read before the client trained; None for nothing.
-            after: its ledger from now on.
+            client: the client's id.
+            before: the ledger that was read before the client trained; None if there was none.
+            after: the ledger with the steps of this training.
 
         Raises:
-            CheckpointError: its ledger has changed since, or some of it is missing in `after`.
+            CheckpointError: the ledger has changed since it was read, or `after` lacks a step of it.
         """
         spend(self._folder / f"client-{client}" / LEDGER, before, after)
 
     def answered(self, client: int) -> int:
-        """How many trainings of this run a client has answered.
+        """The number of training requests of this run that a client has answered.
 
         Raises:
-            CheckpointError: the count is damaged.
+            CheckpointError: the file with the number is damaged.
         """
         path = self._folder / f"client-{client}" / ANSWERED
         try:
@@ -93,31 +92,31 @@ class ClientStore:
             return 0
         except ValueError as error:
             raise CheckpointError(
-                f"'{path}', how many trainings were answered, is damaged: {error}"
+                f"'{path}', the number of answered requests, is damaged: {error}"
             ) from error
 
     def answer(self, client: int) -> None:
-        """Count one more training of a client; on disk when this returns, so call it before sending."""
+        """Count one more answered request. It is on disk when this returns, so call it before sending."""
         text = f"{self.answered(client) + 1}\n"
         path = self._folder / f"client-{client}" / ANSWERED
         write_whole(path, lambda file: file.write_text(text, "utf-8"))
 
     @contextmanager
     def alone(self, clients: Iterable[int]) -> Iterator[None]:
-        """Keep everyone else, in any process, from training these clients, until the block ends.
+        """Keep other threads and processes from training these clients for the duration of the block.
 
         Raises:
-            CheckpointError: the folder's file system has no locks.
+            CheckpointError: the file system does not support locks.
         """
         with ExitStack() as held:
-            # Clients share a few files, so that a large group does not open one each; in order, so that two
-            # groups do not wait for each other.
+            # Clients share a few lock files, so that a large group does not open one each. They are locked in
+            # order, so that two groups cannot wait for each other.
             for number in sorted({client % LOCKS for client in clients}):
                 held.enter_context(locked(self._folder / f"lock-{number:02d}"))
             yield
 
     def ledgers(self) -> dict[int, Ledger]:
-        """The ledger of every client that has spent anything, by its id."""
+        """The ledger of each client that has one, by the client's id."""
         clients = sorted(int(p.parent.name.removeprefix("client-")) for p in self._folder.glob(f"*/{LEDGER}"))
         return {client: found for client in clients if (found := self.ledger(client)) is not None}
 
@@ -127,15 +126,16 @@ class ClientStore:
 
 
 class DownloadCache:
-    """Tensors that clients were sent and hold on to.
+    """The tensors that clients received and keep, so that the server need not send them again.
 
-    In memory, for many clients of one process, equal tensors are kept once, and folds that have been replaced
-    are forgotten: a fold that nobody was sent since the state before the last leads to no fold of now, and
-    the server knows that it has to send the whole one (`forgotten`). Each client on a machine of its own
-    keeps its one fold, in a file.
+    In memory, where one process holds many clients, equal tensors are stored once, and outdated folds are
+    dropped: a fold that was sent to nobody since the state before the last one cannot be extended to the
+        current fold, and
+    the server knows by the same rule (`forgotten`) that it has to send the whole fold. A client on a machine
+    of its own keeps its fold in a file.
 
     Args:
-        folder: where they outlive this process, a file a client; None keeps them in memory.
+        folder: the folder with a file for each client; None keeps the tensors in memory.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -147,18 +147,18 @@ class DownloadCache:
         self._version = -1
 
     def held(self, client: int) -> dict[str, Tensor]:
-        """What a client holds; nothing where a file is damaged, so that the server has to send it again."""
+        """The tensors that a client holds; none if its file is damaged, and the server sends them again."""
         if self._folder is None:
             return self._held.get(client, {})
         return self._read(client) or {}
 
     def hold(self, client: int, tensors: Mapping[str, Tensor], version: int | None = None) -> None:
-        """A client holds these from now on, and nothing else.
+        """Replace the tensors that a client holds.
 
         Args:
-            client: its id.
-            tensors: by name.
-            version: the state that they come from, as `write_task` has it; None forgets no fold.
+            client: the client's id.
+            tensors: the new tensors by name.
+            version: the version of the state that they come from, see `write_task`; None drops no fold.
         """
         if self._folder is not None:
             if not tensors and not self._file(client).exists():
@@ -180,7 +180,7 @@ class DownloadCache:
             self._forget()
 
     def _forget(self) -> None:
-        """Drop the folds that no client can be counted on to hold any more."""
+        """Drop the folds that are outdated by the rule `forgotten`."""
         old = forgotten(self._seen, self._version)
         for client, seals in self._seals.items():
             for name in [name for name, seal in seals.items() if seal in old]:
@@ -193,7 +193,7 @@ class DownloadCache:
         return self._folder / f"client-{client}" / "held.safetensors"
 
     def _read(self, client: int) -> dict[str, Tensor] | None:
-        """The tensors in a client's file; None where there is none, or it is damaged."""
+        """The tensors in a client's file; None if the file is missing or damaged."""
         try:
             return read_tensors(self._file(client))[0]
         except CheckpointError:
@@ -201,13 +201,13 @@ class DownloadCache:
 
 
 def forgotten(seen: Mapping[str, int], version: int) -> set[str]:
-    """The digests of folds that a client need not hold any more once the state has come to a version.
+    """The digests of outdated folds, which clients drop and on which the server no longer relies.
 
-    A later fold is built on the one of the version before, or is sent whole. Server and clients use this one
-    rule, so that nothing is counted on that has been dropped.
+    A new fold extends the fold of the version before, or is sent whole. Server and clients use the same rule,
+    so the server never relies on a fold that a client has dropped.
 
     Args:
-        seen: digest -> the last version in whose tasks a client has received it.
-        version: of the state whose tasks are now sent.
+        seen: digest -> the last version of the state in whose tasks the fold was sent.
+        version: the version of the state whose tasks are now sent.
     """
     return {seal for seal, last in seen.items() if last < version - 1}

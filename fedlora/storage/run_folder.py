@@ -1,4 +1,4 @@
-"""The folder of a run: what is written when, so that a kill at any instant loses at most one round."""
+"""The folder of a run, and the order of its writes: a kill at any instant loses at most one round."""
 
 import hashlib
 import json
@@ -26,15 +26,20 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-KEPT = 2  # checkpoints; the one before the last serves when the last is damaged
-SERVER = -1  # in the place of a client's id
+KEPT = 2  # checkpoints that are kept; the second to last is used if the last is damaged
+SERVER = -1  # the server's id among the ids of clients
 
 
 class RunFolder:
-    """Files of design.md §6 under one folder; nothing is pickled.
+    """The files of a run in one folder. Nothing is pickled.
 
-    Whole files are written under a temporary name, synced and renamed. A round's lines go to the logs first
-    and its checkpoint last, so that lines without a checkpoint belong to a round that is done again.
+    `config.yaml` has the settings, `metrics.jsonl` a line for each round, `clients.jsonl` a line for each
+    client and round, `summary.json` the results, and `checkpoint/` the state. Files are written under a
+    temporary name, synced and renamed. A round's lines are appended to the logs before its checkpoint is
+    written, so lines without a checkpoint belong to a round that is repeated.
+
+    Args:
+        path: the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,14 +47,14 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: str) -> "RunFolder":
-        """Start a new run.
+        """Make the folder of a new run.
 
         Args:
-            path: a folder that holds no run yet.
+            path: a folder that holds no run yet; it is made if it is missing.
             config: the resolved configuration as YAML.
 
         Raises:
-            ConfigError: there is a run in it, or it cannot be written.
+            ConfigError: the folder holds a run already, or it cannot be made.
         """
         folder = cls(path)
         if (path / "config.yaml").exists():
@@ -66,20 +71,20 @@ class RunFolder:
         return folder
 
     def discard(self, *more: str) -> None:
-        """Remove what `create` made, and these files, of a run that has not begun; other files stay."""
+        """Remove the files that `create` made and the files in `more`, for a run that did not start."""
         for name in ("config.yaml", "metrics.jsonl", "clients.jsonl", *more):
             (self.path / name).unlink(missing_ok=True)
         for place in (self.path / "checkpoint", self.path):
-            with suppress(OSError):  # something else is in it
+            with suppress(OSError):  # the folder has other files
                 place.rmdir()
 
     def hold(self) -> IO[bytes]:
-        """Keep other processes from going on with this run, until the file is closed or this process ends.
+        """Lock the run for this process, until the returned file is closed or the process ends.
 
-        Two at a time would each pay for their own noise alone, and one's entry in the ledger would be lost.
+        Two processes that continue one run would overwrite each other's entries in the privacy ledger.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process holds the lock.
         """
         (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
         file = (self.path / "checkpoint" / "lock").open("ab")
@@ -91,7 +96,7 @@ class RunFolder:
                 raise ConfigError(
                     f"resume: another process is at work on '{self.path}'; wait for its end, or stop it"
                 ) from error
-            except OSError:  # a file system without locks
+            except OSError:  # the file system does not support locks
                 pass
         return file
 
@@ -101,50 +106,50 @@ class RunFolder:
 
     @property
     def started(self) -> bool:
-        """Whether there is any checkpoint."""
+        """Whether the run has a checkpoint."""
         return bool(self._checkpoints())
 
     @property
     def last_checkpoint(self) -> Path:
-        """The newest checkpoint's file."""
+        """The file of the newest checkpoint."""
         return self._checkpoints()[-1]
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end."""
+        """Whether the run has ended and has a summary."""
         return (self.path / "summary.json").is_file()
 
     def summary(self) -> dict[str, Any]:
-        """What the run has come to; empty before its end."""
+        """The content of summary.json; empty before the end of the run."""
         if not self.finished:
             return {}
         found: dict[str, Any] = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
         return found
 
     def write(self, name: str, make: Callable[[Path], Any]) -> Path:
-        """Make a file or folder of the run, whole or not at all."""
+        """Write a file or folder of the run atomically, see `write_whole`."""
         return write_whole(self.path / name, make)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write one JSON object, readable by people."""
+        """Write one JSON object with indentation."""
         text = json.dumps(value, indent=2) + "\n"
         self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def write_lines(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Write one JSON object a line, letters as they are."""
+        """Write a JSON object on each line, without escaping letters outside of ASCII."""
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def finish_round(
         self, round: int, state: State, metrics: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Record a round: its lines in both logs, then the state after it."""
+        """Append a round's lines to both logs, then write the state after the round."""
         _append(self.path / "clients.jsonl", clients)
         _append(self.path / "metrics.jsonl", [metrics])
         self.save_state(round, state)
 
     def save_state(self, round: int, state: State) -> None:
-        """Write the state after a round as one safetensors file with its own digest."""
+        """Write the state after a round as a checkpoint with a digest, and remove older checkpoints."""
         tensors, header = state.pack()
         path = self.path / "checkpoint" / f"round-{round:06d}.safetensors"
         write_tensors(path, tensors, {"round": str(round), "state": header}, _digest)
@@ -152,17 +157,17 @@ class RunFolder:
             old.unlink()
 
     def load_state(self) -> tuple[int, State]:
-        """The last whole state and its round; logs are cut back to that round."""
+        """The newest undamaged state and its round; both logs are truncated to that round."""
         round, state = self.read_state()
         for log in ("metrics.jsonl", "clients.jsonl"):
             self.write(log, partial(_cut, self.path / log, round))
         return round, state
 
     def read_state(self) -> tuple[int, State]:
-        """The last whole state and its round; changes nothing.
+        """The newest undamaged state and its round, without changing any file.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is no undamaged checkpoint.
         """
         for path in reversed(self._checkpoints()):
             try:
@@ -171,7 +176,7 @@ class RunFolder:
                 warnings.warn(f"{path.name} is damaged ({error}); using the one before it", stacklevel=2)
                 continue
             return round, state
-        raise CheckpointError(f"'{self.path}' has no whole checkpoint to continue from; start the run again")
+        raise CheckpointError(f"'{self.path}' has no undamaged checkpoint to continue from; start a new run")
 
     def rounds(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
@@ -179,16 +184,16 @@ class RunFolder:
 
     @property
     def memory(self) -> ClientStore:
-        """What clients keep, where they all live on this machine."""
+        """The state of the clients, in a simulation on this machine."""
         return ClientStore(self.path / "checkpoint" / "clients")
 
     @property
     def ledger(self) -> Path:
-        """The file of the server's own ledger."""
+        """The file of the server's privacy ledger."""
         return self.path / "checkpoint" / LEDGER
 
     def ledgers(self) -> dict[int, Ledger]:
-        """What every client has spent, by its id; of client-level privacy the server's, as SERVER."""
+        """The privacy ledgers by client id; under client-level privacy the server's under the id SERVER."""
         server = read_ledger(self.ledger)
         return self.memory.ledgers() | ({SERVER: server} if server else {})
 
@@ -201,13 +206,13 @@ class RunFolder:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a log; a torn last one is left out."""
+    """The complete lines of a log; an incomplete last line is left out."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """SHA-256 of all that a checkpoint says: its round, and the digest of its state (`State.digest`)."""
+    """SHA-256 over a checkpoint's round, its header and the digest of its state (`State.digest`)."""
     state = digest(header["state"], sorted(tensors.items()))
     return hashlib.sha256(f"{header['round']};{header['state']};{state}".encode()).hexdigest()
 
@@ -225,7 +230,7 @@ def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cut(source: Path, round: int, target: Path) -> None:
-    """Copy the whole lines up to a round; a torn last line belongs to the round that was cut off."""
+    """Copy the complete lines up to a round; later lines belong to an interrupted round."""
     kept = []
     for line in source.read_text(encoding="utf-8").splitlines(keepends=True):
         if not line.endswith("\n") or json.loads(line)["round"] > round:

@@ -1,4 +1,4 @@
-"""What a strategy was given in every round, kept so that another can be given the same."""
+"""The states and updates of all rounds, recorded so that another strategy can aggregate the same updates."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,19 +13,19 @@ from fedlora.storage.tensors import read_tensors, write_tensors
 
 
 class UpdateLog:
-    """The folder `updates/` of a run: a file a round with the state before it and the updates it combined.
+    """The folder `updates/` of a run: a file for each round with the state before it and the round's updates.
 
-    Tasks are not kept: they are the recording strategy's own function of the state and of who asks.
+    Tasks are not recorded, because the recording strategy computes them from the state and the peer.
 
     Args:
-        run: the run's folder.
+        run: the folder of the run.
     """
 
     def __init__(self, run: Path) -> None:
         self._folder = run / "updates"
 
     def write(self, round: int, before: State, updates: Sequence[Update]) -> None:
-        """Keep a round, whole or not at all; one that is done again takes the place of the first."""
+        """Record a round atomically; a repeated round replaces the first recording."""
         tensors, header = _packed("state", before)
         told = []
         for at, update in enumerate(updates):
@@ -36,16 +36,16 @@ class UpdateLog:
         write_tensors(self._file(round), tensors, {"recording": text})
 
     def rounds(self) -> list[int]:
-        """The rounds that were kept."""
+        """The recorded rounds."""
         return [
             int(file.stem.removeprefix("round-")) for file in sorted(self._folder.glob("round-*.safetensors"))
         ]
 
     def read(self, round: int) -> tuple[State, list[Update]]:
-        """The state before a round, and the updates that it combined.
+        """The state before a round, and the updates that the round aggregated.
 
         Raises:
-            CheckpointError: the file is damaged.
+            CheckpointError: the file is missing or damaged.
         """
         try:
             tensors, header = read_tensors(self._file(round))
@@ -64,7 +64,7 @@ class UpdateLog:
 
 def _packed(part: str, state: State) -> tuple[dict[str, Tensor], str]:
     tensors, header = state.pack()
-    # A tensor that two names share could not be written.
+    # safetensors refuses to write a tensor that has two names.
     return {f"{part}/{name}": tensor.cpu().clone() for name, tensor in tensors.items()}, header
 
 

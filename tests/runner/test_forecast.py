@@ -174,4 +174,4 @@ def test_an_audit_that_fails_ends_in_an_error(monkeypatch: Any, capsys: pytest.C
     assert code.value.code == 2
     told = capsys.readouterr()
     assert "FAIL" in told.out
-    assert "does not keep its word" in told.err
+    assert "not as private as it claims" in told.err

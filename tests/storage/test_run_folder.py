@@ -110,7 +110,7 @@ def test_no_whole_checkpoint_says_so(folder: RunFolder) -> None:
         path.write_bytes(b"")
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(CheckpointError, match="no whole checkpoint"),
+        pytest.raises(CheckpointError, match="no undamaged checkpoint"),
     ):
         folder.load_state()
 
