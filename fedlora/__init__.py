@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora import errors
 
 if TYPE_CHECKING:
-    from fedlora import clients, privacy, robust, strategies
+    from fedlora import callbacks, clients, privacy, robust, strategies
     from fedlora.api.compare import compare
     from fedlora.api.run import Run
     from fedlora.api.run import open_run as open
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fedlora.core.adapter import Adapter, Pair
     from fedlora.core.messages import Peer, State, Task, Update
     from fedlora.core.strategy import Strategy
+    from fedlora.core.update_step import RoundUpdates, UpdateStep
+    from fedlora.rounds.scheduling import Scheduler
     from fedlora.runner.spec import EvaluationSpec, LoRASpec, ModelSpec
     from fedlora.training.client import Client, TrainRequest, TrainResult
 
@@ -26,7 +28,9 @@ _HOMES = {  # public name -> where it is
     "ModelSpec": "runner.spec",
     "Pair": "core.adapter",
     "Peer": "core.messages",
+    "RoundUpdates": "core.update_step",
     "Run": "api.run",
+    "Scheduler": "rounds.scheduling",
     "Session": "api.simulate",
     "State": "core.messages",
     "Strategy": "core.strategy",
@@ -35,13 +39,14 @@ _HOMES = {  # public name -> where it is
     "TrainRequest": "training.client",
     "TrainResult": "training.client",
     "Update": "core.messages",
+    "UpdateStep": "core.update_step",
     "compare": "api.compare",
     "each": "api.sweep",
     "open": "api.run",
     "simulate": "api.simulate",
     "sweep": "api.sweep",
 }
-_ROOMS = ("clients", "privacy", "robust", "strategies")
+_ROOMS = ("callbacks", "clients", "privacy", "robust", "strategies")
 _NAMED = {"open": "open_run"}  # what would hide a builtin in its own module
 
 __all__ = [
@@ -52,7 +57,9 @@ __all__ = [
     "ModelSpec",
     "Pair",
     "Peer",
+    "RoundUpdates",
     "Run",
+    "Scheduler",
     "Session",
     "State",
     "Strategy",
@@ -61,6 +68,8 @@ __all__ = [
     "TrainRequest",
     "TrainResult",
     "Update",
+    "UpdateStep",
+    "callbacks",
     "clients",
     "compare",
     "each",

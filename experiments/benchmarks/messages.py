@@ -7,16 +7,14 @@ by FedIT, certificate, logs and checkpoints. MiniLM-sized factors: 12 modules of
 """
 
 import argparse
-import io
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
-from fedlora.callbacks.console import Progress
+from fedlora.callbacks.base import RunHandle
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer
 from fedlora.data import Example
@@ -58,20 +56,19 @@ def main() -> None:
     nodes = [{"client": i, "rank": 8} for i in range(given.clients)]
     with tempfile.TemporaryDirectory() as where:
         folder = RunFolder.create(Path(where) / "run", "")
-        with Progress(given.rounds, 0, "accuracy", Console(file=io.StringIO())) as progress:
-            federation = ServerLoop(
-                strategy,
-                strategy.init(Adapter(pairs)),
-                ClientRegistry(Peer, 8, progress.warn),
-                RoundConfig(given.rounds, 0, evaluate_every=0, secure_sum=given.secure),
-                lambda tasks: [(0.0, 0.0) for _ in tasks],
-                lambda loss, right: {},
-                folder,
-                progress,
-            )
-            began = time.perf_counter()
-            federation.run(InProcessGrid(site, nodes))
-            taken = time.perf_counter() - began
+        run = RunHandle(given.rounds, strategy.init(Adapter(pairs)))
+        server = ServerLoop(
+            strategy,
+            run,
+            ClientRegistry(Peer, 8, run.warn),
+            RoundConfig(given.rounds, 0, evaluate_every=0, secure_sum=given.secure),
+            lambda tasks: [(0.0, 0.0) for _ in tasks],
+            lambda loss, right: {},
+            folder,
+        )
+        began = time.perf_counter()
+        server.run(InProcessGrid(site, nodes))
+        taken = time.perf_counter() - began
         down, up = (folder.rounds()[0][f"bytes_{way}"] / given.clients for way in ("down", "up"))
     messages = given.clients * given.rounds
     print(

@@ -25,7 +25,18 @@ from fedlora.training.generation import answer
 
 from .scratch import Scratch
 
-PARTS = ("strategy", "client", "privacy", "robust", "rule", "scheduler", "engine", "model", "data")
+PARTS = (
+    "strategy",
+    "client",
+    "privacy",
+    "robust",
+    "rule",
+    "steps",
+    "scheduler",
+    "engine",
+    "model",
+    "data",
+)
 
 
 class Run:
@@ -105,8 +116,8 @@ class Run:
 
     @property
     def state(self) -> State:
-        """The server's state after the last round."""
-        return RunFolder(self.path).read_state()[1]
+        """The state that the run has come to: after its last round, or after the one that was selected."""
+        return RunFolder(self.path).result()[1]
 
     @property
     def adapter(self) -> Adapter:
@@ -199,9 +210,9 @@ class Run:
         """
         from .simulate import carry_out
 
-        if unknown := given.keys() - {*PARTS}:
+        if unknown := given.keys() - {*PARTS, "callbacks"}:
             raise ConfigError(
-                f"resume: expected parts of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}"
+                f"resume: expected parts of {', '.join(PARTS)}, callbacks, got {', '.join(sorted(unknown))}"
             )
         parts = self._given | given
         config = with_rounds(read(self.path, self._trust), self.path, rounds)

@@ -8,10 +8,12 @@ from typing import Any
 
 import fedlora.clients
 import fedlora.strategies
+from fedlora.callbacks.base import Callback
 from fedlora.config.defaults import defaults
 from fedlora.config.describe import describe
 from fedlora.config.presets import data_preset, files_preset, model_preset, presets
 from fedlora.core.strategy import Strategy
+from fedlora.core.update_step import UpdateStep
 from fedlora.data.files import load
 from fedlora.data.records import columns_of
 from fedlora.engines.base import Engine
@@ -63,8 +65,10 @@ class Settings:
         evaluate: an EvaluationSpec, or a dict of its fields.
         privacy: a DPSGD or a ClientLevel; None without.
         robust: a rule against poisoned updates; None without.
+        steps: what changes updates before the strategy combines them, in this order: UpdateSteps.
         scheduler: when clients are asked and updates aggregated; None waits for all that a round asks.
         engine: where clients run; None takes this process.
+        callbacks: what watches the run, such as [EarlyStopping(patience=3)], or objects of your own classes.
     """
 
     model: Any = "minilm"
@@ -96,8 +100,10 @@ class Settings:
     evaluate: EvaluationSpec | Mapping[str, Any] = field(default_factory=EvaluationSpec)
     privacy: Privacy | None = None
     robust: Robust | None = None
+    steps: Sequence[UpdateStep] = ()
     scheduler: Scheduler | None = None
     engine: Engine | None = None
+    callbacks: Sequence[Callback] = ()
 
     def spec(self) -> RunSpec:
         """The description of the run; nothing is loaded yet, but rows in memory are read.
@@ -124,8 +130,10 @@ class Settings:
             evaluate=_as(EvaluationSpec, self.evaluate, "evaluate"),
             privacy=self._privacy(),
             robust=self.robust,
+            steps=tuple(self.steps),
             scheduler=self.scheduler or Synchronous(),
             engine=self.engine or InProcess(),
+            callbacks=tuple(self.callbacks),
             clients=clients,
             clients_per_round=self.clients_per_round,
             rounds=self.rounds,

@@ -2,20 +2,19 @@
 
 import difflib
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from fedlora.callbacks.console import Display, Progress
+from fedlora.callbacks.console import ConsoleProgress
+from fedlora.config.describe import named_callbacks
 from fedlora.core.messages import State
 from fedlora.engines.in_process import InProcess
 from fedlora.errors import ConfigError
 from fedlora.runner import run as runner
 from fedlora.runner.session import Session as Open
-from fedlora.runner.session import Silent
 from fedlora.runner.spec import RunSpec
 
 from .run import PARTS, Run
@@ -83,18 +82,14 @@ def make_spec(model: Any, data: Any, settings: dict[str, Any]) -> RunSpec:
 
 def given_parts(spec: RunSpec) -> dict[str, Any]:
     """The parts of a run as objects, so that what its config.yaml cannot name is not lost in this process."""
-    return {name: part for name in PARTS if (part := getattr(spec, name)) is not None}
+    parts = {name: part for name in PARTS if (part := getattr(spec, name)) is not None}
+    return parts | {"callbacks": named_callbacks(spec.callbacks)[1]}
 
 
 def carry_out(spec: RunSpec, path: Path, resumed: bool, progress: bool, temporary: bool = False) -> None:
     """Run it, with a table of the rounds or silently; a temporary folder is not told."""
     console = Console(quiet=not progress)
-
-    def shown(session: Open) -> AbstractContextManager[Display]:
-        if not progress:
-            return nullcontext(Silent())
-        private = spec.privacy is not None
-        return Progress(spec.rounds, session.done, session.assembly.metric, console, private)
+    shown = [ConsoleProgress(console)] if progress else []
 
     def say(text: str) -> None:
         if temporary:
@@ -160,6 +155,6 @@ class Session:
     def _go(self) -> Generator[dict[str, Any], None, None]:
         engine = self.spec.engine
         assert isinstance(engine, InProcess)
-        started = runner.Run(self.spec, self.path, False, lambda session: nullcontext(Silent()))
+        started = runner.Run(self.spec, self.path, False)
         with started.begin() as self.open:
             yield from self.open.rounds(engine.grid(self.open))

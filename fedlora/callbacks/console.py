@@ -1,7 +1,7 @@
 """What the user sees while a run goes on: a live table in a terminal, one line a round anywhere else."""
 
-import time
-from typing import Any, Protocol, Self
+from collections.abc import Mapping
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -9,87 +9,61 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from fedlora.callbacks.base import Callback, RunHandle
+
 COLUMNS = ("round", "loss", "accuracy", "train loss", "down", "up", "clients", "dropped", "seconds", "left")
 SHOWN = 15  # rounds that the live table keeps in sight
 
 
-class Display(Protocol):
-    """What a run tells its user while it goes on."""
-
-    def begin(self, round: int, clients: int) -> None:
-        """A round begins with so many clients."""
-
-    def advance(self, clients: int) -> None:
-        """So many clients have finished."""
-
-    def end(self, metrics: dict[str, Any]) -> None:
-        """A round has ended with this line of metrics.jsonl."""
-
-    def warn(self, text: str) -> None:
-        """Something that the user should know."""
-
-
-class Progress:
-    """The display of one run, for use in a `with` block.
+class ConsoleProgress(Callback):
+    """A live table of the rounds in a terminal, and one line a round anywhere else.
 
     Args:
-        rounds: in all.
-        done: rounds finished before (a resumed run).
-        metric: the task's own metric, such as "accuracy" or "perplexity".
-        console: where to print; a terminal gets the live table.
-        private: whether there is an epsilon to show.
-        sites: whether clients are sites, which may be away.
+        console: where to print.
     """
 
-    def __init__(
-        self,
-        rounds: int,
-        done: int,
-        metric: str,
-        console: Console,
-        private: bool = False,
-        sites: bool = False,
-    ) -> None:
-        self._rounds, self._done, self._metric, self._console = rounds, done, metric, console
-        self._private, self._sites = private, sites
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+
+    def on_run_begin(self, run: RunHandle) -> None:
+        """Put the table up, where there is a terminal."""
+        self._run = run
         self._lines: list[list[str]] = []
         self._spent: list[float] = []
-        self._round_began = time.monotonic()
-        self._live: Live | None = None
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         )
         self._task = self._bar.add_task("starting", total=None)
-
-    def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live = Live(self._picture(), console=self._console, refresh_per_second=4)
             self._live.__enter__()
-        return self
 
-    def __exit__(self, *error: Any) -> None:
+    def on_run_end(self, run: RunHandle, summary: Mapping[str, Any]) -> None:
+        """Leave the table as it is."""
         if self._live is not None:
+            live, self._live = self._live, None
             self._bar.update(self._task, visible=False)
-            self._live.update(self._picture())
-            self._live.__exit__(*error)
+            live.update(self._picture())
+            live.__exit__(None, None, None)
 
-    def begin(self, round: int, clients: int) -> None:
-        """A round begins with so many clients."""
-        self._bar.reset(self._task, total=clients, description=f"round {round} of {self._rounds}, clients")
+    def on_round_begin(self, run: RunHandle, round: int, clients: int) -> None:
+        """Start the bar of the round's clients anew."""
+        self._bar.reset(self._task, total=clients, description=f"round {round} of {run.rounds}, clients")
 
-    def advance(self, clients: int) -> None:
-        """So many clients have finished."""
-        self._bar.advance(self._task, clients)
+    def on_client_done(self, run: RunHandle, count: int) -> None:
+        """Move the bar."""
+        self._bar.advance(self._task, count)
         self._show()
 
-    def end(self, metrics: dict[str, Any]) -> None:
-        """A round has ended with this line of metrics.jsonl."""
+    def on_round_end(self, run: RunHandle, metrics: Mapping[str, Any]) -> None:
+        """Add the round's row."""
         self._spent.append(metrics["seconds"])
-        left = (self._rounds - metrics["round"]) * sum(self._spent) / len(self._spent)
+        left = (run.rounds - metrics["round"]) * sum(self._spent) / len(self._spent)
         cells = [
-            f"{metrics['round']}/{self._rounds}",
+            f"{metrics['round']}/{run.rounds}",
             _number(metrics.get("loss")),
-            _number(metrics.get(self._metric)),
+            _number(metrics.get(run.metric)),
             _number(metrics.get("train_loss")),
             megabytes(metrics["bytes_down"]),
             megabytes(metrics["bytes_up"]),
@@ -98,9 +72,9 @@ class Progress:
             f"{metrics['seconds']:.1f}",
             f"{int(left) // 60}:{int(left) % 60:02d}",
         ]
-        if self._sites:
+        if run.sites:
             cells.append(", ".join(metrics.get("away", [])) or "-")
-        if self._private:
+        if run.private:
             cells.append(_number(metrics["epsilon"]) + ("" if metrics["epsilon_valid"] else " (not valid)"))
         self._lines.append(cells)
         if self._live is None:
@@ -108,14 +82,14 @@ class Progress:
             self._console.print("  ".join(f"{name} {cell}" for name, cell in named), soft_wrap=True)
         self._show()
 
-    def warn(self, text: str) -> None:
-        """Something that the user should know, beside the table."""
+    def on_warning(self, run: RunHandle, text: str) -> None:
+        """Print it beside the table."""
         self._console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
 
     def _headings(self) -> list[str]:
-        more = {"away": self._sites, "epsilon": self._private}
+        more = {"away": self._run.sites, "epsilon": self._run.private}
         names = [*COLUMNS, *(name for name, shown in more.items() if shown)]
-        return [self._metric if name == "accuracy" else name for name in names]
+        return [self._run.metric if name == "accuracy" else name for name in names]
 
     def _show(self) -> None:
         if self._live is not None:

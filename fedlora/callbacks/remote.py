@@ -1,4 +1,4 @@
-"""A run's display over a log: what a server tells, line by line, to whoever follows it elsewhere."""
+"""The progress of a run over a log: what a server tells, line by line, to whoever follows it elsewhere."""
 
 import base64
 import io
@@ -7,19 +7,19 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedlora.callbacks.console import Display
+from fedlora.callbacks.base import Callback, Callbacks, RunHandle
 from fedlora.errors import CheckpointError
 
 MARK = "fedlora-told "  # begins every line that is ours
 PIECE = 48_000  # bytes of a file in a line
 
 
-class ProgressSender:
-    """The display of a run that somebody follows through a log: a JSON object a line, numbered from 0."""
+class ProgressSender(Callback):
+    """Tells of a run that somebody follows through a log: a JSON object a line, numbered from 0."""
 
     def __init__(self) -> None:
         self._said = 0
@@ -31,19 +31,19 @@ class ProgressSender:
         sys.stdout.write(f"{MARK}{line}\n")  # in one piece: other threads write, too
         sys.stdout.flush()
 
-    def begin(self, round: int, clients: int) -> None:
+    def on_round_begin(self, run: RunHandle, round: int, clients: int) -> None:
         """A round begins with so many clients."""
         self.tell("begin", round, clients)
 
-    def advance(self, clients: int) -> None:
+    def on_client_done(self, run: RunHandle, count: int) -> None:
         """So many clients have finished."""
-        self.tell("advance", clients)
+        self.tell("advance", count)
 
-    def end(self, metrics: dict[str, Any]) -> None:
+    def on_round_end(self, run: RunHandle, metrics: Mapping[str, Any]) -> None:
         """A round has ended with this line of metrics.jsonl."""
-        self.tell("end", metrics)
+        self.tell("end", dict(metrics))
 
-    def warn(self, text: str) -> None:
+    def on_warning(self, run: RunHandle, text: str) -> None:
         """Something that the user should know."""
         self.tell("warn", text)
 
@@ -67,7 +67,7 @@ def files_of(folder: Path, names: Iterable[str]) -> list[Path]:
 
 
 class ProgressReceiver:
-    """The other end of a `ProgressSender`: the same calls on a display here, and the files into a folder.
+    """The other end of a `ProgressSender`: the same calls on callbacks here, and the files into a folder.
 
     Args:
         folder: where files go.
@@ -78,8 +78,8 @@ class ProgressReceiver:
         self._heard = 0
         self._pieces: list[bytes] = []
 
-    def hear(self, line: str, display: Display) -> tuple[str, list[Any]] | None:
-        """Take one line of a log; what it says where that is none of the display's business.
+    def hear(self, line: str, callbacks: Callbacks) -> tuple[str, list[Any]] | None:
+        """Take one line of a log; what it says where that is no call of a callback.
 
         A log that is read again from its beginning says nothing twice.
 
@@ -94,8 +94,14 @@ class ProgressReceiver:
         if not mark or number != self._heard:
             return None
         self._heard += 1
-        if what in ("begin", "advance", "end", "warn"):
-            getattr(display, what)(*values)
+        calls: dict[str, Callable[..., None]] = {
+            "begin": callbacks.round_begin,
+            "advance": callbacks.client_done,
+            "end": callbacks.round_end,
+            "warn": callbacks.run.warn,
+        }
+        if what in calls:
+            calls[what](*values)
             return None
         if what == "piece":
             self._pieces.append(base64.b64decode(values[2]))

@@ -77,6 +77,8 @@ class Schema:
     rule: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     track: dict[str, Any] = field(default_factory=dict)
+    stop: dict[str, Any] = field(default_factory=dict)
+    keep: dict[str, Any] = field(default_factory=dict)
     pairs: list[Any] = field(default_factory=list)
     compare: dict[str, Any] = field(default_factory=dict)
     models: Any = None
@@ -198,9 +200,8 @@ def check_keys(overrides: Sequence[str]) -> None:
 def _quoted(word: str) -> str:
     """A path or a column's name in the quotes that Hydra's grammar wants; its user knows the shell's only."""
     key, given, value = word.partition("=")
-    quoted = (
-        "'\"[{" if key in COLUMNS else "'\""
-    )  # a list of columns is refused where its columns are looked for
+    # A list of columns is refused where its columns are looked for.
+    quoted = "'\"[{" if key in COLUMNS else "'\""
     plain = value not in ("", "null", "???") and value[0] not in quoted and "${" not in value
     if not given or key not in (*PATHS, *COLUMNS) or not plain:
         return word

@@ -1,13 +1,18 @@
 """A run that was started from Python, as the configuration that the command line would have composed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from fedlora.callbacks.base import Callback
+from fedlora.callbacks.best_checkpoint import BestCheckpoint
+from fedlora.callbacks.early_stopping import EarlyStopping
 from fedlora.runner.spec import RunSpec
+
+from .translate import TRACKERS
 
 PUBLIC = ("fedlora.strategies", "fedlora.clients", "fedlora.privacy", "fedlora.training.rules")
 
@@ -35,6 +40,8 @@ def describe(
     strategy, client = part("strategy", spec.strategy), part("client", spec.client)
     privacy, robust = part("privacy", spec.privacy), part("robust", spec.robust)
     scheduler, engine = part("scheduler", spec.scheduler), part("engine", spec.engine)
+    if spec.steps:
+        unnamed.append("steps")
     if model is None:
         unnamed.append("model")
     if data is None:
@@ -50,6 +57,9 @@ def describe(
         "rule": part("rule", spec.rule),
         "scheduler": scheduler,
         "track": {"name": "none", "clients": False},
+        "stop": {"name": "none"},
+        "keep": {"name": "last"},
+        **named_callbacks(spec.callbacks)[0],
         "pairs": [],
         "compare": {},
         "models": None,
@@ -70,6 +80,30 @@ def describe(
         **({"from_python": sorted(unnamed)} if unnamed else {}),
     }
     return OmegaConf.to_yaml(OmegaConf.create(config)), unnamed
+
+
+def named_callbacks(
+    callbacks: Sequence[Callback],
+) -> tuple[dict[str, dict[str, Any]], list[Callback]]:
+    """The settings of those callbacks that a configuration can name, by their groups; and the others.
+
+    Of two of a kind, the configuration names the first.
+    """
+    trackers = {cls: name for name, cls in TRACKERS.items()}
+    groups: dict[type[Callback], str] = {EarlyStopping: "stop", BestCheckpoint: "keep"}
+    found: dict[str, dict[str, Any]] = {}
+    others: list[Callback] = []
+    for callback in callbacks:
+        cls = type(callback)
+        group = "track" if cls in trackers else groups.get(cls, "")
+        if not group or group in found:
+            others.append(callback)
+        elif group == "track":
+            own = {f.name: getattr(callback, f.name) for f in fields(callback) if f.init}  # type: ignore[arg-type]
+            found[group] = {"name": trackers[cls], **own}  # type: ignore[index]
+        else:
+            found[group] = _object(callback)[0]
+    return found, others
 
 
 def _rows(spec: RunSpec) -> dict[str, Any]:

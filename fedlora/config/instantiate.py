@@ -33,6 +33,8 @@ OURS = {
     "robust": ("fedlora.robust",),
     "engine": ("fedlora.engines", "fedlora.deploy.engine"),
     "scheduler": ("fedlora.rounds.scheduling",),
+    "stop": ("fedlora.callbacks.early_stopping",),
+    "keep": ("fedlora.callbacks.best_checkpoint",),
 }
 TORCH = {
     "torch.optim": optim.Optimizer,

@@ -1,6 +1,6 @@
 """From a composed configuration to the description of a run: the only reader of Hydra's configuration."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -8,12 +8,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from fedlora.callbacks.trackers import CSV, MLflow, TensorBoard, Tracker, WandB
+from fedlora.callbacks.base import Callback
+from fedlora.callbacks.csv import CSV
+from fedlora.callbacks.mlflow import MLflow
+from fedlora.callbacks.tensorboard import TensorBoard
+from fedlora.callbacks.tracker import Tracker
+from fedlora.callbacks.wandb import WandB
 from fedlora.core.strategy import Strategy
 from fedlora.data import Dataset
 from fedlora.engines.base import Engine
 from fedlora.errors import ConfigError
-from fedlora.privacy import ClientLevel, Privacy
+from fedlora.privacy import Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
@@ -25,10 +30,16 @@ from .instantiate import kept, make, named
 
 HELD_OUT = "fedlora.data.files.held_out"  # what data=sites makes; its name could be that of anybody's folder
 FILES = "fedlora.data.files.load"
+CODE = ("strategy", "client", "privacy", "robust", "rule", "steps", "scheduler", "engine")  # may be anyone's
 ROLES = ("text", "label", "prompt", "response")
 # A tracker is chosen by name and not by `_target_`: a kept configuration, which may come from anyone, brings
 # no code that sends numbers anywhere.
-TRACKERS: dict[str, Any] = {"csv": CSV, "tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+TRACKERS: dict[str, type[Tracker]] = {
+    "csv": CSV,
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
 
 
 def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunSpec:
@@ -37,7 +48,8 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
-            client, privacy, robust, rule, scheduler, engine, model (a ModelSpec), data (a DataSpec).
+            client, privacy, robust, rule, steps, scheduler, engine, model (ModelSpec), data (DataSpec); and
+            callbacks beside those that the configuration names, or None for none at all.
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
@@ -56,12 +68,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
             f"{', '.join(f'{name}=...' for name in lacking)})"
         )
     privacy: Privacy | None = part("privacy", lambda: named(config, "privacy", Privacy))
-    tracker, of_clients = _tracker(config)
-    if isinstance(privacy, ClientLevel) and of_clients:
-        raise ConfigError(
-            "track.clients: what a client's training measures is not covered by the epsilon of client-level "
-            "privacy and must not go to a tracker; leave it out"
-        )
+    added = given.get("callbacks", ())
     return RunSpec(
         strategy=part("strategy", lambda: make(config, "strategy", Strategy)),
         client=part("client", lambda: make(config, "client", Client)),
@@ -73,10 +80,10 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         privacy=privacy,
         robust=part("robust", lambda: named(config, "robust", Robust)),
         rule=part("rule", lambda: named(config, "rule", LocalRule)),
+        steps=tuple(part("steps", tuple) or ()),
         scheduler=part("scheduler", lambda: make(config, "scheduler", Scheduler)),
         engine=part("engine", lambda: make(config, "engine", Engine)),
-        tracker=tracker,
-        track_clients=of_clients,
+        callbacks=() if added is None else (*_callbacks(config), *added),
         clients=config.clients,
         clients_per_round=config.clients_per_round,
         rounds=config.rounds,
@@ -94,11 +101,10 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
 def kept_spec(config: DictConfig) -> RunSpec:
     """The description of a run whose model and rows alone are wanted.
 
-    Its strategy, client, privacy, rules, scheduler and engine are None: to read what a run has left, no code
-    of the user's is needed.
+    Its strategy, client, privacy, rules, scheduler and engine are None, and it has no steps and no
+    callbacks: to read what a run has left, no code of the user's is needed.
     """
-    parts = ("strategy", "client", "privacy", "robust", "rule", "scheduler", "engine")
-    return run_spec(config, dict.fromkeys(parts))
+    return run_spec(config, dict.fromkeys((*CODE, "callbacks")))
 
 
 def model_spec(config: DictConfig) -> ModelSpec:
@@ -166,17 +172,22 @@ def _with_model(config: DictConfig, name: str) -> DictConfig:
     return OmegaConf.merge(config, {"model": given})  # type: ignore[return-value]
 
 
-def _tracker(config: DictConfig) -> tuple[Tracker | None, bool]:
-    """The tracker that a run asks for, and whether every client's own numbers go there too."""
+def _callbacks(config: DictConfig) -> Iterator[Callback]:
+    """The callbacks that a configuration names: a tracker, early stopping, the best checkpoint."""
+    found = (_tracker(config), named(config, "stop", Callback), named(config, "keep", Callback))
+    yield from (callback for callback in found if callback is not None)
+
+
+def _tracker(config: DictConfig) -> Tracker | None:
+    """The tracker that a run asks for."""
     track = dict(config.get("track") or {"name": "none"})
     name = track["name"]
     if name == "none":
-        return None, False
+        return None
     if name not in TRACKERS:
         raise ConfigError(f"track: expected none, {', '.join(TRACKERS)}, got '{name}'")
-    given = {key: value for key, value in track.items() if key not in ("name", "clients")}
     try:
-        return TRACKERS[name](**given), bool(track.get("clients"))
+        return TRACKERS[name](**{key: value for key, value in track.items() if key != "name"})
     except TypeError as error:
         raise ConfigError(f"track: {' '.join(str(error).split())}") from error
 

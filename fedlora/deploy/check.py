@@ -85,9 +85,10 @@ def _asked(run: int, superlink: str, find: Callable[[str], None]) -> tuple[list[
     Raises:
         FedLoraError: the server could not ask, or no site can take part.
     """
+    from fedlora.callbacks.base import Callbacks, RunHandle
     from fedlora.callbacks.remote import ProgressReceiver
 
-    listener, quiet = ProgressReceiver(Path()), _Quiet()
+    listener, quiet = ProgressReceiver(Path()), Callbacks(RunHandle(rounds=0))
     sites: list[dict[str, Any]] = []
     with closing(heard(superlink, run)) as lines:
         for line in lines:
@@ -183,15 +184,3 @@ def _table(sites: list[dict[str, Any]]) -> Table:
         cells = site | {"site": site["name"], "clock": f"{site['ahead']:+.0f} s"}
         table.add_row(*(str(cells.get(name, "-")) for name in COLUMNS))
     return table
-
-
-class _Quiet:
-    """A display of nothing: a check has no rounds."""
-
-    def begin(self, round: int, clients: int) -> None: ...
-
-    def advance(self, clients: int) -> None: ...
-
-    def end(self, metrics: dict[str, Any]) -> None: ...
-
-    def warn(self, text: str) -> None: ...

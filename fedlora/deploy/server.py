@@ -89,12 +89,12 @@ def _run(config: DictConfig, grid: Grid, teller: ProgressSender) -> None:
             f"engine.experiment: '{path.name}' is another run on this server, whose {', '.join(differ)} "
             "differ; give this one a name of its own"
         )
-    session = Session.begin(spec, path, resumed, teller)
+    session = Session.begin(spec, path, resumed, [teller])
     with session.held, _nothing_left(resumed, session.folder):
         private = spec.privacy is not None
         teller.tell("opening", session.opening(), session.done, session.assembly.metric, private)
         session.folder.write_json(NOTE, {"run": grid.run.run_id})  # so that `deploy status` finds it
-        polling = PollingGrid(grid, session.enough, done=teller.advance, late=teller.warn)
+        polling = PollingGrid(grid, session.enough, done=session.advance, late=session.warn)
         invitation = _invitation(spec, session.assembly.base, session.assembly.dataset)
         session.run(polling, Sites(invitation.record(), registered()))
     _bring(session.folder, teller)
@@ -113,11 +113,11 @@ def _nothing_left(resumed: bool, folder: RunFolder) -> Iterator[None]:
 
 def _bring(folder: RunFolder, teller: ProgressSender) -> None:
     """Send the files of a finished run to whoever follows it."""
-    last = folder.last_checkpoint
-    names = [*BROUGHT, str(last.relative_to(folder.path))]
+    names = [*BROUGHT, *(str(file.relative_to(folder.path)) for file in folder.result_files)]
     if (size := sum(file.stat().st_size for file in files_of(folder.path, names))) > LARGEST:
-        teller.warn(
-            f"{size / 1e6:.0f} MB are too much for the log; adapter and checkpoint stay in {folder.path}"
+        teller.tell(
+            "warn",
+            f"{size / 1e6:.0f} MB are too much for the log; adapter and checkpoint stay in {folder.path}",
         )
         names = [name for name in BROUGHT if name != "adapter"]
     teller.bring(folder.path, names)

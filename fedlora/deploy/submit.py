@@ -4,12 +4,12 @@ import datetime
 import json
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from fedlora.callbacks.console import Progress
+from fedlora.callbacks.base import Callbacks, RunHandle
+from fedlora.callbacks.console import ConsoleProgress
 from fedlora.callbacks.remote import ProgressReceiver
 from fedlora.deploy.site_config import check_name
 from fedlora.deploy.superlink import NOTE, heard, status_of, submit, superlink_of
@@ -90,27 +90,33 @@ class _Follower:
         Raises:
             FedLoraError: the run failed, or the server stopped.
         """
-        listener, progress, failed = ProgressReceiver(self._path), _Later(self._console), None
-        opened = False
-        with progress, closing(heard(superlink, run)) as lines:
-            for line in lines:
-                if (said := listener.hear(line, progress)) is None:
-                    continue
-                what, values = said
-                if what == "opening":
-                    opened = True
-                    progress.open(
-                        str(values[0]), self._rounds, int(values[1]), str(values[2]), bool(values[3])
-                    )
-                elif what == "error":
-                    failed = (str(values[0]), int(values[1]))
-                    self.futile = not progress.ended and (failed[1] == 2 or not opened)
-                elif what == "trace":
-                    (self._path / "server-error.log").write_text(str(values[0]), "utf-8")
-                elif what == "done":
-                    return
+        shown = [ConsoleProgress(self._console)]
+        handle, failed = RunHandle(self._rounds, sites=True, callbacks=shown), None
+        listener, callbacks, opened = ProgressReceiver(self._path), Callbacks(handle), False
+        try:
+            with closing(heard(superlink, run)) as lines:
+                for line in lines:
+                    if (said := listener.hear(line, callbacks)) is None:
+                        continue
+                    what, values = said
+                    if what == "opening":
+                        opened = True
+                        self._console.print(str(values[0]), soft_wrap=True, highlight=False, markup=False)
+                        handle.done, handle.metric = int(values[1]), str(values[2])
+                        handle.private = bool(values[3])
+                        callbacks.run_begin()
+                    elif what == "error":
+                        failed = (str(values[0]), int(values[1]))
+                        self.futile = not handle.metrics and (failed[1] == 2 or not opened)
+                    elif what == "trace":
+                        (self._path / "server-error.log").write_text(str(values[0]), "utf-8")
+                    elif what == "done":
+                        return
+        finally:
+            callbacks.run_end({})
         if failed and failed[1] == 2:
-            more = f"; fedlora run resume={self._path} goes on" if 0 < progress.ended < self._rounds else ""
+            goes_on = 0 < len(handle.metrics) < self._rounds
+            more = f"; fedlora run resume={self._path} goes on" if goes_on else ""
             raise FedLoraError(f"{failed[0]}{more}")
         if failed:
             raise RuntimeError(f"{failed[0]}; its traceback is in {self._path / 'server-error.log'}")
@@ -118,43 +124,3 @@ class _Follower:
             f"the server stopped before the run had ended ({status_of(superlink, run)}); fedlora run "
             f"resume={self._path} goes on from its last round"
         )
-
-
-class _Later:
-    """A run's display that begins when the server says what there is to show."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self.ended = 0  # rounds, while this command has followed the run
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> "_Later":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._progress is not None:
-            self._progress.__exit__(*error)
-
-    def open(self, text: str, rounds: int, done: int, metric: str, private: bool) -> None:
-        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
-        if self._progress is None:
-            self._progress = Progress(rounds, done, metric, self._console, private, True).__enter__()
-
-    def begin(self, round: int, clients: int) -> None:
-        if self._progress is not None:
-            self._progress.begin(round, clients)
-
-    def advance(self, clients: int) -> None:
-        if self._progress is not None:
-            self._progress.advance(clients)
-
-    def end(self, metrics: dict[str, Any]) -> None:
-        self.ended += 1
-        if self._progress is not None:
-            self._progress.end(metrics)
-
-    def warn(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.warn(text)
-        else:
-            self._console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)

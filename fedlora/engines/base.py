@@ -36,7 +36,7 @@ class Session(Protocol):
         """How many of so many sampled clients a round waits for."""
 
     def advance(self, clients: int) -> None:
-        """Tell the display that so many clients have finished."""
+        """Tell the callbacks that so many clients have finished."""
 
     def warn(self, text: str) -> None:
         """Tell the user something."""
@@ -65,7 +65,7 @@ class Run(Protocol):
         """Where an engine that has a display of its own shows it."""
 
     def begin(self) -> AbstractContextManager[Session]:
-        """Load and check it; its folder is held and its display is up within the block."""
+        """Load and check it; its folder is held within the block."""
 
 
 class Engine(ABC):

@@ -8,13 +8,13 @@ the Grid's business.
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlora.callbacks.console import Display
+from fedlora.callbacks.base import Callbacks, RunHandle
 from fedlora.core.messages import State, Task
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import RoundUpdates
@@ -25,6 +25,7 @@ from fedlora.rounds.codec import metrics_of, write_task
 from fedlora.rounds.exchange import MessageExchange, Received, line_of
 from fedlora.rounds.pending import PendingMessages
 from fedlora.rounds.registry import ClientRegistry
+from fedlora.rounds.round import PatientGrid, Round
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.rounds.totals import totals
@@ -36,45 +37,6 @@ Evaluate = Callable[[Sequence[Task]], list[tuple[float, float]]]
 Named = Callable[[float, float], dict[str, float]]
 
 
-@runtime_checkable
-class PatientGrid(Protocol):
-    """A grid that goes on while some clients still work on a former round, such as `PollingGrid`.
-
-    Args:
-        busy: the nodes of those clients.
-        called: from a node to what messages call it.
-    """
-
-    busy: set[int]
-    called: Callable[[int], str]
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round, from its sampling to its line in metrics.jsonl.
-
-    Args:
-        number: from 1.
-        delivery: what its clients have agreed on, and how they deliver their updates.
-        sampled: how many were sampled, those included with whom no agreement was reached.
-        away: what those clients are called that are not there.
-        began: when, by time.perf_counter.
-        refusal: why it cannot change the state, whatever comes; None if it can.
-    """
-
-    number: int
-    delivery: Delivery
-    sampled: int
-    away: Sequence[str]
-    began: float
-    refusal: str | None = None
-
-    @property
-    def nodes(self) -> list[int]:
-        """The nodes that are to be sent a task, in the order of their clients' ids."""
-        return self.delivery.nodes
-
-
 class ServerLoop:
     """A run of one strategy over the clients behind a Grid.
 
@@ -83,14 +45,12 @@ class ServerLoop:
 
     Args:
         strategy: the algorithm.
-        state: where to start.
+        run: the state to start from, how many rounds are done, and the callbacks that watch the rest.
         registry: who takes part.
         config: sampling, weights, evaluation.
         evaluate: loss and share of right answers of tasks' adapters, as they are, on the server's test rows.
         named: from those two to the metrics of what is trained for.
-        folder: where every round is recorded.
-        progress: what the user sees.
-        done: how many rounds were finished before (a resumed run).
+        folder: where every round is recorded; None for nowhere.
         spent: from the clients' lines of a round to what privacy has cost so far, for the round's own line:
             "epsilon" and what belongs to it.
         aggregation: how the next state follows from a round's replies; None takes what `config` asks for.
@@ -102,31 +62,41 @@ class ServerLoop:
     def __init__(
         self,
         strategy: Strategy,
-        state: State,
+        run: RunHandle,
         registry: ClientRegistry,
         config: RoundConfig,
         evaluate: Evaluate,
         named: Named,
-        folder: RunFolder,
-        progress: Display,
-        done: int = 0,
+        folder: RunFolder | None = None,
         spent: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda lines: {},
         aggregation: Aggregation | None = None,
         recording: UpdateLog | None = None,
         scheduler: Scheduler = Synchronous(),  # noqa: B008 (it has no state)
         score: str = "accuracy",
     ) -> None:
-        self.strategy, self.state, self.config, self.done = strategy, state, config, done
+        self.strategy, self.config, self._run = strategy, config, run
         self._registry, self._evaluate, self._named = registry, evaluate, named
-        self._folder, self._progress, self._spent, self._scheduler = folder, progress, spent, scheduler
+        self._folder, self._spent, self._scheduler = folder, spent, scheduler
+        self._callbacks = Callbacks(run)
         self._aggregation = aggregation or aggregation_for(config)
         self._recording, self._score = recording, score
-        self._exchange = MessageExchange(progress.warn, config.seed, config.timeout)
+        self._exchange = MessageExchange(run.warn, config.seed, config.timeout)
+
+    @property
+    def state(self) -> State:
+        """The state after the rounds that are done."""
+        assert self._run.state is not None, "a server has a state"
+        return self._run.state
+
+    @property
+    def done(self) -> int:
+        """How many rounds are finished."""
+        return self._run.done
 
     @property
     def finished(self) -> bool:
-        """Whether no round is left."""
-        return self.done >= self.config.rounds
+        """Whether no round is left, or a callback has stopped the run."""
+        return self.done >= self.config.rounds or self._run.stopped is not None
 
     def run(self, grid: Grid) -> None:
         """Run the rounds that are left."""
@@ -159,7 +129,7 @@ class ServerLoop:
         began, number = time.perf_counter(), self.done + 1
         refusal = self._aggregation.refusal()
         nodes, away = ([], []) if refusal else self._sample(grid, number)
-        self._progress.begin(number, self.config.enough(len(nodes)))
+        self._callbacks.round_begin(number, self.config.enough(len(nodes)))
         delivery = Delivery([]) if refusal else self._open(grid, nodes, number)
         return Round(number, delivery, len(nodes), away, began, refusal)
 
@@ -190,14 +160,14 @@ class ServerLoop:
         """
         received = self._exchange.receive(round.number, replies, round.delivery.read, keep_waiting)
         lines = received.lines
-        metrics = self._aggregate(round, received)
-        round.delivery.count(round.number, self._registry.peers, lines, self._progress.warn)
+        state, metrics = self._aggregate(round, received)
+        round.delivery.count(round.number, self._registry.peers, lines, self._run.warn)
         if self.config.evaluate_updates and received.updates:
             self._evaluate_updates(received)
         every = self.config.evaluate_every
         due = every and (round.number % every == 0 or round.number == self.config.rounds)
         if due and not self.strategy.personal:
-            metrics |= self._named(*self._evaluate([Task(self.state.adapter, fold=self.state.fold)])[0])
+            metrics |= self._named(*self._evaluate([Task(state.adapter, fold=state.fold)])[0])
         if self._registry.apart:
             metrics["away"] = list(round.away)
             gone = {"status": "away", "reason": "not connected when the round began"}
@@ -208,15 +178,15 @@ class ServerLoop:
         shown = self._aggregation.shows_losses
         line = totals(round.number, lines, metrics, seconds, shown, named, self._score)
         line |= self._spent(lines)
-        self._folder.finish_round(round.number, self.state, line, lines)
-        self.done = round.number
-        self._progress.end(line)
+        if self._folder:
+            self._folder.finish_round(round.number, state, line, lines)
+        self._callbacks.round_end(line, lines, state)
         return line
 
     def evaluate_clients(self, grid: Grid) -> dict[int, dict[str, float]]:
         """What each client's own model reaches on the rows that the client keeps back, by client id.
 
-        Empty unless `config.evaluate_clients` asks for it.
+        Of the run's result. Empty unless `config.evaluate_clients` asks for it.
         """
         if not self.config.evaluate_clients:
             return {}
@@ -228,14 +198,14 @@ class ServerLoop:
                 continue
             if reply.has_error() or "metrics" not in reply.content.metric_records:
                 why = reply.error.reason if reply.has_error() else "its reply has no metrics"
-                self._progress.warn(f"{peers[node].called} could not evaluate its model: {why}")
+                self._run.warn(f"{peers[node].called} could not evaluate its model: {why}")
                 continue
             found[peers[node].id] = metrics_of(dict(reply.content.metric_records["metrics"]))
         return dict(sorted(found.items()))
 
     def _questions(self, nodes: Iterable[int]) -> Iterator[Message]:
         for node in nodes:
-            task = self.strategy.task(self.state, self._registry.peers[node])
+            task = self.strategy.task(self._run.result, self._registry.peers[node])
             content = write_task(task, self.config.rounds + 1, self.config.seed)[0]
             yield Message(content, node, "evaluate", ttl=self.config.timeout)
 
@@ -245,7 +215,7 @@ class ServerLoop:
         there = registry.gather(grid, config.least(config.sampled(config.clients)), config.wait)
         if away := registry.away(config.clients):
             some = len(there)
-            self._progress.warn(
+            self._run.warn(
                 f"round {round}: {', '.join(away)} away, {some} of {some + len(away)} clients are there"
             )
         busy = self._exchange.waiting | (grid.busy if isinstance(grid, PatientGrid) else set())
@@ -257,32 +227,31 @@ class ServerLoop:
         try:
             return self._aggregation.open(grid, nodes, round, wide)
         except (ConfigError, IncompatibleUpdates) as error:
-            self._progress.warn(f"round {round}: {error}")
+            self._run.warn(f"round {round}: {error}")
             return Delivery([])
 
-    def _aggregate(self, round: Round, received: Received) -> dict[str, Any]:
-        """Move to the next state; what there is to say of it. Clients' lines get what is said of them."""
+    def _aggregate(self, round: Round, received: Received) -> tuple[State, dict[str, Any]]:
+        """The next state, and what there is to say of it; clients' lines get what is said of them."""
         number, updates = round.number, received.updates
         least = self._aggregation.least(self.config.least(round.sampled))
         if round.refusal or len(updates) < least:
             few = f"{len(updates)} good updates, {least} needed"
-            self._progress.warn(f"round {number}: {round.refusal or few}; the state stays as it was")
-            return {}
+            self._run.warn(f"round {number}: {round.refusal or few}; the state stays as it was")
+            return self.state, {}
         before, rng = self.state, generator(self.config.seed, "aggregate", 0, number)
         given = RoundUpdates(self.strategy, before, updates, received.tasks, self._registry.widest)
         try:
             found = self._aggregation.aggregate(given, round.delivery, rng)
         except IncompatibleUpdates as error:  # no client's message ends a run
-            self._progress.warn(f"round {number}: {error}; the state stays as it was")
-            return {}
-        self.state = found.state
+            self._run.warn(f"round {number}: {error}; the state stays as it was")
+            return before, {}
         for line in received.lines:
             line |= found.notes.get(line["client"], {})
         if self._recording and found.combined:
             self._recording.write(number, before, found.combined)
         for text in found.warnings:
-            self._progress.warn(f"round {number}: {text}")
-        return dict(found.metrics)
+            self._run.warn(f"round {number}: {text}")
+        return found.state, dict(found.metrics)
 
     def _evaluate_updates(self, received: Received) -> None:
         """Put what each client's update reaches by itself into the client's line."""

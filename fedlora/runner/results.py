@@ -14,8 +14,9 @@ from statistics import fmean
 from typing import Any
 
 import fedlora
+from fedlora.callbacks.base import RunHandle
 from fedlora.callbacks.console import megabytes
-from fedlora.core.messages import State
+from fedlora.core.messages import Task
 from fedlora.data.labels import counted
 from fedlora.models import save_adapter
 from fedlora.privacy import Ledger
@@ -70,7 +71,7 @@ def write_holdings(job: Assembly, folder: RunFolder) -> None:
 def finish(
     job: Assembly,
     folder: RunFolder,
-    state: State,
+    run: RunHandle,
     initial: dict[str, Any],
     seconds: Mapping[str, float],
     own: dict[int, dict[str, float]],
@@ -82,13 +83,12 @@ def finish(
     if answers:
         folder.write_lines(ANSWERS, [asdict(found) for found in answers])
     digest = None
-    whole = state.whole()
+    whole = run.result.whole()
     if whole.pairs and not spec.strategy.personal:  # a personal one's adapter is only a part of a model
         made = folder.write("adapter", lambda to: save_adapter(whole, job.base, to))
         digest = hashlib.sha256((made / "adapter_model.safetensors").read_bytes()).hexdigest()
     rounds = folder.rounds()
-    evaluated = [line for line in rounds if "loss" in line]
-    last = evaluated[-1] if evaluated else {}
+    last = _final_line(job, run)
     task = job.dataset.task
     names, local = [*sorted(task.metrics(math.nan, math.nan)), "aggregation_error"], f"local_{task.score}"
     told = [found for found in own.values() if found.keys() >= {local, "local_loss"}]
@@ -112,7 +112,9 @@ def finish(
         **scores(answers),
         "initial": initial,
         **({} if spec.privacy else job.baseline()),  # it follows from counts of private labels
-        "rounds": spec.rounds,
+        "rounds": run.done,
+        **({"stopped": run.stopped} if run.stopped else {}),
+        **({"selected_round": run.selected_round} if run.selected_round is not None else {}),
         "clients": job.rules.clients,
         "ranks": sorted(set(job.ranks)),
         "seed": spec.seed,
@@ -137,6 +139,18 @@ def finish(
     write_report([read_run(folder.path)], folder.path / "report.html", spec.defaults())
 
 
+def _final_line(job: Assembly, run: RunHandle) -> dict[str, Any]:
+    """What is known of the run's result: the line of its round, evaluated if that round was not."""
+    if job.spec.strategy.personal or not job.spec.evaluate.every:
+        return next((line for line in reversed(run.metrics) if "loss" in line), {})
+    number = run.done if run.selected_round is None else run.selected_round
+    line = next((line for line in run.metrics if line["round"] == number), {})
+    if "loss" in line:
+        return line
+    task = Task(run.result.adapter, fold=run.result.fold)
+    return line | job.named(*job.evaluate([task])[0])
+
+
 def closing(path: Path) -> str:
     """The result of a finished run and where it lies, for the terminal."""
     from fedlora.report import absences, read_run
@@ -146,6 +160,10 @@ def closing(path: Path) -> str:
     said = f"{run.metric} {best:.3f}, " if best is not None else ""
     sent = f"{megabytes(run.summary['bytes_down'])} down, {megabytes(run.summary['bytes_up'])} up"
     lines = [f"{said}{sent}, {run.summary['wall_seconds']:.0f} s"]
+    if "stopped" in run.summary:
+        lines.append(f"stopped  after round {run.summary['rounds']}: {run.summary['stopped']}")
+    if "selected_round" in run.summary:
+        lines.append(f"selected round {run.summary['selected_round']}, by the validation rows")
     if "exact_match" in run.summary:
         lines.append(_answered(run.summary))
     if told := absences(run):

@@ -1,16 +1,16 @@
 """A run that is asked for: its engine carries it out."""
 
 import datetime
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from fedlora.callbacks.console import Display
+from fedlora.callbacks.base import Callback
 
-from .session import Session, Silent
+from .session import Session
 from .spec import RunSpec
 
 
@@ -22,7 +22,7 @@ class Run:
         spec: its description.
         path: its folder.
         resumed: whether it goes on with what is in the folder.
-        shown: from a session to the display of its run; entered when the run begins.
+        callbacks: what watches it beside the callbacks of its description, such as a display.
         said: takes the lines that the user reads before round 1.
         console: where an engine that has a display of its own shows it.
     """
@@ -30,18 +30,17 @@ class Run:
     spec: RunSpec
     path: Path
     resumed: bool
-    shown: Callable[[Session], AbstractContextManager[Display]]
+    callbacks: Sequence[Callback] = ()
     said: Callable[[str], None] = field(default=lambda text: None)
     console: Console = field(default_factory=Console)
 
     @contextmanager
     def begin(self) -> Iterator[Session]:
-        """The session, while its folder is held and its display is up."""
-        session = Session.begin(self.spec, self.path, self.resumed, Silent())
+        """The session, while its folder is held."""
+        session = Session.begin(self.spec, self.path, self.resumed, self.callbacks)
         with session.held:
             self.said(session.opening())
-            with self.shown(session) as session.display:
-                yield session
+            yield session
 
     def go(self) -> Path:
         """Run it on its engine; the folder.

@@ -12,8 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from flwr.serverapp import Grid
 
-from fedlora.callbacks.console import Display
-from fedlora.callbacks.trackers import Tracked
+from fedlora.callbacks.base import Callback, Callbacks, RunHandle
 from fedlora.core.messages import State, Task
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.errors import FedLoraError
@@ -57,27 +56,31 @@ class Session:
         spec: its description.
         assembly: what it needs, loaded and checked.
         folder: where it is written.
-        state: the state after the rounds that are done.
-        done: how many rounds those are.
+        handle: its state, and the callbacks that watch it.
+        done: how many rounds were finished before.
         began: when, by time.perf_counter.
         startup: seconds until here.
         held: keeps other processes from this run, until it is closed.
-        display: what the user sees.
     """
 
     spec: RunSpec
     assembly: Assembly
     folder: RunFolder
-    state: State
+    handle: RunHandle
     done: int
     began: float
     startup: float
     held: ExitStack
-    display: Display
 
     @classmethod
-    def begin(cls, spec: RunSpec, path: Path, resumed: bool, display: Display) -> "Session":
+    def begin(cls, spec: RunSpec, path: Path, resumed: bool, callbacks: Sequence[Callback] = ()) -> "Session":
         """Load and check everything, and make the folder, or go on with the one that is there.
+
+        Args:
+            spec: the run.
+            path: its folder.
+            resumed: whether it goes on with what is in the folder.
+            callbacks: called before those of the description.
 
         Raises:
             FedLoraError: something in the description cannot work, or the folder cannot be used.
@@ -110,7 +113,28 @@ class Session:
                 gc.freeze()
                 gc.enable()
             startup = time.perf_counter() - began
-            return cls(spec, made, folder, state, done, began, startup, held.pop_all(), display)
+            handle = RunHandle(
+                rounds=spec.rounds,
+                state=state,
+                done=done,
+                metric=made.metric,
+                more_is_better=made.dataset.task.more_is_better,
+                path=path,
+                config=yaml.safe_load(spec.settings) or {},
+                strategy=spec.strategy,
+                private=spec.privacy is not None,
+                sites=spec.engine.sites,
+                validation=spec.evaluate.rows == "validation",
+                metrics=folder.rounds(),
+                callbacks=(*callbacks, *spec.callbacks),
+            )
+            return cls(spec, made, folder, handle, done, began, startup, held.pop_all())
+
+    @property
+    def state(self) -> State:
+        """The state after the rounds that are done."""
+        assert self.handle.state is not None, "a session has a state"
+        return self.handle.state
 
     def opening(self) -> str:
         """What is about to happen, in two lines or three, and a warning of each setting that seems odd."""
@@ -125,7 +149,8 @@ class Session:
     @property
     def runtime_elsewhere(self) -> Callable[[], ClientRuntime]:
         """Loads the clients' side in another process on the same file system; can be pickled."""
-        return partial(load_runtime, self.spec, str(self.folder.path.absolute()))
+        alone = replace(self.spec, callbacks=())  # those stay here
+        return partial(load_runtime, alone, str(self.folder.path.absolute()))
 
     @property
     def nodes(self) -> list[dict[str, int]]:
@@ -138,11 +163,11 @@ class Session:
 
     def advance(self, clients: int) -> None:
         """So many clients have finished."""
-        self.display.advance(clients)
+        Callbacks(self.handle).client_done(clients)
 
     def warn(self, text: str) -> None:
         """Something that the user should know."""
-        self.display.warn(text)
+        self.handle.warn(text)
 
     def run(self, grid: Grid, sites: Sites | None = None) -> None:
         """Run the rounds that are left, and write what there is to say.
@@ -159,16 +184,12 @@ class Session:
 
     def rounds(self, grid: Grid, sites: Sites | None = None) -> Iterator[dict[str, Any]]:
         """The same a round at a time: the line of each round that has finished; files come at the end."""
-        tracked = None
-        if self.spec.tracker is not None:
-            settings = yaml.safe_load(self.spec.settings) or {}
-            tracked = Tracked(self.display, self.spec.tracker, self.folder, settings, self.spec.track_clients)
-            self.display = tracked
+        callbacks = Callbacks(self.handle)
         try:
+            callbacks.run_begin()
             yield from self._rounds(grid, sites)
         finally:
-            if tracked is not None:
-                tracked.close(self.folder.summary())
+            callbacks.run_end(self.folder.summary())
 
     def _rounds(self, grid: Grid, sites: Sites | None) -> Iterator[dict[str, Any]]:
         made, folder = self.assembly, self.folder
@@ -178,45 +199,42 @@ class Session:
         if sites is None:  # else every site checks its own
             privacy_checks.check_ledgers(self.spec.privacy, folder)
         loop = self._loop(sites)
-        for line in loop.rounds(grid):
-            self.state = loop.state
-            yield line
+        yield from loop.rounds(grid)
         own = loop.evaluate_clients(grid)
         self._check_anything_came()
         ledgers = self._ledgers(sites is not None, [])
-        answers = made.answers(Task(loop.state.whole()))
+        answers = made.answers(Task(self.handle.result.whole()))
         before = sum(line["seconds"] for line in folder.rounds()[: self.done])
         seconds = {
             "startup_seconds": self.startup,
             "wall_seconds": before + time.perf_counter() - self.began,
         }
-        finish(made, folder, loop.state, initial, seconds, own, ledgers, answers)
+        finish(made, folder, self.handle, initial, seconds, own, ledgers, answers)
 
     def _loop(self, sites: Sites | None) -> ServerLoop:
         made, folder = self.assembly, self.folder
         registry = ClientRegistry(
             made.peer,
             max(made.ranks),
-            self.display.warn,
+            self.handle.warn,
             sites.invitation if sites else None,
             sites.names if sites else None,
             self.spec.strategy.mixed_ranks,
         )
+        robust = [self.spec.robust] if self.spec.robust else []
         central = None
         if isinstance(self.spec.privacy, ClientLevel):
             central = ClientLevelMechanism(self.spec.privacy, made.plans[0], folder.ledger)
         return ServerLoop(
             self.spec.strategy,
-            self.state,
+            self.handle,
             registry,
             made.rules,
             made.evaluate,
             made.named,
             folder,
-            self.display,
-            self.done,
             partial(self._spent, sites is not None),
-            aggregation_for(made.rules, central, [self.spec.robust] if self.spec.robust else []),
+            aggregation_for(made.rules, central, [*robust, *self.spec.steps]),
             UpdateLog(folder.path) if self.spec.record_updates else None,
             self.spec.scheduler,
             made.dataset.task.score,
@@ -247,22 +265,6 @@ class Session:
         if self.spec.privacy is None:
             return {}
         return privacy_report.spent(self.spec.privacy, self._ledgers(apart, lines).values())
-
-
-class Silent:
-    """A display of nothing, until the user's is up."""
-
-    def begin(self, round: int, clients: int) -> None:
-        """A round begins."""
-
-    def advance(self, clients: int) -> None:
-        """Clients have finished."""
-
-    def end(self, metrics: dict[str, Any]) -> None:
-        """A round has ended."""
-
-    def warn(self, text: str) -> None:
-        """Something that the user should know."""
 
 
 _loaded: dict[str, ClientRuntime] = {}

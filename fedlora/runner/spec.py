@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from fedlora.callbacks.trackers import Tracker
+from fedlora.callbacks.base import Callback
 from fedlora.core.strategy import Strategy
+from fedlora.core.update_step import UpdateStep
 from fedlora.data import Dataset, Row
 from fedlora.engines.base import Engine
 from fedlora.engines.in_process import InProcess
@@ -175,10 +176,11 @@ class RunSpec:
         privacy: differential privacy of records or of clients; None without.
         robust: a rule against poisoned updates; None without.
         rule: what bends local training, beside the rules of the strategy; None without.
+        steps: what changes the clients' updates before the strategy combines them, in this order, after the
+            robust rule.
         scheduler: when clients are sent tasks, and when their updates are aggregated.
         engine: where the clients run.
-        tracker: where the numbers of every round go beside the run's own files; None for nowhere.
-        track_clients: whether every client's own numbers go there, too.
+        callbacks: what watches the run, in the order in which they are called.
         clients: how many there are; None takes all that the rows name.
         clients_per_round: how many a round samples; None takes all.
         rounds: how many rounds the federation has.
@@ -202,10 +204,10 @@ class RunSpec:
     privacy: Privacy | None = None
     robust: Robust | None = None
     rule: LocalRule | None = None
+    steps: Sequence[UpdateStep] = ()
     scheduler: Scheduler = field(default_factory=Synchronous)
     engine: Engine = field(default_factory=InProcess)
-    tracker: Tracker | None = None
-    track_clients: bool = False
+    callbacks: Sequence[Callback] = ()
     clients: int | None = 8
     clients_per_round: int | None = None
     rounds: int = 5

@@ -51,7 +51,7 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE, spec: RunSpec
             f"export: what all clients of {learnt.strategy} share is nobody's model; say --client N, "
             "where a client's own is an adapter"
         )
-    _, state = RunFolder(run).read_state()
+    _, state = RunFolder(run).result()
     dtype = torch.float32
     if merged:
         spec, dtype = _in_own_dtype(spec, learnt)
@@ -120,7 +120,7 @@ def verify(run: Path, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
         )
     spec, learnt = spec or kept_spec(read(run, trust)), TaskFile.read(run)
     dataset = learnt.tested(spec)
-    _, state = RunFolder(run).read_state()
+    _, state = RunFolder(run).result()
     base = learnt.load_base(spec)
     rows = dataset.task.encode(dataset.test, dataset.labels, base.tokenizer, spec.data.max_length)
     some = rows[:16]

@@ -27,6 +27,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 KEPT = 2  # checkpoints that are kept; the second to last is used if the last is damaged
+SELECTED = "selected"  # begins the name of a selected state's file
 SERVER = -1  # the server's id among the ids of clients
 
 
@@ -148,13 +149,41 @@ class RunFolder:
         _append(self.path / "metrics.jsonl", [metrics])
         self.save_state(round, state)
 
-    def save_state(self, round: int, state: State) -> None:
+    def save_state(self, round: int, state: State, kind: str = "round") -> None:
         """Write the state after a round as a checkpoint with a digest, and remove older checkpoints."""
         tensors, header = state.pack()
-        path = self.path / "checkpoint" / f"round-{round:06d}.safetensors"
+        path = self.path / "checkpoint" / f"{kind}-{round:06d}.safetensors"
         write_tensors(path, tensors, {"round": str(round), "state": header}, _digest)
-        for old in self._checkpoints()[:-KEPT]:
+        for old in self._checkpoints(kind)[:-KEPT]:
             old.unlink()
+
+    def save_selected(self, round: int, state: State) -> None:
+        """Keep the state of a round that may become the run's result, beside the last ones."""
+        self.save_state(round, state, SELECTED)
+
+    def selected(self, most: int) -> tuple[int, State] | None:
+        """The last selected state of a round up to this one, and its round; None if there is none."""
+        found = [path for path in self._checkpoints(SELECTED) if int(path.stem.rpartition("-")[2]) <= most]
+        return _read_state(found[-1]) if found else None
+
+    def result(self) -> tuple[int, State]:
+        """The state that the run has come to, and its round: the one that its summary selects, or the last.
+
+        Raises:
+            CheckpointError: it is not there, or damaged.
+        """
+        if (round := self.summary().get("selected_round")) is None:
+            return self.read_state()
+        if (found := self.selected(round)) is None or found[0] != round:
+            raise CheckpointError(
+                f"'{self.path}' lacks the state of round {round}, which its summary selects"
+            )
+        return found
+
+    @property
+    def result_files(self) -> list[Path]:
+        """The files of the last state and, where one was selected, of the selected state."""
+        return [self.last_checkpoint, *self._checkpoints(SELECTED)[-1:]]
 
     def load_state(self) -> tuple[int, State]:
         """The newest undamaged state and its round; both logs are truncated to that round."""
@@ -201,8 +230,8 @@ class RunFolder:
         """The lines of clients.jsonl."""
         return _lines(self.path / "clients.jsonl")
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoint").glob("round-*.safetensors"))
+    def _checkpoints(self, kind: str = "round") -> list[Path]:
+        return sorted((self.path / "checkpoint").glob(f"{kind}-*.safetensors"))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedlora.callbacks.console import Progress, megabytes
+from fedlora.callbacks.base import Callbacks, RunHandle
+from fedlora.callbacks.console import ConsoleProgress, megabytes
 
 
 def line(round: int, **more: Any) -> dict[str, Any]:
@@ -21,11 +22,13 @@ def line(round: int, **more: Any) -> dict[str, Any]:
 def shown(terminal: bool, rounds: int = 3, metric: str = "accuracy", **more: Any) -> str:
     file = StringIO()
     console = Console(file=file, force_terminal=terminal, width=160, _environ={})
-    with Progress(rounds, 0, metric, console) as progress:
-        for round in range(1, rounds + 1):
-            progress.begin(round, 4)
-            progress.advance(4)
-            progress.end(line(round, **more))
+    callbacks = Callbacks(RunHandle(rounds, metric=metric, callbacks=[ConsoleProgress(console)]))
+    callbacks.run_begin()
+    for round in range(1, rounds + 1):
+        callbacks.round_begin(round, 4)
+        callbacks.client_done(4)
+        callbacks.round_end(line(round, **more))
+    callbacks.run_end({})
     return file.getvalue()
 
 
@@ -59,17 +62,18 @@ def test_a_round_that_was_not_evaluated_shows_a_dash() -> None:
 
 def test_a_warning_prints_brackets_as_they_are() -> None:
     file = StringIO()
-    with Progress(1, 0, "accuracy", Console(file=file, width=160)) as progress:
-        progress.warn("wrong tensors: missing ['a[/b].A'] [red]x")
+    run = RunHandle(1, callbacks=[ConsoleProgress(Console(file=file, width=160))])
+    run.warn("wrong tensors: missing ['a[/b].A'] [red]x")  # before the run has begun, too
     assert "missing ['a[/b].A'] [red]x" in file.getvalue()
 
 
-def test_a_failure_closes_the_live_display() -> None:
+def test_the_end_of_a_run_closes_the_live_display_and_the_next_run_can_open_it() -> None:
     console = Console(file=StringIO(), force_terminal=True)
-    with pytest.raises(RuntimeError), Progress(1, 0, "accuracy", console):
-        raise RuntimeError
-    with Progress(1, 0, "accuracy", console):  # rich allows one live display at a time
-        pass
+    progress = ConsoleProgress(console)
+    for _ in range(2):  # rich allows one live display at a time
+        callbacks = Callbacks(RunHandle(1, callbacks=[progress]))
+        callbacks.run_begin()
+        callbacks.run_end({})
 
 
 @pytest.mark.parametrize(

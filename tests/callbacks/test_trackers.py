@@ -1,5 +1,4 @@
 import csv
-import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,25 +6,27 @@ from typing import Any
 
 import pytest
 
-from fedlora.callbacks.trackers import CSV, MLflow, TensorBoard, Tracked, Tracker, WandB, numbers
+from fedlora.callbacks.base import Callback, Callbacks, RunHandle
+from fedlora.callbacks.csv import CSV
+from fedlora.callbacks.mlflow import MLflow
+from fedlora.callbacks.tensorboard import TensorBoard
+from fedlora.callbacks.tracker import Tracker, numbers
+from fedlora.callbacks.wandb import WandB
 from fedlora.storage.run_folder import RunFolder
 
 CONFIG = {"strategy": {"_target_": "fedlora.strategies.FedIT"}, "seed": 0}
 
 
-class Seen:
-    """A display that keeps what it is told."""
+class Seen(Callback):
+    """Keeps what it is told."""
 
     def __init__(self) -> None:
         self.warned, self.ended = list[str](), list[int]()
 
-    def begin(self, round: int, clients: int) -> None: ...
-    def advance(self, clients: int) -> None: ...
-
-    def end(self, metrics: dict[str, Any]) -> None:
+    def on_round_end(self, run: RunHandle, metrics: Mapping[str, Any]) -> None:
         self.ended.append(metrics["round"])
 
-    def warn(self, text: str) -> None:
+    def on_warning(self, run: RunHandle, text: str) -> None:
         self.warned.append(text)
 
 
@@ -34,28 +35,22 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder.create(tmp_path / "run", "a: 1\n")
 
 
-def watched(folder: RunFolder, tracker: Tracker, rounds: range, clients: bool = False) -> Seen:
+def watched(folder: RunFolder, tracker: Tracker, rounds: range) -> Seen:
     """A run of some rounds, each with a loss and an accuracy every other round."""
     seen = Seen()
-    tracked = Tracked(seen, tracker, folder, CONFIG, clients)
+    run = RunHandle(9, path=folder.path, config=CONFIG, done=rounds[0] - 1, callbacks=[seen, tracker])
+    callbacks = Callbacks(run)
+    callbacks.run_begin()
     for round in rounds:
         line = {"round": round, "loss": 1 / round, "epsilon": None, "clients": 2}
         line |= {"accuracy": round / 10} if round % 2 == 0 else {}
-        for log, text in (
-            ("metrics.jsonl", line),
-            ("clients.jsonl", {"round": round, "client": 1, "loss": 0.5}),
-        ):
-            with (folder.path / log).open("a") as file:
-                file.write(json.dumps(text) + "\n")
-        tracked.end(line)
-    tracked.close({"accuracy": 0.4})
+        callbacks.round_end(line, [{"round": round, "client": 1, "loss": 0.5}])
+    callbacks.run_end({"accuracy": 0.4})
     return seen
 
 
 def test_csv_goes_on_where_a_run_was_cut_off(folder: RunFolder) -> None:
     assert not watched(folder, CSV(), range(1, 4)).warned
-    kept = (folder.path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder.path / "metrics.jsonl").write_text("".join(kept[:2]))  # as a resumed run finds it
     assert not watched(folder, CSV(), range(3, 5)).warned
     with (folder.path / "tracking" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -65,7 +60,7 @@ def test_csv_goes_on_where_a_run_was_cut_off(folder: RunFolder) -> None:
 
 
 def test_clients_own_numbers_go_if_asked_for(folder: RunFolder) -> None:
-    watched(folder, CSV(), range(1, 3), clients=True)
+    watched(folder, CSV(clients=True), range(1, 3))
     with (folder.path / "tracking" / "metrics.csv").open() as file:
         assert [row["client/1/loss"] for row in csv.DictReader(file)] == ["0.5", "0.5"]
 
@@ -78,8 +73,7 @@ def test_what_is_no_number_is_left_out() -> None:
 class Broken(CSV):
     """Works until the second round."""
 
-    def __init__(self) -> None:
-        self.asked = 0
+    asked = 0
 
     def round(self, round: int, numbers: Mapping[str, float]) -> None:
         self.asked += 1
@@ -115,8 +109,6 @@ def test_tensorboard_reads_back_what_was_written(folder: RunFolder) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert not watched(folder, TensorBoard(), range(1, 4)).warned
-    kept = (folder.path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder.path / "metrics.jsonl").write_text("".join(kept[:2]))
     assert not watched(folder, TensorBoard(), range(3, 5)).warned
     read = EventAccumulator(str(folder.path / "tracking")).Reload()
     assert [(event.step, event.value) for event in read.Scalars("accuracy")] == [

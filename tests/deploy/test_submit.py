@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.callbacks.console import Progress
+from fedlora.callbacks.console import ConsoleProgress
 from fedlora.cli.main import main
 from fedlora.cli.run_job import run_job
 from fedlora.config.composition import compose
@@ -83,13 +83,13 @@ def test_an_interrupted_run_says_how_it_goes_on(
     out, words = tmp_path / "out", ("model=tiny", "data=tiny", "clients=2", "ranks=4", "rounds=2")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with monkeypatch.context() as patch:
-        end = Progress.end
+        end = ConsoleProgress.on_round_end
 
-        def interrupted(self: Progress, metrics: dict[str, Any]) -> None:
-            end(self, metrics)
+        def interrupted(self: ConsoleProgress, *told: Any) -> None:
+            end(self, *told)
             signal.raise_signal(signal.SIGINT)
 
-        patch.setattr(Progress, "end", interrupted)
+        patch.setattr(ConsoleProgress, "on_round_end", interrupted)
         said = refused("run", *words, f"out={out}", code=130)
     signal.signal(signal.SIGINT, before)
     assert said == f"fedlora: interrupted; fedlora run resume={out} goes on from the last whole round\n"

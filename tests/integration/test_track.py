@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import fedlora.config.translate as translate
-from fedlora.callbacks.trackers import CSV
+from fedlora.callbacks.csv import CSV
 from fedlora.config.composition import compose
 from fedlora.errors import ConfigError
 

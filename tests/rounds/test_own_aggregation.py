@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from fedlora.core.update_step import RoundUpdates, UpdateStep
-from fedlora.errors import IncompatibleUpdates
+import fedlora as fl
+from fedlora import RoundUpdates, UpdateStep
+from fedlora.errors import ConfigError, IncompatibleUpdates
 from fedlora.robust.krum import Krum
 from fedlora.rounds.aggregation.base import Aggregated, Aggregation
 from fedlora.rounds.aggregation.plain import PlainAggregation
@@ -21,8 +22,7 @@ OWN = '''
 
 from dataclasses import dataclass, replace
 
-from fedlora import Adapter, Pair
-from fedlora.core.update_step import RoundUpdates, UpdateStep
+from fedlora import Adapter, Pair, RoundUpdates, UpdateStep
 
 
 @dataclass(frozen=True)
@@ -125,3 +125,16 @@ def test_an_own_aggregation_decides_on_all_of_it(lab: Any) -> None:
     line = ran.lines("metrics.jsonl")[0]
     assert (line["taken"], line["train_loss"]) == (1.0, None)
     assert "round 1: only one counts" in ran.text
+
+
+def test_a_run_takes_steps_from_python_and_refuses_them_where_there_are_no_updates(own: Any) -> None:
+    small = {"clients": 3, "rounds": 1, "progress": False}
+    run = fl.simulate("tiny", "tiny", steps=[own.EvenOnly(), own.Shrink(0.5)], **small)
+    assert run.metrics[0]["shrunk"] == 2
+    assert run.clients[1]["rejected"] == "odd"
+    assert run.config["from_python"] == ["steps"]
+    with pytest.raises(ConfigError, match=r"^steps: under secure_sum .* for Shrink to work on"):
+        fl.simulate("tiny", "tiny", steps=[own.Shrink(0.5)], secure_sum=True, **small)
+    many = type("Many", (own.Shrink,), {"least": 4})(0.5)
+    with pytest.raises(ConfigError, match=r"^steps: Many needs at least 4 clients a round, got 3"):
+        fl.simulate("tiny", "tiny", steps=[many], **small)

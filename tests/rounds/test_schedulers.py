@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fedlora.callbacks.base import Callbacks
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
@@ -65,6 +66,7 @@ def test_every_update_of_a_synchronous_round_starts_from_the_newest_state(lab: A
 def test_a_run_goes_round_by_round(lab: Any) -> None:
     want = lab.run(FedIT(), rounds=3)
     ran = lab.prepare(FedIT(), rounds=3)
+    Callbacks(ran.handle).run_begin()
     server = ran.federation
     assert server.state.round == 0
     rounds = server.rounds(ran.grid)

@@ -13,7 +13,8 @@ from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
 from rich.console import Console
 
-from fedlora.callbacks.console import Progress
+from fedlora.callbacks.base import Callback, Callbacks, RunHandle
+from fedlora.callbacks.console import ConsoleProgress
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, Task
 from fedlora.core.strategy import Strategy
@@ -94,7 +95,7 @@ class Ran:
     console: StringIO
     client: Noise
     grid: InProcessGrid
-    progress: Progress
+    handle: RunHandle
 
     @property
     def text(self) -> str:
@@ -157,8 +158,12 @@ class Lab:
     def run(self, strategy: Strategy, *args: Any, **more: Any) -> Ran:
         """A whole run, of what `prepare` makes."""
         ran = self.prepare(strategy, *args, **more)
-        with ran.progress:
+        callbacks = Callbacks(ran.handle)
+        try:
+            callbacks.run_begin()
             ran.federation.run(ran.grid)
+        finally:
+            callbacks.run_end({})
         return ran
 
     def prepare(
@@ -179,17 +184,26 @@ class Lab:
         most: int | None = None,
         aggregation: Aggregation | None = None,
         scheduler: Scheduler | None = None,
+        callbacks: Sequence[Callback] = (),
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
-        grid = self.grid(client, ranks, fuse, rows=rows, site=site or {})
-        if change is not None:
-            grid.__class__ = Tampered
-            grid.change = change  # type: ignore[attr-defined]
         said = StringIO()
         self.folder.mkdir(exist_ok=True)
         folder = RunFolder.create(self.folder / f"run-{len(list(self.folder.iterdir()))}", "seed: 1\n")
-        progress = Progress(rounds, 0, "accuracy", console or Console(file=said, width=200))
+        shown = ConsoleProgress(console or Console(file=said, width=200))
+        handle = RunHandle(
+            rounds,
+            strategy.init(self.adapter(most or max(ranks))),
+            path=folder.path,
+            strategy=strategy,
+            callbacks=[shown, *callbacks],
+        )
+        done = Callbacks(handle).client_done
+        grid = self.grid(client, ranks, fuse, rows=rows, site=site or {}, done=done)
+        if change is not None:
+            grid.__class__ = Tampered
+            grid.change = change  # type: ignore[attr-defined]
 
         def peer(client: int, rank: int) -> Peer:
             own = (scales or {}).get(client)
@@ -204,19 +218,18 @@ class Lab:
         config = RoundConfig(rounds=rounds, seed=rules.pop("seed", 0), **rules)
         federation = ServerLoop(
             strategy,
-            strategy.init(self.adapter(most or max(ranks))),
+            handle,
             ClientRegistry(
-                peer, most or max(ranks), progress.warn, mixed=strategy.mixed_ranks, **(roster or {})
+                peer, most or max(ranks), handle.warn, mixed=strategy.mixed_ranks, **(roster or {})
             ),
             config,
             evaluate or score,
             named,
             folder,
-            progress,
             aggregation=aggregation or aggregation_for(config, central),
             scheduler=scheduler or Synchronous(),
         )
-        return Ran(federation, folder, said, client, grid, progress)
+        return Ran(federation, folder, said, client, grid, handle)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,60 @@
+"""Ends a run that no longer improves."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.callbacks.base import Callback, RunHandle
+from fedlora.callbacks.scores import scores
+from fedlora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EarlyStopping(Callback):
+    """Ends the run once so many evaluated rounds in a row have brought no improvement.
+
+    It decides by the rounds that are recorded, so that a run which was killed stops where it would have
+    stopped without that.
+
+    Args:
+        patience: evaluated rounds without improvement after which the run ends.
+        metric: by which key of metrics.jsonl; None takes the headline metric. Which values are better
+            is the task's for that one; of others, smaller ones where the name ends in loss or error.
+        least_change: what counts as an improvement over the best so far: more than this.
+    """
+
+    patience: int
+    metric: str | None = None
+    least_change: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.patience, int) or self.patience < 1:
+            raise ConfigError(f"stop.patience: expected a whole number of at least 1, got {self.patience!r}")
+        if not self.least_change >= 0:
+            raise ConfigError(f"stop.least_change: expected a number of at least 0, got {self.least_change}")
+
+    @property
+    def reads_metric(self) -> bool:  # type: ignore[override]
+        """Whether rounds must be evaluated: the training loss is always there."""
+        return self.metric != "train_loss"
+
+    def on_run_begin(self, run: RunHandle) -> None:
+        """Say by which rows it decides, and stop at once a run that had come to its end before."""
+        if not run.validation and self.reads_metric:
+            run.warn(
+                "stop=early decides by the test rows, so that the result looks a little better than it is; "
+                "evaluate.rows=validation decides by rows that are no test rows"
+            )
+        self._decide(run)
+
+    def on_round_end(self, run: RunHandle, metrics: Mapping[str, Any]) -> None:
+        """Stop if the last rounds have brought nothing."""
+        self._decide(run)
+
+    def _decide(self, run: RunHandle) -> None:
+        metric, best, since = self.metric or run.metric, None, 0
+        for _, score in scores(run, self.metric):
+            improved = best is None or score > best + self.least_change
+            best, since = (score, 0) if improved else (best, since + 1)
+        if since >= self.patience:
+            run.stop(f"{metric} has not improved in {since} evaluated rounds")
