@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 WORDS = ["river", "guitar", "planet", "bakery", "tractor", "dentist", "volcano", "football", "passport"]
 WORDS += ["candle", "elephant", "umbrella"]
 SMALL = ("model=tiny", "data=files", "clients=2", "rounds=3", "data.text=text", "data.label=label")

@@ -146,7 +146,7 @@ def test_ffalora_sends_no_a_and_keeps_it(run: Callable[..., Any]) -> None:
 @pytest.fixture
 def payloads(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The names of what each reply carries."""
-    import fedlora.rounds.loop as module
+    import fedlora.rounds.aggregation.base as module
 
     seen: list[set[str]] = []
     read = module.read_update
