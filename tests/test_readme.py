@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from fedlora import Adapter, Pair, Update
@@ -12,6 +13,7 @@ PAGES = {
     path: path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
+ROOMS = sorted(path.parent for path in (ROOT / "fedlora").glob("*/__init__.py"))
 
 
 def blocks(language):
@@ -27,10 +29,24 @@ def test_the_readme_is_short():
 
 
 def test_links_lead_somewhere():
-    studies = (ROOT / "experiments").rglob("*.md")
-    for path, text in (PAGES | {path: path.read_text(encoding="utf-8") for path in studies}).items():
+    more = [*(ROOT / "experiments").rglob("*.md"), *(room / "README.md" for room in ROOMS)]
+    for path, text in (PAGES | {path: path.read_text(encoding="utf-8") for path in more}).items():
         for link in re.findall(r"\]\(([^)#]+)", text):
             assert "://" in link or (path.parent / link).exists(), f"{path}: {link}"
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_the_page_of_a_room_is_short_and_names_each_of_its_files(room):
+    text = (room / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 40
+    assert text.startswith(f"# {room.name}\n")
+    assert "../../docs/" in text
+    files = {path.name for path in room.iterdir() if path.suffix in (".py", ".j2")} - {"__init__.py"}
+    folders = {f"{path.name}/" for path in room.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    named = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+    assert sorted(named) == sorted(files | folders), (
+        "one row in the table for each file and folder of the room"
+    )
 
 
 def test_the_example_algorithm_runs_as_it_is_printed():
