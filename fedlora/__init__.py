@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedlora.core.update_step import RoundUpdates, UpdateStep
     from fedlora.rounds.scheduling import Scheduler
     from fedlora.runner.spec import EvaluationSpec, LoRASpec, ModelSpec
+    from fedlora.training import rules
     from fedlora.training.client import Client, TrainRequest, TrainResult
 
 _HOMES = {  # public name -> where it is
@@ -46,7 +47,8 @@ _HOMES = {  # public name -> where it is
     "simulate": "api.simulate",
     "sweep": "api.sweep",
 }
-_ROOMS = ("callbacks", "clients", "privacy", "robust", "strategies")
+_ROOMS = {name: name for name in ("callbacks", "clients", "privacy", "robust", "strategies")}
+_ROOMS["rules"] = "training.rules"
 _NAMED = {"open": "open_run"}  # what would hide a builtin in its own module
 
 __all__ = [
@@ -77,6 +79,7 @@ __all__ = [
     "open",
     "privacy",
     "robust",
+    "rules",
     "simulate",
     "strategies",
     "sweep",
@@ -87,7 +90,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     """A public name, when it is first asked for: what Flower starts for every message does without torch."""
     if name in _ROOMS:
-        return import_module(f"fedlora.{name}")
+        return import_module(f"fedlora.{_ROOMS[name]}")
     if name not in _HOMES:
         raise AttributeError(f"module 'fedlora' has no attribute '{name}'")
     return getattr(import_module(f"fedlora.{_HOMES[name]}"), _NAMED.get(name, name))

@@ -25,6 +25,7 @@ from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
 from fedlora.tasks import TASKS, LearningTask
 from fedlora.training.client import Client
+from fedlora.training.rules import LocalRule
 
 from .rows import Columns, dataset
 
@@ -65,6 +66,7 @@ class Settings:
         evaluate: an EvaluationSpec, or a dict of its fields.
         privacy: a DPSGD or a ClientLevel; None without.
         robust: a rule against poisoned updates; None without.
+        rule: what bends local training, such as FedProx(mu=0.01); None without.
         steps: what changes updates before the strategy combines them, in this order: UpdateSteps.
         scheduler: when clients are asked and updates aggregated; None waits for all that a round asks.
         engine: where clients run; None takes this process.
@@ -100,6 +102,7 @@ class Settings:
     evaluate: EvaluationSpec | Mapping[str, Any] = field(default_factory=EvaluationSpec)
     privacy: Privacy | None = None
     robust: Robust | None = None
+    rule: LocalRule | None = None
     steps: Sequence[UpdateStep] = ()
     scheduler: Scheduler | None = None
     engine: Engine | None = None
@@ -130,6 +133,7 @@ class Settings:
             evaluate=_as(EvaluationSpec, self.evaluate, "evaluate"),
             privacy=self._privacy(),
             robust=self.robust,
+            rule=self.rule,
             steps=tuple(self.steps),
             scheduler=self.scheduler or Synchronous(),
             engine=self.engine or InProcess(),
