@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from fedlora.core.messages import Peer, State, Task, Update
     from fedlora.core.strategy import Strategy
     from fedlora.runner.spec import EvaluationSpec, LoRASpec, ModelSpec
+    from fedlora.tasks import LearningTask
     from fedlora.training.client import Client, TrainRequest, TrainResult
 
 _HOMES = {  # public name -> where it is
     "Adapter": "core.adapter",
     "Client": "training.client",
     "EvaluationSpec": "runner.spec",
+    "LearningTask": "tasks",
     "LoRASpec": "runner.spec",
     "ModelSpec": "runner.spec",
     "Pair": "core.adapter",
@@ -48,6 +50,7 @@ __all__ = [
     "Adapter",
     "Client",
     "EvaluationSpec",
+    "LearningTask",
     "LoRASpec",
     "ModelSpec",
     "Pair",
