@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedlora.core.update_step import RoundUpdates, UpdateStep
     from fedlora.rounds.scheduling import Scheduler
     from fedlora.runner.spec import EvaluationSpec, LoRASpec, ModelSpec
+    from fedlora.tasks import LearningTask
     from fedlora.training import rules
     from fedlora.training.client import Client, TrainRequest, TrainResult
 
@@ -25,6 +26,7 @@ _HOMES = {  # public name -> where it is
     "Adapter": "core.adapter",
     "Client": "training.client",
     "EvaluationSpec": "runner.spec",
+    "LearningTask": "tasks",
     "LoRASpec": "runner.spec",
     "ModelSpec": "runner.spec",
     "Pair": "core.adapter",
@@ -55,6 +57,7 @@ __all__ = [
     "Adapter",
     "Client",
     "EvaluationSpec",
+    "LearningTask",
     "LoRASpec",
     "ModelSpec",
     "Pair",

@@ -122,7 +122,7 @@ def _seal(key: bytes, parts: Iterable[str | bytes]) -> str:
 
 def _texts(rows: Sequence[Row]) -> Iterable[str]:
     for row in rows:
-        yield from (row.source, row.target)
+        yield from (str(row.source), str(row.target))
 
 
 def _numbers(examples: Sequence[Example]) -> Iterable[bytes]:
