@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.seeds import generator
 from fedlora.storage.run_folder import RunFolder
+from fedlora.tasks import Classification
 from fedlora.training.client import Client, TrainRequest, TrainResult
 
 LAYERS = {"a.q": (6, 8), "b.v": (8, 8)}
@@ -142,7 +144,8 @@ class Lab:
     def site(
         self, client: Client, rows: Callable[[int], Sequence[Any]] | None = None, **more: Any
     ) -> ClientRuntime:
-        return ClientRuntime(None, client, rows or (lambda c: [None] * (10 * (c + 1))), **more)  # type: ignore[arg-type]
+        base: Any = SimpleNamespace(task=Classification())  # no model: the clients do not look at it
+        return ClientRuntime(base, client, rows or (lambda c: [None] * (10 * (c + 1))), **more)
 
     def keep(self, *clients: int) -> Callable[[list[Message]], list[Message]]:
         """A change that lets the replies of these clients alone arrive."""
