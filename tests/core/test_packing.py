@@ -97,6 +97,7 @@ def test_a_name_that_is_no_part_of_ours_is_refused(path: str) -> None:
         unpack({}, header)
 
 
+@pytest.mark.slow
 def test_reading_a_task_imports_nothing_and_builds_nothing_that_was_not_imported(tmp_path: Any) -> None:
     """In a process of its own, where the module of the part can be found and would leave a trace."""
     (tmp_path / "trap.py").write_text(

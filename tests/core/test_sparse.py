@@ -27,6 +27,7 @@ def test_places_follow_seed_and_module_and_nothing_else():
     assert not torch.equal(places(3, "n", (50, 60), 100), first)
 
 
+@pytest.mark.slow
 def test_another_process_finds_the_same_places():
     code = "from fedlora.core.sparse import places; print(places(3, 'a.b', (50, 60), 20).tolist())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

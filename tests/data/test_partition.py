@@ -57,6 +57,7 @@ def test_a_cap_keeps_a_subset_of_the_uncapped_part(how: str) -> None:
         assert capped.rows.tolist() == whole.rows[:5].tolist()
 
 
+@pytest.mark.slow
 def test_every_process_deals_alike_whatever_its_hash_seed() -> None:
     code = (
         "from fedlora.data import Row, partition\n"

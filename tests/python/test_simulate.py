@@ -51,13 +51,14 @@ def sha(run: fl.Run) -> str:
     [
         (["strategy=flexlora", "ranks=[2,4]"], {"strategy": "flexlora", "ranks": [2, 4]}),
         (["strategy=ffalora", "ranks=4"], {"strategy": fl.strategies.FFALoRA(), "ranks": 4}),
-        (
+        pytest.param(
             ["strategy=ffalora", "privacy=dp_sgd", "privacy.insecure_test_seed=1", "client.batch_size=4"],
             {
                 "strategy": "ffalora",
                 "privacy": fl.privacy.DPSGD(insecure_test_seed=1),
                 "client": fl.clients.LocalTraining(lr=0.05, batch_size=4),
             },
+            marks=pytest.mark.slow,
         ),
         (["robust=median"], {"robust": fl.robust.Median()}),
         (["strategy=fedms"], {"strategy": "fedms"}),
@@ -76,6 +77,8 @@ def test_python_and_the_command_line_give_one_adapter(
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_the_command_line_goes_on_with_a_run_from_python(rounds: int, tmp_path: Path) -> None:
     whole = small(rounds=2, strategy="hetlora", ranks=[2, 4])
@@ -85,6 +88,8 @@ def test_the_command_line_goes_on_with_a_run_from_python(rounds: int, tmp_path: 
     assert sha(fl.open(tmp_path / "run")) == sha(whole)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_rows_in_memory_of_whatever_kind_are_one_run() -> None:
     frame = pytest.importorskip("pandas").DataFrame(ROWS)
     made = pytest.importorskip("datasets").Dataset.from_list(ROWS)
@@ -121,6 +126,8 @@ def test_a_loaded_model_is_the_same_as_its_folder(tmp_path: Path) -> None:
     assert sha(given) == sha(named)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_strategy_from_the_script_runs_and_is_named_when_it_is_missing(tmp_path: Path) -> None:
     own = small(strategy=Mean(), ranks=4, out=tmp_path / "own")
     assert sha(own) == sha(small(strategy="fedit", ranks=4))
@@ -139,6 +146,8 @@ def test_a_session_goes_round_by_round_to_the_same_end(tmp_path: Path) -> None:
     assert sha(session.run) == sha(small(rounds=2))
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_session_that_is_left_can_be_resumed(tmp_path: Path) -> None:
     session = fl.Session("tiny", "tiny", clients=3, rounds=2, out=tmp_path / "run")
     next(session)
@@ -168,6 +177,8 @@ def test_nothing_stays_on_disk_without_out(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_a_sweep_has_a_run_a_combination_and_goes_on(tmp_path: Path) -> None:
     words: dict[str, Any] = {"clients": 3, "rounds": 1, "ranks": fl.each(4, [2, 4]), "progress": False}
     swept = fl.sweep("tiny", "tiny", strategy=["flexlora", "hetlora"], out=tmp_path, **words)
@@ -199,6 +210,8 @@ def test_what_cannot_be_is_said_in_a_line(settings: dict[str, Any], error: type,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 def test_python_s_defaults_are_those_of_the_command_line() -> None:
     """What YAML says of a class is what the class says of itself."""
     import inspect

@@ -88,6 +88,7 @@ def test_the_server_takes_the_weighted_mean_and_nothing_moves_off_the_mask(make,
         assert np64.close(state.adapter.extra["head.weight"], mean(updates, "head.weight"))
 
 
+@pytest.mark.slow
 def test_the_mask_is_the_same_in_another_process_and_another_for_another_seed():
     code = "from fedlora.core.sparse import places; print(places(5, 'wide', (5, 9), 12).tolist())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
