@@ -29,6 +29,7 @@ from fedlora.training.client import Client
 
 from .scratch import Scratch
 from .settings import client_of, model_of, strategy_of
+from .signature import takes_settings
 from .simulate import carry_out, make_spec
 
 RATES, SEEDS, RANK = (0.5, 1.0, 2.0, 4.0), (0, 1, 2), 8
@@ -57,6 +58,7 @@ class Compared:
         return table_of(self.lines, self.metric)
 
 
+@takes_settings
 def compare(
     strategies: Sequence[str],
     model: Any = "minilm",

@@ -20,8 +20,10 @@ from fedlora.runner.spec import RunSpec
 from .run import PARTS, Run
 from .scratch import Scratch
 from .settings import Settings
+from .signature import takes_settings
 
 
+@takes_settings
 def simulate(
     model: Any = "minilm",
     data: Any = "trec",
@@ -116,6 +118,7 @@ class Session:
         settings: as for `simulate`.
     """
 
+    @takes_settings
     def __init__(
         self, model: Any = "minilm", data: Any = "trec", *, out: str | Path | None = None, **settings: Any
     ) -> None:

@@ -12,6 +12,7 @@ from fedlora.report import read_run, runs_table, seeds_table
 from fedlora.storage.run_folder import RunFolder
 
 from .run import Run
+from .signature import takes_settings
 from .simulate import given_parts, make_spec, simulate
 
 LISTED = ("data", "test", "labels", "ranks")  # arguments whose one value may be a list
@@ -55,6 +56,7 @@ class Sweep:
         return "Sweep(" + ", ".join(f"{name}: {run!r}" for name, run in self.runs.items()) + ")"
 
 
+@takes_settings
 def sweep(
     model: Any = "minilm",
     data: Any = "trec",

@@ -236,6 +236,14 @@ def test_python_s_defaults_are_those_of_the_command_line() -> None:
     assert seen > 40
 
 
+def test_help_and_signatures_name_every_argument() -> None:
+    import inspect
+
+    for function in (fl.simulate, fl.sweep, fl.compare, fl.Session):
+        assert {"strategy", "ranks", "privacy", "data_options"} <= {*inspect.signature(function).parameters}
+    assert "one rank; or a list, in turn over the clients" in (fl.simulate.__doc__ or "")
+
+
 def test_the_rate_of_a_strategy_is_written_in_its_class_alone() -> None:
     from fedlora.config.composition import compose
 
