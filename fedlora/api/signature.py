@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from .settings import Settings
@@ -14,12 +14,13 @@ def takes_settings(function: Function) -> Function:
     """Show the fields of `Settings` in the place of `**settings`, in the signature and in the help text."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    defaults = Settings()
     named = {parameter.name for parameter in own}
     more = [
         inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=field.default if field.default is not MISSING else field.default_factory(),  # type: ignore[misc]
+            default=getattr(defaults, field.name),
             annotation=field.type,
         )
         for field in fields(Settings)
