@@ -40,7 +40,8 @@ def plan(records: int | None, words: tuple[str, ...]) -> None:
     def other(name: str) -> RunSpec:
         return run_spec(compose([*rest, f"strategy={name}"]))
 
-    for table in forecast(spec, other, records):
+    asked = next((word.partition("=")[2] for word in words if word.startswith("strategy=")), "")
+    for table in forecast(spec, other, records, asked):
         table.show()
 
 

@@ -103,7 +103,7 @@ def _launch(words: Sequence[str], run: Callable[[DictConfig, Sequence[str]], Any
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here, and become one line
     sys.argv = ["fedlora run", *words]
     try:
-        hydra.main("conf", "config", version_base="1.3")(task)()
+        hydra.main("pkg://fedlora.config.conf", "config", version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(composition.one_line(error)) from error
 

@@ -51,13 +51,16 @@ class Outlook:
         return "hard" if self.signal < HARD else "worth a try"
 
 
-def plan(spec: RunSpec, others: Callable[[str], RunSpec], records: int | None = None) -> list[Table]:
+def plan(
+    spec: RunSpec, others: Callable[[str], RunSpec], records: int | None = None, name: str = ""
+) -> list[Table]:
     """Noise of every client and what it does to ΔW under several strategies, before anything is spent.
 
     Args:
         spec: the run that is meant, with its privacy.
         others: from the name of another strategy to the same run under it.
         records: of every client, in the place of the data's own numbers.
+        name: what the table calls the run; empty takes the name of its strategy.
 
     Raises:
         FedLoraError: the run itself would be refused.
@@ -67,11 +70,12 @@ def plan(spec: RunSpec, others: Callable[[str], RunSpec], records: int | None = 
         raise ConfigError("privacy plan: there is nothing to plan for privacy=none; say privacy=dp_sgd")
     job = _bare(spec)
     plans = _plans(job, privacy, records)
-    found = [_outlook(spec.strategy_name, job, privacy, plans)]
-    for name in COMPARED:
-        if name != spec.strategy_name:
+    name = name or spec.strategy_name
+    found = [_outlook(name, job, privacy, plans)]
+    for other in COMPARED:
+        if other != name:
             try:
-                found.append(_outlook(name, _bare(others(name)), privacy, plans))
+                found.append(_outlook(other, _bare(others(other)), privacy, plans))
             except FedLoraError:  # it would be refused with these ranks, or this privacy
                 continue
     return [_plans_table(privacy, plans), _outlooks_table(found, min(job.rules.rounds, ROUNDS))]

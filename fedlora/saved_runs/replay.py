@@ -27,6 +27,7 @@ from fedlora.seeds import generator
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
 from fedlora.training.evaluation import evaluate
+from fedlora.training.rules import LocalRule
 
 MEANING = (
     "Each round aggregates the recorded updates from the recorded state; clients trained from the recording "
@@ -121,10 +122,14 @@ def again(
 
 
 def _check_alike(other: Strategy, recorder: Strategy, asked: Task, was: Task, peer: Peer, round: int) -> None:
-    """Refuse updates that answer to another question."""
+    """Refuse updates that answer to another question; what bends a client's training is part of none."""
+
+    def sent(task: Task) -> list[str]:
+        return [type(part).__name__ for part in task.method if not isinstance(part, LocalRule)]
+
     forms = [
         (
-            " and ".join(["factors", *(type(part).__name__ for part in task.method)]),
+            " and ".join(["factors", *sent(task)]),
             "+".join(sorted(task.train)) + " trained",
             "+".join(sorted(task.share)) + " shared",
             f"{len(task.shared())} shared tensors",

@@ -41,9 +41,12 @@ def plan(words: list[str], records: int | None = None) -> list[Any]:
     if not any(word.startswith("privacy=") for word in words):
         words = [*words, "privacy=dp_sgd"]
     rest = [word for word in words if not word.startswith("strategy")]
-    return plan_of(
-        run_spec(compose(words)), lambda name: run_spec(compose([*rest, f"strategy={name}"])), records
-    )
+    asked = next((word.partition("=")[2] for word in words if word.startswith("strategy=")), "")
+
+    def other(name: str) -> Any:
+        return run_spec(compose([*rest, f"strategy={name}"]))
+
+    return plan_of(run_spec(compose(words)), other, records, asked)
 
 
 def cells(table: Any, column: str) -> list[str]:
@@ -145,16 +148,16 @@ def test_show_has_every_client_and_the_kinds_of_its_steps(tmp_path: Path) -> Non
     assert cells(table, "client") == ["0", "3", "3"]
     assert cells(table, "steps") == ["20", "20", "5"]
     assert cells(table, "epsilon") == [f"{first.epsilon:.3f}", f"{memory.ledger(3).epsilon:.3f}", ""]  # type: ignore[union-attr]
-    assert "add or remove one record" in table.note
+    assert "adding or removing one record" in table.note
     with pytest.raises(CheckpointError, match="has no config"):
         ledgers(tmp_path / "nowhere")
 
 
 def test_the_command_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     main(["privacy"])
-    assert "fedlora privacy audit" in capsys.readouterr().out
+    assert {"plan", "show", "audit"} <= {*capsys.readouterr().out.split()}
     for words, why in (
-        (["privacy", "spend"], "unknown verb 'privacy spend'"),
+        (["privacy", "spend"], "spend"),
         (["privacy", "show", "/nowhere"], "has no config.yaml"),
         (["privacy", "plan", "privacy=none"], "nothing to plan"),
         (["privacy", "plan", "clientz=3"], "unknown key 'clientz'"),
