@@ -60,6 +60,7 @@ class Lora:
     head: str = "train"
     init: str | None = None
     dora: bool = False
+    parametrization: Any = None
     adapter: str | None = None
 
 

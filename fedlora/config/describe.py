@@ -42,6 +42,10 @@ def describe(
     scheduler, engine = part("scheduler", spec.scheduler), part("engine", spec.engine)
     if spec.steps:
         unnamed.append("steps")
+    lora = {name: _listed(value) for name, value in asdict(spec.lora).items()}
+    if spec.lora.parametrization is not None:
+        lora["parametrization"], good = _object(spec.lora.parametrization)
+        unnamed += [] if good else ["lora"]
     if model is None:
         unnamed.append("model")
     if data is None:
@@ -72,7 +76,7 @@ def describe(
         "secure_sum": spec.secure_sum,
         "record_updates": spec.record_updates,
         "seed": spec.seed,
-        "lora": {name: _listed(value) for name, value in asdict(spec.lora).items()},
+        "lora": lora,
         "evaluate": asdict(spec.evaluate),
         "allow": [],
         "out": None,

@@ -38,7 +38,7 @@ class Round:
     def aggregate(self, updates: Sequence[Update] | None = None) -> State:
         """The next state, from the round's own updates or from others."""
         sent = list(self.updates if updates is None else updates)
-        return self.strategy.aggregate(self.state, sent, np.random.default_rng(11))
+        return next_state(self.strategy, self.state, sent, np.random.default_rng(11))
 
 
 def federation(strategy: Strategy, seed: int) -> Iterator[Round]:
