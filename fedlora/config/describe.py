@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from fedlora.callbacks.base import Callback
 from fedlora.callbacks.best_checkpoint import BestCheckpoint
 from fedlora.callbacks.early_stopping import EarlyStopping
+from fedlora.core.parametrization import LORA
 from fedlora.runner.spec import RunSpec
 
 from .translate import TRACKERS
@@ -43,7 +44,9 @@ def describe(
     if spec.steps:
         unnamed.append("steps")
     lora = {name: _listed(value) for name, value in asdict(spec.lora).items()}
-    if spec.lora.parametrization is not None:
+    if spec.lora.parametrization == LORA:
+        lora["parametrization"] = None
+    else:
         lora["parametrization"], good = _object(spec.lora.parametrization)
         unnamed += [] if good else ["lora"]
     if model is None:

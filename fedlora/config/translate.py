@@ -14,6 +14,7 @@ from fedlora.callbacks.mlflow import MLflow
 from fedlora.callbacks.tensorboard import TensorBoard
 from fedlora.callbacks.tracker import Tracker
 from fedlora.callbacks.wandb import WandB
+from fedlora.core.parametrization import LORA
 from fedlora.core.strategy import Strategy
 from fedlora.data import Dataset
 from fedlora.engines.base import Engine
@@ -154,9 +155,10 @@ def lora_spec(config: DictConfig) -> LoRASpec:
             raise ConfigError(
                 f"lora.parametrization: expected lora, {', '.join(known)} or a _target_, got '{form}'"
             )
-        form = known[form]() if form in known else None
-    elif form is not None:
-        form = make(config, "lora.parametrization", parametrizations.Parametrization)
+        form = known[form]() if form in known else LORA
+    else:
+        kind = parametrizations.Parametrization
+        form = LORA if form is None else make(config, "lora.parametrization", kind)
     return LoRASpec(**settings | {"parametrization": form})
 
 

@@ -124,7 +124,7 @@ class LoRASpec:
     init: str | None = None
     dora: bool = False
     adapter: str | None = None
-    parametrization: Parametrization | None = None
+    parametrization: Parametrization = LORA
 
     def __post_init__(self) -> None:
         if self.head not in ("train", "last", "freeze"):
@@ -133,13 +133,14 @@ class LoRASpec:
     @property
     def form(self) -> Parametrization:
         """How the weights are changed."""
-        return composed(self.parametrization or LORA, DoRA() if self.dora else LORA)
+        return composed(self.parametrization, DoRA() if self.dora else LORA)
 
     @property
     def scaling(self) -> LoRA:
         """The rule from a client's rank to the scales of its modules."""
-        patterns = dict(self.rank_pattern), dict(self.alpha_pattern)
-        return LoRA(self.scale, self.alpha, self.use_rslora, *patterns)
+        return LoRA(
+            self.scale, self.alpha, self.use_rslora, dict(self.rank_pattern), dict(self.alpha_pattern)
+        )
 
 
 @dataclass(frozen=True)
