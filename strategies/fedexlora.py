@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Pair
 from fedlora.core.algebra import mean_extras, mean_factors, stack
 from fedlora.core.base_delta import BaseDelta
 from fedlora.core.messages import Peer, State, Task, Update
@@ -55,7 +55,8 @@ class FedExLoRA(Strategy):
             lost = covariance(own, w, old.scale)
             if lost is not None:
                 gain[m] = lost
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         fold = BaseDelta.of(state.fold).plus(gain)
         return replace(state, adapter=adapter, round=state.round + 1, fold=fold)
 
@@ -75,7 +76,6 @@ def covariance(pairs: Sequence[Pair], weights: Sequence[float], scale: float) ->
     for pair, w in zip(pairs, weights, strict=True):
         if w == 0:
             continue
-        pair = pair.plain()
         wide = Pair(pair.A.double(), pair.B.double(), pair.scale)
         own = mean_factors([wide], [1.0], scale)
         total += w

@@ -78,7 +78,7 @@ class FedFold(Strategy):
     def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """D* is the adapter, in the order of its singular values; LoRA's own start, with B = 0, as it is."""
         pairs = {m: compress(pair) if pair.B.any() else pair for m, pair in adapter.pairs.items()}
-        return State(Adapter(pairs, adapter.extra), fold=fold or {}, seed=seed)
+        return State(replace(adapter, pairs=pairs), fold=fold or {}, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions and fresh ones with B = 0 to train; the rest to fold."""
@@ -89,7 +89,7 @@ class FedFold(Strategy):
             rest = beyond(truncate(D, self._reach(D)), led)
             if rest.rank:
                 fold[m] = accumulate(fold.get(m), rest)
-        first = replace(state, adapter=Adapter(pairs, state.adapter.extra))
+        first = replace(state, adapter=replace(state.adapter, pairs=pairs))
         return Task(slice_to_rank(grow_rank(first, peer), peer), fold=fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
@@ -99,7 +99,8 @@ class FedFold(Strategy):
         for m, D in state.adapter.pairs.items():
             p = held([self._led(_given(u, m)) for u in sent], w, D.rank)
             pairs[m] = weighted_sum([*(u.adapter.pairs[m] for u in sent), D], [*w, 1 - p], D.scale)
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         told = {"rank": fmean(pair.rank for pair in pairs.values())} if pairs else {}
         return replace(state, adapter=adapter, round=state.round + 1, metrics=told)
 

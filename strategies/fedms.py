@@ -117,7 +117,8 @@ class FedMS(Strategy):
             if held:
                 own = [update.adapter.pairs[m] for update, _ in held]
                 pairs[m] = mean_factors(own, normalised([x for _, x in held]), old.scale)
-        adapter = Adapter(pairs, mean_extras([update.adapter.extra for update in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         active, loss = int(state.memory["active"]), _loss(sent, w)
         if float(state.memory["loss"]) - loss < self.threshold:
             active = min(active + 1, len(pairs))

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Pair
 from fedlora.core.algebra import mean_extras, mean_factors
 from fedlora.core.messages import State, Update
 from fedlora.core.strategy import Strategy
@@ -61,13 +61,13 @@ class FedRotLoRA(Strategy):
             if self.blend and reference.B.any():
                 own = [aligned(pair, reference, side, self.blend) for pair in own]
             pairs[m] = mean_factors(own, w, reference.scale)
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1)
 
 
 def aligned(pair: Pair, reference: Pair, side: Literal["A", "B"], blend: float = 1.0) -> Pair:
     """The same ΔW in the reference's scale, its factors rotated so that those of one side come near to it."""
-    pair = pair.plain()
     A, B = pair.A.double(), pair.B.double() * (pair.scale / reference.scale)
     R = rotation(A @ reference.A.double().T if side == "A" else B.T @ reference.B.double())
     if blend < 1:

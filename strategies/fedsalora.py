@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Pair
 from fedlora.core.algebra import mean_rows, pad
 from fedlora.core.messages import BOTH, Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
@@ -48,4 +48,4 @@ class FedSALoRA(Strategy):
         for m, old in state.adapter.pairs.items():
             A = mean_rows([u.adapter.pairs[m].A for u in sent], w, old.A)
             pairs[m] = Pair(A, pad(old, len(A)).B.to(A.dtype), old.scale)
-        return replace(state, adapter=Adapter(pairs, state.adapter.extra), round=state.round + 1)
+        return replace(state, adapter=replace(state.adapter, pairs=pairs), round=state.round + 1)

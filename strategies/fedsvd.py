@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.core.adapter import Adapter
 from fedlora.core.algebra import compress, mean_extras, refill
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
@@ -66,5 +65,6 @@ class FedSVD(Strategy):
                 if pair.B.any():
                     fresh = generator(state.seed, "fedsvd", zlib.crc32(m.encode()), done)
                     pairs[m] = refill(compress(pair), pair.rank, fresh)
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=done)

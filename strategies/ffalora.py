@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.core.adapter import Adapter
 from fedlora.core.algebra import mean_extras
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
@@ -42,5 +41,6 @@ class FFALoRA(Strategy):
         """Average B, padded to the rank of A_0; A_0 stays as it is, bit for bit."""
         sent, w = self.admit(state, updates)
         pairs = self.mean_of("B", state, sent, w)
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1)

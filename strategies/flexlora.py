@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.core.adapter import Adapter
 from fedlora.core.algebra import mean_extras, weighted_sum
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
@@ -45,5 +44,6 @@ class FlexLoRA(Strategy):
             m: weighted_sum([u.adapter.pairs[m] for u in sent], w, old.scale)
             for m, old in state.adapter.pairs.items()
         }
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1)

@@ -47,7 +47,7 @@ class FLoRA(Strategy):
             if pair.B.any():
                 merged[m] = accumulate(merged.get(m), pair)
                 pairs[m] = _fresh(m, pair, seed, 0)
-        return State(Adapter(pairs, adapter.extra), fold=merged, seed=seed)
+        return State(replace(adapter, pairs=pairs), fold=merged, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
         """The fresh factors at the peer's rank, on the base with all that was merged."""
@@ -60,7 +60,8 @@ class FLoRA(Strategy):
         gain = {m: stack([u.adapter.pairs[m] for u in sent], w) for m in old}
         fold = BaseDelta.of(state.fold).plus(gain)
         fresh = {m: _fresh(m, pair, state.seed, done) for m, pair in old.items()}
-        adapter = Adapter(fresh, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=fresh, extra=extra)
         return replace(state, adapter=adapter, round=done, fold=fold)
 
 

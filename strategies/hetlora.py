@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Pair
 from fedlora.core.algebra import (
     mean_extras,
     mean_factors,
@@ -99,9 +99,8 @@ class HetLoRA(Strategy):
         }
         memory = {**state.memory, **self._prunings(state, heard)}
         told = {"prunings": float(sum(int(n) for n in memory.values()))}
-        return replace(
-            state, adapter=Adapter(pairs, heads), round=state.round + 1, memory=memory, metrics=told
-        )
+        adapter = replace(state.adapter, pairs=pairs, extra=heads)
+        return replace(state, adapter=adapter, round=state.round + 1, memory=memory, metrics=told)
 
     def _weights(self, sizes: dict[str, list[float]]) -> dict[str, list[float]]:
         """Module -> ω, from module -> ‖ΔW_k‖_F."""

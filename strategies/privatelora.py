@@ -27,10 +27,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.algebra import accumulate, mean_extras, mean_tensors, rescale, truncate
+from fedlora.core.algebra import accumulate, mean_extras, rescale, truncate
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.errors import IncompatibleUpdates
+from fedlora.models.parametrizations import CoreMatrix, composed
 from fedlora.seeds import generator
 
 
@@ -45,7 +46,7 @@ class PrivateLoRA(Strategy):
 
     def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """Fresh frozen factors, uniform in ±1/√fan-in, and M = 0; a ΔW that was there is folded."""
-        folded, pairs = dict(fold or {}), {}
+        folded, pairs, cores = dict(fold or {}), dict[str, Pair](), dict[str, Tensor]()
         for m, given in adapter.pairs.items():
             if given.B.any():
                 folded[m] = accumulate(folded.get(m), given)
@@ -53,50 +54,41 @@ class PrivateLoRA(Strategy):
             (d_out, d_in), rank = given.shape, given.rank
             A = _uniform(rng, (rank, d_in), like=given.A)
             B = _uniform(rng, (d_out, rank), like=given.A)
-            pairs[m] = replace(rescale(Pair(A, B), given.scale), M=given.A.new_zeros(rank, rank))
-        return State(Adapter(pairs, adapter.extra), fold=folded, seed=seed)
+            pairs[m] = rescale(Pair(A, B), given.scale)
+            cores[f"{m}.core"] = given.A.new_zeros(rank, rank)
+        form = composed(CoreMatrix(), adapter.parametrization)
+        return State(Adapter(pairs, {**adapter.extra, **cores}, form), fold=folded, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
-        """The client's rows of A, columns of B and block of M; M alone is trained and comes back."""
-        frozen = slice_to_rank(Adapter({m: replace(p, M=None) for m, p in state.adapter.pairs.items()}), peer)
-        pairs = {
-            m: replace(pair, M=_core(state.adapter.pairs[m])[: pair.rank, : pair.rank].clone())
-            for m, pair in frozen.pairs.items()
-        }
-        extra = {name: tensor.clone() for name, tensor in state.adapter.extra.items()}
-        only = frozenset("M")
-        return Task(Adapter(pairs, extra), train=only, share=only, fold=state.fold)
+        """The client's rows of A, columns of B and block of the core; A and B neither train nor come back."""
+        nothing = frozenset[str]()
+        return Task(slice_to_rank(state.adapter, peer), train=nothing, share=nothing, fold=state.fold)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
-        """Average M, padded to the rank of A and B, which stay as they are, bit for bit."""
+        """Average the cores, padded to the rank of A and B, which stay as they are, bit for bit."""
         sent, w = self.admit(state, updates)
-        pairs = {}
+        extras = [dict(update.adapter.extra) for update in sent]
         for m, old in state.adapter.pairs.items():
-            cores = []
-            for position, update in enumerate(sent):
+            for position, (update, extra) in enumerate(zip(sent, extras, strict=True)):
                 pair = update.adapter.pairs[m]
-                frozen = rescale(truncate(replace(old, M=None), pair.rank), pair.scale)
-                if pair.M is None or not _same(pair, frozen):
+                if not _same(pair, rescale(truncate(old, pair.rank), pair.scale)):
                     who = update.peer.id if update.peer else f"#{position}"
                     raise IncompatibleUpdates(
                         f"strategy PrivateLoRA: client {who} sent other factors for '{m}' than the first "
-                        f"{pair.rank} directions of the frozen A and B with a core M between them; every "
-                        "client must keep the A and B it was sent"
+                        f"{pair.rank} directions of the frozen A and B; every client must keep the A and B "
+                        "it was sent"
                     )
                 more = old.rank - pair.rank
-                cores.append(pad(pair.M, (0, more, 0, more)))
-            M = mean_tensors(cores, w)
-            pairs[m] = Pair(old.A.to(M.dtype), old.B.to(M.dtype), old.scale, M)
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+                extra[f"{m}.core"] = pad(extra[f"{m}.core"], (0, more, 0, more))
+        mean = mean_extras(extras, w)
+        kinds = {m: mean[f"{m}.core"].dtype for m in state.adapter.pairs}
+        pairs = {m: Pair(p.A.to(kinds[m]), p.B.to(kinds[m]), p.scale) for m, p in state.adapter.pairs.items()}
+        adapter = replace(state.adapter, pairs=pairs, extra=mean)
         return replace(state, adapter=adapter, round=state.round + 1)
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, int], like: Tensor) -> Tensor:
     return torch.from_numpy(rng.uniform(-1, 1, shape) / shape[1] ** 0.5).to(like)
-
-
-def _core(pair: Pair) -> Tensor:
-    return torch.eye(pair.rank).to(pair.A) if pair.M is None else pair.M
 
 
 def _same(sent: Pair, own: Pair) -> bool:

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Pair
 from fedlora.core.algebra import beyond, held, mean_extras, weighted_sum
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
@@ -51,7 +51,8 @@ class RaFLoRA(Strategy):
             m: _partitioned([u.adapter.pairs[m] for u in sent], w, old)
             for m, old in state.adapter.pairs.items()
         }
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1)
 
 

@@ -23,7 +23,6 @@ from typing import Literal
 
 import numpy as np
 
-from fedlora.core.adapter import Adapter
 from fedlora.core.algebra import mean_extras
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
@@ -47,7 +46,8 @@ class RoLoRA(Strategy):
         """Average the factor of the round; the other stays as it is, bit for bit."""
         sent, w = self.admit(state, updates)
         pairs = self.mean_of(_turn(state), state, sent, w)
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1)
 
 

@@ -38,9 +38,10 @@ from fedlora.core.algebra import (
     weighted_sum,
 )
 from fedlora.core.messages import Peer, State, Task, Update
-from fedlora.core.sparse import SPARSE, SparseMask, places, spread
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
+from fedlora.models.parametrizations import Sparse, composed
+from fedlora.models.parametrizations.sparse import places, spread
 from fedlora.seeds import generator
 
 
@@ -101,7 +102,7 @@ class SLoRA(Strategy):
                 "strategy SLoRA finds its own start by sparse fine-tuning of the base; "
                 "use lora.init=lora, or strategy.sparse_rounds=0"
             )
-        zeros = {f"{m}{SPARSE}": pair.A.new_zeros(self._places(pair)) for m, pair in adapter.pairs.items()}
+        zeros = {f"{m}.sparse": pair.A.new_zeros(self._places(pair)) for m, pair in adapter.pairs.items()}
         return replace(state, memory=zeros)
 
     def task(self, state: State, peer: Peer) -> Task:
@@ -111,8 +112,8 @@ class SLoRA(Strategy):
             return Task(own, fold=state.fold)
         values = {name: tensor.clone() for name, tensor in state.memory.items()}
         held = {m: stack([pair], [1.0]) for m, pair in state.adapter.pairs.items() if pair.B.any()}
-        mask = (SparseMask(state.seed),)
-        return Task(Adapter({}, {**own.extra, **values}), frozenset(), frozenset(), fold=held, method=mask)
+        form = composed(Sparse(state.seed), state.adapter.parametrization)
+        return Task(Adapter({}, {**own.extra, **values}, form), frozenset(), frozenset(), fold=held)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """The mean of the values, until they become factors; then FedIT's or FlexLoRA's step."""
@@ -124,7 +125,8 @@ class SLoRA(Strategy):
             m: combine([u.adapter.pairs[m] for u in sent], w, old.scale)
             for m, old in state.adapter.pairs.items()
         }
-        adapter = Adapter(pairs, mean_extras([u.adapter.extra for u in sent], w))
+        extra = mean_extras([u.adapter.extra for u in sent], w)
+        adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1, metrics={})
 
     def _sparse(self, state: State, updates: Sequence[Update]) -> State:
@@ -134,10 +136,10 @@ class SLoRA(Strategy):
         values = {name: mean.pop(name) for name in state.memory}
         fold = {}
         for m, pair in state.adapter.pairs.items():
-            own = values[f"{m}{SPARSE}"]
+            own = values[f"{m}.sparse"]
             where = places(state.seed, m, pair.shape, len(own)).to(own.device)
             fold[m] = of_dense(spread(own, where, pair.shape))
-        trained = Adapter(state.adapter.pairs, mean)
+        trained = replace(state.adapter, extra=mean)
         new = replace(state, adapter=trained, round=state.round + 1, fold=fold, memory=values)
         return self._handed_over(new) if new.round == self.sparse_rounds else new
 
@@ -153,7 +155,7 @@ class SLoRA(Strategy):
             if self.keep_residual:
                 rest[m] = accumulate(total, negative(best))
         told = {"energy_kept": kept / all_of_it if all_of_it else 1.0}
-        adapter = Adapter(pairs, state.adapter.extra)
+        adapter = replace(state.adapter, pairs=pairs)
         return replace(state, adapter=adapter, fold=rest, memory={}, metrics=told)
 
     def _places(self, pair: Pair) -> int:

@@ -9,8 +9,9 @@ from hypothesis import settings
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, State, Task, Update
-from fedlora.core.sparse import SparseMask, places
 from fedlora.core.strategy import Strategy
+from fedlora.models.parametrizations import Sparse
+from fedlora.models.parametrizations.sparse import places
 from fedlora.training.expert import GlobalExpert
 
 settings.register_profile("fedlora", deadline=None, derandomize=True, max_examples=40)
@@ -91,20 +92,25 @@ class Dense:
 
     def delta(self, pair: Pair) -> np.ndarray:
         B, A = pair.B.detach().to(torch.float64).numpy(), pair.A.detach().to(torch.float64).numpy()
-        M = np.eye(len(A)) if pair.M is None else pair.M.detach().to(torch.float64).numpy()
-        return pair.scale * (B @ M @ A)
+        return pair.scale * (B @ A)
+
+    def change(self, adapter: Adapter, module: str) -> np.ndarray:
+        """What a pair adds to a weight, with the core between its factors where there is one."""
+        pair, core = adapter.pairs[module], adapter.extra.get(f"{module}.core")
+        if core is None:
+            return self.delta(pair)
+        B, C, A = (t.detach().to(torch.float64).numpy() for t in (pair.B, core, pair.A))
+        return pair.scale * (B @ C @ A)
 
     def effective(self, task: Task, adapter: Adapter, module: str, shape: tuple[int, int]) -> np.ndarray:
         """All that a client's model adds to one weight: the task's fold, the pair, the sparse values."""
-        total = np.zeros(shape)
-        for pairs in (task.fold, adapter.pairs):
-            if module in pairs:
-                total += self.delta(pairs[module])
-        values = adapter.extra.get(f"{module}.sparse")
-        mask = task.part(SparseMask)
-        if mask is not None and values is not None:
+        total = self.delta(task.fold[module]) if module in task.fold else np.zeros(shape)
+        if module in adapter.pairs:
+            total = total + self.change(adapter, module)
+        values, form = adapter.extra.get(f"{module}.sparse"), adapter.parametrization
+        if isinstance(form, Sparse) and values is not None:
             flat = total.reshape(-1)
-            flat[places(mask.seed, module, shape, len(values)).numpy()] += values.double().numpy()
+            flat[places(form.seed, module, shape, len(values)).numpy()] += values.double().numpy()
         return total
 
     def working(self, task: Task) -> Adapter:
@@ -118,8 +124,7 @@ class Dense:
     def mean(self, updates: Sequence[Update], module: str) -> np.ndarray:
         """The ideal D* = Σ w_k s_k B_k A_k of one module."""
         total = sum(update.weight for update in updates)
-        pairs = [update.adapter.pairs[module] for update in updates]
-        return self.sum(pairs, [update.weight / total for update in updates])
+        return sum(u.weight / total * self.change(u.adapter, module) for u in updates)
 
     def best(self, matrix: np.ndarray, rank: int) -> np.ndarray:
         """The best approximation of a rank, by the full SVD."""

@@ -28,6 +28,7 @@ from .scratch import Scratch
 PARTS = (
     "strategy",
     "client",
+    "lora",
     "privacy",
     "robust",
     "rule",

@@ -18,11 +18,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    InterpolationToMissingValueError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from fedlora.errors import ConfigError
 
@@ -60,6 +56,7 @@ class Lora:
     head: str = "train"
     init: str | None = None
     dora: bool = False
+    parametrization: Any = None
     adapter: str | None = None
 
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from fedlora.callbacks.base import Callback
 from fedlora.callbacks.best_checkpoint import BestCheckpoint
 from fedlora.callbacks.early_stopping import EarlyStopping
+from fedlora.core.parametrization import LORA
 from fedlora.runner.spec import RunSpec
 
 from .translate import TRACKERS
@@ -42,6 +43,12 @@ def describe(
     scheduler, engine = part("scheduler", spec.scheduler), part("engine", spec.engine)
     if spec.steps:
         unnamed.append("steps")
+    lora = {name: _listed(value) for name, value in asdict(spec.lora).items()}
+    if spec.lora.parametrization == LORA:
+        lora["parametrization"] = None
+    else:
+        lora["parametrization"], good = _object(spec.lora.parametrization)
+        unnamed += [] if good else ["lora"]
     if model is None:
         unnamed.append("model")
     if data is None:
@@ -72,7 +79,7 @@ def describe(
         "secure_sum": spec.secure_sum,
         "record_updates": spec.record_updates,
         "seed": spec.seed,
-        "lora": {name: _listed(value) for name, value in asdict(spec.lora).items()},
+        "lora": lora,
         "evaluate": asdict(spec.evaluate),
         "allow": [],
         "out": None,

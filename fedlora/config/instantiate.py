@@ -30,6 +30,7 @@ OURS = {
     "data": ("fedlora.data",),
     "model": ("fedlora.models.packaged",),
     "rule": ("fedlora.training.rules",),
+    "lora": ("fedlora.models.parametrizations",),
     "robust": ("fedlora.robust",),
     "engine": ("fedlora.engines", "fedlora.deploy.engine"),
     "scheduler": ("fedlora.rounds.scheduling",),

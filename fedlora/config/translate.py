@@ -14,10 +14,12 @@ from fedlora.callbacks.mlflow import MLflow
 from fedlora.callbacks.tensorboard import TensorBoard
 from fedlora.callbacks.tracker import Tracker
 from fedlora.callbacks.wandb import WandB
+from fedlora.core.parametrization import LORA
 from fedlora.core.strategy import Strategy
 from fedlora.data import Dataset
 from fedlora.engines.base import Engine
 from fedlora.errors import ConfigError
+from fedlora.models import parametrizations
 from fedlora.privacy import Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
@@ -48,8 +50,8 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
-            client, privacy, robust, rule, steps, scheduler, engine, model (ModelSpec), data (DataSpec); and
-            callbacks beside those that the configuration names, or None for none at all.
+            client, lora, privacy, robust, rule, steps, scheduler, engine, model (ModelSpec), data (DataSpec);
+            and callbacks beside those that the configuration names, or None for none at all.
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
@@ -75,7 +77,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         model=part("model", lambda: model_spec(config)),
         data=part("data", lambda: data_spec(config)),
         models=tuple(model_spec(one) for one in _model_choices(config)),
-        lora=LoRASpec(**plain(config.lora)),
+        lora=part("lora", lambda: lora_spec(config)),
         evaluate=EvaluationSpec(**plain(config.evaluate)),
         privacy=privacy,
         robust=part("robust", lambda: named(config, "robust", Robust)),
@@ -138,6 +140,26 @@ def data_spec(config: DictConfig) -> DataSpec:
         tested=partial(_tested, config) if source.get("_target_") == FILES and source.get("test") else None,
         **{name: d[name] for name in names if name in d},
     )
+
+
+def lora_spec(config: DictConfig) -> LoRASpec:
+    """The adapter's form that a configuration names.
+
+    Raises:
+        ConfigError: a parametrization of no such name, or one that cannot be made.
+    """
+    known = {name.lower(): getattr(parametrizations, name) for name in ("DoRA", "Sparse")}
+    settings, form = plain(config.lora), plain(config.lora.get("parametrization"))
+    if isinstance(form, str):
+        if form not in ("lora", *known):
+            raise ConfigError(
+                f"lora.parametrization: expected lora, {', '.join(known)} or a _target_, got '{form}'"
+            )
+        form = known[form]() if form in known else LORA
+    else:
+        kind = parametrizations.Parametrization
+        form = LORA if form is None else make(config, "lora.parametrization", kind)
+    return LoRASpec(**settings | {"parametrization": form})
 
 
 def plain(value: Any) -> Any:

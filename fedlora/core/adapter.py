@@ -2,12 +2,13 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from fedlora.core.parametrization import LORA, Layer, Parametrization
 from fedlora.errors import IncompatibleUpdates
 
 
@@ -22,8 +23,6 @@ class Pair:
         A: (rank, d_in).
         B: (d_out, rank).
         scale: the factor s, alpha / rank in PEFT's terms (alpha / √rank with rsLoRA).
-        M: (rank, rank), a core between frozen factors: ΔW = scale · B @ M @ A (PrivateLoRA, arXiv
-            2311.14030); None is the identity.
 
     Raises:
         IncompatibleUpdates: the factors do not fit each other, or the scale is not a finite number.
@@ -32,7 +31,6 @@ class Pair:
     A: Tensor
     B: Tensor
     scale: float = 1.0
-    M: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -44,11 +42,6 @@ class Pair:
             raise IncompatibleUpdates(
                 f"expected A and B of one dtype and device, got {self.A.dtype} on {self.A.device} and "
                 f"{self.B.dtype} on {self.B.device}"
-            )
-        if self.M is not None and (self.M.shape != (self.rank, self.rank) or self.M.dtype != self.A.dtype):
-            raise IncompatibleUpdates(
-                f"expected a core M {(self.rank, self.rank)} of {self.A.dtype}, got {tuple(self.M.shape)} of "
-                f"{self.M.dtype}"
             )
         object.__setattr__(self, "scale", float(self.scale))
         if not math.isfinite(self.scale):
@@ -64,18 +57,9 @@ class Pair:
         """(d_out, d_in), the shape of ΔW and of the layer's weight."""
         return self.B.shape[0], self.A.shape[1]
 
-    def factors(self) -> Iterator[tuple[str, Tensor]]:
-        """The factors under their names, "A", "B" and, where there is one, "M"."""
-        yield from (("A", self.A), ("B", self.B))
-        if self.M is not None:
-            yield "M", self.M
-
-    def plain(self) -> "Pair":
-        """The same ΔW without a core, which goes into B."""
-        if self.M is None:
-            return self
-        B = (self.B.double() @ self.M.double()).to(self.B.dtype)
-        return Pair(self.A, B, self.scale)
+    def factors(self) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+        """Both factors under their names, "A" and "B"."""
+        return ("A", self.A), ("B", self.B)
 
 
 @dataclass(frozen=True)
@@ -84,18 +68,29 @@ class Adapter:
 
     Args:
         pairs: module name -> its pair; kept sorted by name.
-        extra: parameter name -> tensor that is trained and averaged as it is; kept sorted by name.
+        extra: name -> tensor that is trained and averaged as it is, such as a head's parameter, or
+            `MODULE.word` for a factor that the parametrization names; kept sorted by name.
+        parametrization: how the tensors change the weights.
+
+    Raises:
+        IncompatibleUpdates: there are pairs, and the parametrization has none.
     """
 
     pairs: Mapping[str, Pair]
     extra: Mapping[str, Tensor] = field(default_factory=dict)
+    parametrization: Parametrization = LORA
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", dict(sorted(self.pairs.items())))
         object.__setattr__(self, "extra", dict(sorted(self.extra.items())))
+        if self.pairs and not self.parametrization.pairs:
+            raise IncompatibleUpdates(
+                f"expected no pairs A, B beside the factors of {type(self.parametrization).__name__}, got "
+                f"{list(self.pairs)[:3]}"
+            )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor under its name: `module.A`, `module.B`, `module.M`, then the extras."""
+        """Every tensor under its name: `module.A`, `module.B`, then the extras."""
         for name, pair in self.pairs.items():
             yield from ((f"{name}.{factor}", tensor) for factor, tensor in pair.factors())
         yield from self.extra.items()
@@ -117,7 +112,54 @@ class Adapter:
             )
             for module, pair in self.pairs.items()
         }
-        return Adapter(pairs, {name: tensors.get(name, old) for name, old in self.extra.items()})
+        return replace(self, pairs=pairs, extra={n: tensors.get(n, old) for n, old in self.extra.items()})
+
+    def own_factors(self) -> dict[str, dict[str, Tensor]]:
+        """Module -> word -> the factors that the parametrization names, without A and B."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.extra.items():
+            if self.parametrization.owns(name):
+                module, _, word = name.rpartition(".")
+                found.setdefault(module, {})[word] = tensor
+        return found
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """Module -> all factors of its layer: A and B where it has a pair, and the parametrization's own."""
+        pairs = {module: dict(pair.factors()) for module, pair in self.pairs.items()}
+        own = self.own_factors()
+        return {module: pairs.get(module, {}) | own.get(module, {}) for module in {**pairs, **own}}
+
+    def heads(self) -> dict[str, Tensor]:
+        """The extras that are no layer's factors: parameters that are trained whole, such as the head's."""
+        return {name: tensor for name, tensor in self.extra.items() if not self.parametrization.owns(name)}
+
+    def plain(self, layer: Callable[[str], Layer] | None = None) -> "Adapter":
+        """The same change of every weight, its low-rank term as pairs of LoRA's where it has another form.
+
+        Args:
+            layer: gives a module's layer; None where no model is at hand. An adapter without pairs then stays
+                as it is, since nobody knows the shapes of its layers.
+        """
+        form, rest = self.parametrization, self.parametrization.rest
+        if rest == form or not rest.pairs or (layer is None and not form.pairs):
+            return self
+        pairs = {}
+        for module, factors in self.factors().items():
+            pair = self.pairs.get(module)
+            if layer is not None:
+                at = layer(module)
+            elif pair is not None:
+                at = Layer(module, pair.shape)
+            else:
+                continue
+            whole = form.with_constants(at, factors)
+            A, B = form.low_rank(
+                at, {n: t.double() if t.is_floating_point() else t for n, t in whole.items()}
+            )
+            dtype = next(iter(factors.values())).dtype
+            pairs[module] = Pair(A.to(dtype), B.to(dtype), pair.scale if pair else 1.0)
+        left = {name: tensor for name, tensor in self.extra.items() if rest.owns(name)}
+        return Adapter(pairs, self.heads() | left, rest)
 
     def top_down(self) -> list[str]:
         """The modules from the top layer down: by the numbers in their paths, falling, then by name.
@@ -133,7 +175,8 @@ class Adapter:
     def digest(self) -> str:
         """SHA-256 over names, scales, shapes, dtypes and bytes: equal if and only if the adapters are."""
         scales = "".join(f"{name}={pair.scale!r};" for name, pair in self.pairs.items())
-        return digest(scales, self.tensors())
+        form = "" if self.parametrization == LORA else repr(self.parametrization)
+        return digest(scales + form, self.tensors())
 
 
 def digest(header: str, tensors: Iterable[tuple[str, Tensor]]) -> str:

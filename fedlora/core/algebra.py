@@ -59,7 +59,6 @@ def mean_factors(pairs: Sequence[Pair], weights: Sequence[float], scale: float |
     update stated as (A, B / c, c · s_k) counts alike. The product of the means is not the mean of the
     products; it depends on how each is split: (c · A, B / c, s_k) gives another, with any rule for scales.
     """
-    pairs = [pair.plain() for pair in pairs]
     scale = pairs[0].scale if scale is None else scale
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
@@ -77,7 +76,7 @@ def rescale(pair: Pair, scale: float) -> Pair:
         return pair
     if scale == 0:
         raise IncompatibleUpdates("a pair cannot be expressed with scale 0")
-    return Pair(pair.A, (pair.B.double() * (pair.scale / scale)).to(pair.B.dtype), scale, pair.M)
+    return Pair(pair.A, (pair.B.double() * (pair.scale / scale)).to(pair.B.dtype), scale)
 
 
 def held(ranks: Sequence[int], weights: Sequence[float], rank: int) -> Tensor:
@@ -108,15 +107,10 @@ def stack(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
 def _wide(pairs: Sequence[Pair], weights: Sequence[float | Tensor]) -> Pair:
     """`stack` in float64; a weight may be one a direction."""
     columns = [
-        _left(pair) * (torch.as_tensor(w, dtype=torch.float64, device=pair.B.device) * pair.scale)
+        pair.B.double() * (torch.as_tensor(w, dtype=torch.float64, device=pair.B.device) * pair.scale)
         for pair, w in zip(pairs, weights, strict=True)
     ]
     return Pair(torch.cat([pair.A.double() for pair in pairs]), torch.cat(columns, dim=1), 1.0)
-
-
-def _left(pair: Pair) -> Tensor:
-    """B, or B·M where there is a core, in float64."""
-    return pair.B.double() if pair.M is None else pair.B.double() @ pair.M.double()
 
 
 def accumulate(total: Pair | None, gain: Pair) -> Pair:
@@ -129,7 +123,7 @@ def accumulate(total: Pair | None, gain: Pair) -> Pair:
     pairs = [gain] if total is None else [total, gain]
     if sum(pair.rank for pair in pairs) < min(gain.shape):
         return stack(pairs, [1.0] * len(pairs))
-    summed = torch.stack([pair.scale * (_left(pair) @ pair.A.double()) for pair in pairs]).sum(0)
+    summed = torch.stack([pair.scale * (pair.B.double() @ pair.A.double()) for pair in pairs]).sum(0)
     return of_dense(summed.to(gain.A.dtype))
 
 
@@ -142,7 +136,7 @@ def of_dense(matrix: Tensor) -> Pair:
 
 def negative(pair: Pair) -> Pair:
     """−ΔW, with scale 1."""
-    return Pair(pair.A.clone(), (_left(pair) * -pair.scale).to(pair.B.dtype), 1.0)
+    return Pair(pair.A.clone(), (pair.B.double() * -pair.scale).to(pair.B.dtype), 1.0)
 
 
 def residual(pairs: Sequence[Pair], weights: Sequence[float], approximation: Pair) -> Pair:
@@ -152,12 +146,12 @@ def residual(pairs: Sequence[Pair], weights: Sequence[float], approximation: Pai
 
 def dense(pair: Pair) -> Tensor:
     """ΔW = scale · B @ A itself, (d_out, d_in)."""
-    return (pair.scale * (_left(pair) @ pair.A.double())).to(pair.A.dtype)
+    return (pair.scale * (pair.B.double() @ pair.A.double())).to(pair.A.dtype)
 
 
 def pad(pair: Pair, rank: int) -> Pair:
     """The same ΔW with zero rows of A and zero columns of B up to `rank`."""
-    pair, more = pair.plain(), rank - pair.rank
+    more = rank - pair.rank
     if more < 0:
         raise IncompatibleUpdates(f"cannot pad a pair of rank {pair.rank} to the smaller rank {rank}")
     A = torch.nn.functional.pad(pair.A, (0, 0, 0, more))
@@ -167,14 +161,12 @@ def pad(pair: Pair, rank: int) -> Pair:
 def truncate(pair: Pair, rank: int) -> Pair:
     """The first `rank` rows of A and columns of B; the whole pair if it has no more."""
     if rank >= pair.rank:
-        return Pair(pair.A.clone(), pair.B.clone(), pair.scale, None if pair.M is None else pair.M.clone())
-    pair = pair.plain()
+        return Pair(pair.A.clone(), pair.B.clone(), pair.scale)
     return Pair(pair.A[:rank].clone(), pair.B[:, :rank].clone().contiguous(), pair.scale)
 
 
 def beyond(pair: Pair, rank: int) -> Pair:
     """What `truncate` leaves out, the other rows of A and columns of B; of rank 0 if there are none."""
-    pair = pair.plain()
     return Pair(pair.A[rank:].clone(), pair.B[:, rank:].clone().contiguous(), pair.scale)
 
 
@@ -262,7 +254,6 @@ def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
     more = rank - pair.rank
     if more <= 0:
         return pair
-    pair = pair.plain()
     fresh = torch.from_numpy(rng.standard_normal((more, pair.shape[1]))).to(pair.A.device)
     room = max(0, min(more, pair.shape[1] - pair.rank))
     rows = torch.linalg.qr(torch.cat([pair.A.double(), fresh[:room]]).T).Q.T[pair.rank :]
@@ -278,7 +269,7 @@ def _core(pair: Pair) -> tuple[Tensor | None, Tensor | None, Tensor]:
     # against the product and the SVD of the whole matrix.
     d_out, d_in = pair.shape
     r, small = pair.rank, min(pair.shape)
-    B, A = _left(pair) * pair.scale, pair.A.double()
+    B, A = pair.B.double() * pair.scale, pair.A.double()
     thin = 4 * r * r * (d_out + d_in) + 22 * r**3
     full = 2 * r * d_out * d_in + 22 * small**3 + 4 * small**2 * (max(d_out, d_in) - small)
     if r >= small or thin >= full:

@@ -1,7 +1,7 @@
 """What server and clients say to each other, as plain values: Peer, Task, Update, State."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -51,7 +51,7 @@ class Task:
 
     Args:
         adapter: where the client starts, in the client's own ranks and scales.
-        train: the factors that are optimised, of {"A", "B", "M"}; the extras always are.
+        train: the factors that are optimised, of {"A", "B"}; the extras always are.
         share: the factors that are sent back; the extras always are. A tensor that is trained and not shared
             is the client's own: it goes on from what it had, and `adapter` holds where it began.
         personal: names of tensors that are trained and never sent, whatever `share` says. A name stands for
@@ -171,7 +171,7 @@ class State:
 
     def delta(self, module: str) -> Tensor:
         """The effective update of one module's weight, dense, (d_out, d_in): the fold and the pair."""
-        own = dense(self.adapter.pairs[module])
+        own = dense(self.adapter.plain().pairs[module])
         return own + dense(self.fold[module]) if module in self.fold else own
 
     def whole(self) -> Adapter:
@@ -211,12 +211,10 @@ class State:
 
 
 def whole(adapter: Adapter, fold: Mapping[str, Pair]) -> Adapter:
-    """One adapter of plain pairs with the function of `fold` and `adapter` together."""
-    pairs = {
-        name: accumulate(fold[name], pair) if name in fold else pair.plain()
-        for name, pair in adapter.pairs.items()
-    }
-    return Adapter({**fold, **pairs}, adapter.extra)
+    """One adapter with the function of `fold` and `adapter` together, its low-rank term in plain pairs."""
+    adapter = adapter.plain()
+    pairs = {m: accumulate(fold[m], pair) if m in fold else pair for m, pair in adapter.pairs.items()}
+    return replace(adapter, pairs={**fold, **pairs})
 
 
 def _within(name: str, names: frozenset[str]) -> bool:

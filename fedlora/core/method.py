@@ -1,6 +1,9 @@
 """What a method needs of a client beyond the triple: typed values that travel as parts of a task."""
 
-from fedlora.core.adapter import Adapter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedlora.core.adapter import Adapter
 
 
 class MethodPart:
@@ -14,7 +17,7 @@ class MethodPart:
     part, and tuples and mappings (with str as keys) of these.
     """
 
-    def replies(self, adapter: Adapter) -> tuple[Adapter, ...]:
+    def replies(self, adapter: "Adapter") -> tuple["Adapter", ...]:
         """Adapters in whose shapes a client may reply beside the task's own; none unless a subclass says so.
 
         Args:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.method import MethodPart
+from fedlora.core.parametrization import LORA
 from fedlora.errors import ConfigError
 
 
@@ -51,7 +52,8 @@ def _form(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Adapter):
         scales = {m: _form(f"{name}/{m}", pair, tensors)["pair"] for m, pair in value.pairs.items()}
         tensors.update((f"{name}/{extra}", tensor.contiguous()) for extra, tensor in value.extra.items())
-        return {"adapter": {"scales": scales, "extra": list(value.extra)}}
+        form = {"form": _form(name, value.parametrization, tensors)} if value.parametrization != LORA else {}
+        return {"adapter": {"scales": scales, "extra": list(value.extra), **form}}
     if isinstance(value, tuple):
         return {"tuple": [_form(f"{name}/{i}", item, tensors) for i, item in enumerate(value)]}
     if isinstance(value, Mapping):
@@ -72,10 +74,12 @@ def _value(name: str, form: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "tensor":
         return tensors[name]
     if kind == "pair":
-        return Pair(tensors[f"{name}.A"], tensors[f"{name}.B"], told, tensors.get(f"{name}.M"))
+        return Pair(tensors[f"{name}.A"], tensors[f"{name}.B"], told)
     if kind == "adapter":
         pairs = {m: _value(f"{name}/{m}", {"pair": scale}, tensors) for m, scale in told["scales"].items()}
-        return Adapter(pairs, {extra: tensors[f"{name}/{extra}"] for extra in told["extra"]})
+        extra = {own: tensors[f"{name}/{own}"] for own in told["extra"]}
+        form = _value(name, told["form"], tensors) if "form" in told else LORA
+        return Adapter(pairs, extra, form)
     if kind == "tuple":
         return tuple(_value(f"{name}/{i}", item, tensors) for i, item in enumerate(told))
     if kind == "map":
@@ -98,8 +102,8 @@ def _loaded(path: str) -> type[MethodPart]:
     found = {_path(kind): kind for kind in _below(MethodPart) if is_dataclass(kind)}
     if path not in found:
         raise ConfigError(
-            f"the task has a part '{path:.200}', which is not loaded here; if you trust its module, import "
-            "it where the client is made"
+            f"'{path:.200}', a part of a task or adapter, is not loaded here; if you trust its module, "
+            "import it where the client is made"
         )
     return found[path]
 

@@ -23,6 +23,7 @@ from fedlora.core.algebra import (
     truncate,
 )
 from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.parametrization import LORA
 from fedlora.errors import IncompatibleUpdates
 from fedlora.seeds import generator
 
@@ -72,7 +73,7 @@ class Strategy(ABC):
         fold = fold or {}
         given = {m: pair for m, pair in adapter.pairs.items() if m not in fold}
         if self.mixed_ranks:
-            adapter = Adapter({**adapter.pairs, **ordered(given, seed)}, adapter.extra)
+            adapter = replace(adapter, pairs={**adapter.pairs, **ordered(given, seed)})
         return State(adapter, fold=fold, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
@@ -174,7 +175,21 @@ def mean_adapter(state: State, sent: Sequence[Update], weights: Sequence[float])
         m: mean_factors([u.adapter.pairs[m] for u in sent], weights, old.scale)
         for m, old in state.adapter.pairs.items()
     }
-    return Adapter(pairs, mean_extras([u.adapter.extra for u in sent], weights))
+    return replace(state.adapter, pairs=pairs, extra=mean_extras([u.adapter.extra for u in sent], weights))
+
+
+def next_state(
+    strategy: Strategy, state: State, updates: Sequence[Update], rng: np.random.Generator
+) -> State:
+    """What a strategy makes of a round's updates, in the parametrization of the state before.
+
+    A strategy of plain LoRA that builds its adapter anew, by `Adapter(pairs, extra)`, need not know that the
+    factors of another parametrization are among the extras.
+    """
+    after, form = strategy.aggregate(state, updates, rng), state.adapter.parametrization
+    if after.adapter.parametrization == LORA and any(map(form.owns, after.adapter.extra)):
+        return replace(after, adapter=replace(after.adapter, parametrization=form))
+    return after
 
 
 def ordered(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
@@ -194,7 +209,8 @@ def ordered(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
 def slice_to_rank(adapter: Adapter, peer: Peer) -> Adapter:
     """The part of a global adapter that a peer's ranks hold, in the peer's scales.
 
-    The first r rows of A and columns of B; a difference of scale goes on B.
+    The first r rows of A and columns of B, and what the parametrization makes of its own factors. Where the
+    scales differ, the ratio goes on B.
 
     Raises:
         IncompatibleUpdates: the peer's rank is larger than what there is.
@@ -210,7 +226,13 @@ def slice_to_rank(adapter: Adapter, peer: Peer) -> Adapter:
                 "start the run with the largest rank of all clients"
             )
         pairs[name] = rescale(truncate(pair, rank), peer.scales.get(name, pair.scale))
-    return Adapter(pairs, {name: tensor.clone() for name, tensor in adapter.extra.items()})
+    resized = {
+        f"{name}.{word}": tensor
+        for name, own in adapter.own_factors().items()
+        for word, tensor in adapter.parametrization.resize(own, peer.ranks.get(name, peer.rank)).items()
+    }
+    extra = {name: tensor.clone() for name, tensor in {**adapter.extra, **resized}.items()}
+    return replace(adapter, pairs=pairs, extra=extra)
 
 
 def grow_rank(state: State, peer: Peer) -> Adapter:
@@ -219,7 +241,7 @@ def grow_rank(state: State, peer: Peer) -> Adapter:
     for name, pair in state.adapter.pairs.items():
         rng = generator(state.seed, "refill", zlib.crc32(name.encode()), state.round)
         room[name] = refill(pair, peer.ranks.get(name, peer.rank), rng)
-    return Adapter(room, state.adapter.extra)
+    return replace(state.adapter, pairs=room)
 
 
 def _plain(update: Update, expected: Adapter) -> Update:
@@ -253,11 +275,15 @@ def _fits(expected: Adapter, got: Adapter, who: str) -> None:
                 f"{who} sent an update of shape {pair.shape} for '{module}', "
                 f"expected {expected.pairs[module].shape}"
             )
+    shapes = {name: tensor.shape for name, tensor in expected.extra.items()}
+    for module, own in expected.own_factors().items():
+        if module in got.pairs:  # of the rank that was sent
+            resized = expected.parametrization.resize(own, got.pairs[module].rank)
+            shapes |= {f"{module}.{word}": tensor.shape for word, tensor in resized.items()}
     for name, tensor in got.extra.items():
-        if tensor.shape != expected.extra[name].shape:
+        if tensor.shape != shapes[name]:
             raise IncompatibleUpdates(
-                f"{who} sent shape {tuple(tensor.shape)} for '{name}', "
-                f"expected {tuple(expected.extra[name].shape)}"
+                f"{who} sent shape {tuple(tensor.shape)} for '{name}', expected {tuple(shapes[name])}"
             )
 
 

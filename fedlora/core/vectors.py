@@ -7,6 +7,7 @@ privacy) or under masks (secure sums). The widest task is that of a client of th
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def moved_products(wide: Task, change: Mapping[str, Tensor]) -> Adapter:
         moved = compress(of_dense(dense(old).double() + change[name]), old.rank, old.scale)
         pairs[name] = Pair(moved.A.to(old.A.dtype), moved.B.to(old.B.dtype), moved.scale)
     extra = {name: (old.double() + change[name]).to(old.dtype) for name, old in wide.adapter.extra.items()}
-    return Adapter(pairs, extra)
+    return replace(wide.adapter, pairs=pairs, extra=extra)
 
 
 def moved_factors(wide: Task, change: Mapping[str, Tensor]) -> Adapter:

@@ -2,12 +2,11 @@
 
 from fedlora.models.adaptable import targets
 from fedlora.models.base import Base
-from fedlora.models.dora import with_magnitudes
 from fedlora.models.given import load_given
 from fedlora.models.hidden_states import HiddenStateHook
 from fedlora.models.initialization import take_out_of_base
 from fedlora.models.loading import checkpoint_dtype, load
-from fedlora.models.lora import LoRA, fresh_adapter, layer_weight
+from fedlora.models.lora import LoRA, fresh_adapter, layer_weight, parametrized
 from fedlora.models.multi_adapter import MultiAdapterModel
 from fedlora.models.peft_files import by_peft, load_adapter, merge, save_adapter
 from fedlora.models.traits import Traits
@@ -26,8 +25,8 @@ __all__ = [
     "load_adapter",
     "load_given",
     "merge",
+    "parametrized",
     "save_adapter",
     "take_out_of_base",
     "targets",
-    "with_magnitudes",
 ]

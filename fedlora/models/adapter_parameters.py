@@ -1,18 +1,17 @@
 """What the tasks of a bank bring with them, as the parameters of its slots."""
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SPARSE, SparseMask, places
+from fedlora.core.parametrization import LORA, Parametrization
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
-from fedlora.models.dora import MAGNITUDE, split
-from fedlora.models.lora import layer_shape
+from fedlora.models.lora import layer_of
 
 
 def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
@@ -20,10 +19,26 @@ def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
 
 
 def leaves(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, dict[str, nn.Parameter]]:
-    """A parameter for every factor, those to train with a gradient."""
+    """Module -> a parameter for each of its factors, those to train with a gradient."""
     return {
-        name: {f: _leaf(tensor, base.device, f"{name}.{f}" in trained) for f, tensor in pair.factors()}
-        for name, pair in adapter.pairs.items()
+        module: {f: _leaf(tensor, base.device, f"{module}.{f}" in trained) for f, tensor in factors.items()}
+        for module, factors in adapter.factors().items()
+    }
+
+
+def constants(
+    base: Base, form: Parametrization, factors: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Tensor]]:
+    """Module -> the tensors that a parametrization makes from its fields and the layer alone."""
+    if form == LORA:
+        return {}
+    return {
+        module: {
+            name: tensor
+            for name, tensor in form.with_constants(layer_of(base, module), own).items()
+            if name not in own
+        }
+        for module, own in factors.items()
     }
 
 
@@ -31,7 +46,7 @@ def folds(base: Base, tasks: Sequence[Task]) -> dict[str, list[Pair]]:
     """Module -> what each slot's base has folded in; one pair for all where it is the same for all."""
     found = {}
     for name in {name: None for task in tasks for name in task.fold}:
-        own = [task.fold[name].plain() if name in task.fold else None for task in tasks]
+        own = [task.fold.get(name) for task in tasks]
         first = next(pair for pair in own if pair is not None)
         if all(pair is not None and _same(pair, first) for pair in own):
             own = [first]
@@ -49,34 +64,9 @@ def _same(one: Pair, two: Pair) -> bool:
     return one.scale == two.scale and torch.equal(one.A, two.A) and torch.equal(one.B, two.B)
 
 
-def values(
-    base: Base, task: Task, trained: Collection[str]
-) -> dict[str, tuple[nn.Parameter, Tensor, tuple[int, int]]]:
-    """Module -> the values of its sparse update, their places, and the layer's shape."""
-    mask = task.part(SparseMask)
-    if mask is None:
-        return {}
-    found = {}
-    for key, values in task.adapter.extra.items():
-        if key.endswith(SPARSE):
-            name = key.removesuffix(SPARSE)
-            shape = layer_shape(base.model.get_submodule(name), name)
-            indices = places(mask.seed, name, shape, len(values)).to(base.device)
-            found[name] = (_leaf(values, base.device, key in trained), indices, shape)
-    return found
-
-
-def magnitudes(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, nn.Parameter]:
-    """Module -> the lengths of its weight's rows, by DoRA."""
-    return {
-        name: _leaf(value, base.device, name + MAGNITUDE in trained)
-        for name, value in split(adapter)[0].items()
-    }
-
-
 def copies(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, nn.Module]:
     """The adapter's own copy of every head of which it has tensors; the base's own serves for the others."""
-    extra = {key: value for key, value in split(adapter)[1].items() if not key.endswith(SPARSE)}
+    extra = adapter.heads()
     copies = {}
     for name in (n for n in base.heads if any(key.startswith(f"{n}.") for key in extra)):
         twin = copy.deepcopy(base.model.get_submodule(name))

@@ -15,6 +15,7 @@ and clients of any start share one base.
 """
 
 import zlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def take_out_of_base(
         B, A = _principal(weight, old) if init == "pissa" else _orthonormal(weight, old)
         pair = Pair(A.to(old.A.dtype).contiguous(), B.to(old.B.dtype).contiguous(), old.scale)
         pairs[name] = refill(pair, old.rank, generator(seed, "adapter", zlib.crc32(name.encode())))
-    return Adapter(pairs, adapter.extra), {name: negative(pair) for name, pair in pairs.items()}
+    return replace(adapter, pairs=pairs), {name: negative(pair) for name, pair in pairs.items()}
 
 
 @one_thread()

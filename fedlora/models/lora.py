@@ -1,14 +1,18 @@
 """The rule from ranks to scales, the adapter that a run starts from, and the layers it can be put on."""
 
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import dense
 from fedlora.core.messages import Peer
+from fedlora.core.parametrization import Layer, Parametrization
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models.base import Base
 from fedlora.seeds import generator
@@ -97,6 +101,55 @@ def fresh_adapter(
         pairs[name] = Pair(A, torch.zeros(d_out, rank), peer.scales[name])
     extra = {name: value.cpu() for name, value in base.head_state(heads).items()}
     return Adapter(pairs, extra)
+
+
+def layer_of(base: Base, name: str, fold: Mapping[str, Pair] | None = None) -> Layer:
+    """A linear layer of the model as a parametrization sees it.
+
+    Raises:
+        ModelError: the model has no such layer.
+    """
+    try:
+        module = base.model.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"the adapter has factors for '{name}', a module that the model lacks") from error
+    folded = dense(fold[name]) if fold and name in fold else 0.0
+    weight = partial(layer_weight, module, name)
+    return Layer(name, layer_shape(module, name), weight, getattr(module, "bias", None), folded)
+
+
+def parametrized(
+    base: Base,
+    adapter: Adapter,
+    form: Parametrization,
+    fold: Mapping[str, Pair] | None = None,
+    seed: int = 0,
+) -> Adapter:
+    """An adapter of LoRA in another parametrization, at its start; factors that it has already stay.
+
+    Args:
+        base: the model.
+        adapter: its pairs say which layers, ranks and scales; its heads are kept.
+        form: the parametrization.
+        fold: what is added to the base besides.
+        seed: of its random choices.
+
+    Raises:
+        ModelError: a quantised weight, where the parametrization looks at it.
+        ConfigError: the parametrization starts without one of its factors.
+    """
+    pairs, own = {}, dict[str, Tensor]()
+    for name, pair in adapter.pairs.items():
+        rng = generator(seed, "parametrization", zlib.crc32(name.encode()))
+        found = dict(form.start(layer_of(base, name, fold), pair, rng))
+        if found.keys() != {*("AB" if form.pairs else ""), *form.factors}:
+            raise ConfigError(
+                f"{type(form).__name__}.start: expected the factors of '{name}', got {sorted(found)}"
+            )
+        if form.pairs:
+            pairs[name] = Pair(found["A"], found["B"], pair.scale)
+        own |= {f"{name}.{word}": found[word].cpu() for word in form.factors}
+    return Adapter(pairs, {**own, **adapter.extra}, form)
 
 
 def layer_shape(module: nn.Module, name: str) -> tuple[int, int]:

@@ -2,14 +2,15 @@
 
 A batch holds its rows client by client. At every target layer each client's rows meet that client's own
 factors, at that client's own rank, so that one pass over the shared base trains K clients and nothing is
-padded. The base is never written to: low-rank and sparse terms are added by forward hooks, what a client's
-base has folded in among them, and trained whole modules (the head) stand in for the base's while the bank is
-open. An extra `MODULE.magnitude` makes that module one of DoRA.
+padded. The base is never written to: what each adapter's parametrization makes of a layer, and what a
+client's base has folded in, is done by forward hooks, and trained whole modules (the head) stand in for the
+base's while the bank is open.
 """
 
 import itertools
 import threading
 from collections.abc import Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,13 +20,12 @@ from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SPARSE, spread
+from fedlora.core.parametrization import LORA
 from fedlora.errors import ApartError, ModelError
 from fedlora.models import adapter_parameters
 from fedlora.models.base import Base
-from fedlora.models.dora import MAGNITUDE, lengths, stretch
 from fedlora.models.first_token import keep_first
-from fedlora.models.lora import layer_shape
+from fedlora.models.lora import layer_of, layer_shape
 from fedlora.models.low_rank import add_low_rank
 from fedlora.models.per_row import Copies, call_rows
 
@@ -44,8 +44,8 @@ class MultiAdapterModel:
         unpadded: whether batches are to be fed by `Base.losses_unpadded`.
 
     Raises:
-        ModelError: an adapter names a module that the model lacks, or of another shape; or per row, there
-            are sparse values or magnitudes, which have no such gradient.
+        ModelError: an adapter names a module that the model lacks, or of another shape; or per row, the
+            parametrization has no such gradient.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class MultiAdapterModel:
             if (
                 task.adapter.pairs.keys() != first.pairs.keys()
                 or task.adapter.extra.keys() != first.extra.keys()
+                or type(task.adapter.parametrization) is not type(first.parametrization)
             ):
                 raise ModelError("the adapters of one pass must have the same modules and the same heads")
         self._model, self._after = base.model, None if every_token else base.after
@@ -68,13 +69,19 @@ class MultiAdapterModel:
         self._batch = threading.local()  # batches may be on their way in several threads
         self._tasks = tasks
         each = [(task, frozenset(task.trained() if train else ())) for task in tasks]
-        self._pairs = [adapter_parameters.leaves(base, task.adapter, trained) for task, trained in each]
+        self._forms = [task.adapter.parametrization for task in tasks]
+        self._factors = [adapter_parameters.leaves(base, task.adapter, trained) for task, trained in each]
+        self._constants = [
+            adapter_parameters.constants(base, form, own)
+            for form, own in zip(self._forms, self._factors, strict=True)
+        ]
+        self._layers = {name: layer_of(base, name) for name in self._factors[0] if self._forms[0] != LORA}
         self._folds = adapter_parameters.folds(base, tasks)
-        self._sparse = [adapter_parameters.values(base, task, trained) for task, trained in each]
-        self._magnitudes = [adapter_parameters.magnitudes(base, t.adapter, trained) for t, trained in each]
         self._heads = [adapter_parameters.copies(base, task.adapter, trained) for task, trained in each]
-        if per_row and (any(self._sparse) or any(self._magnitudes)):
-            raise ModelError("sparse values and DoRA's magnitudes have no gradient for each row")
+        if per_row and self._factors[0] and not self._forms[0].by_row:
+            raise ModelError(
+                f"the factors of {type(self._forms[0]).__name__} have no gradient for each row; use LoRA"
+            )
         alone = range(len(tasks)) if per_row else ()
         self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in alone])
         self._by_row = base.traits.by_row
@@ -96,7 +103,7 @@ class MultiAdapterModel:
         vocabulary = getattr(self._model, "get_output_embeddings", lambda: None)()
         if vocabulary is not None and any(modules[name] is vocabulary for name, _ in named):
             self.unpadded = False  # it is shown the tokens before a response's alone
-        for name in dict.fromkeys([*(name for name, _ in named), *self._sparse[0], *self._magnitudes[0]]):
+        for name in dict.fromkeys([*(name for name, _ in named), *self._factors[0]]):
             self._handles.append(modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
         if self._after is not None:
             self._handles.append(keep_first(self._after))
@@ -130,22 +137,20 @@ class MultiAdapterModel:
         return [self._rows.of(parameter) for parameter in parameters]
 
     def factors(self, slot: int) -> dict[str, list[nn.Parameter]]:
-        """One slot's trainable parameters, grouped as "A", "B", "M", "sparse", "magnitude" and "head"."""
-        pairs = self._pairs[slot].values()
-        groups = {factor: [pair[factor] for pair in pairs if factor in pair] for factor in "ABM"}
-        groups["sparse"] = [values for values, _, _ in self._sparse[slot].values()]
-        groups["magnitude"] = list(self._magnitudes[slot].values())
+        """One slot's trainable parameters, in groups: "A", "B", the parametrization's words, and "head"."""
+        modules = self._factors[slot].values()
+        names = ("A", "B", *self._forms[slot].factors)
+        groups = {factor: [own[factor] for own in modules if factor in own] for factor in names}
         groups["head"] = [p for head in self._heads[slot].values() for p in head.parameters()]
         trained = {name: [p for p in found if p.requires_grad] for name, found in groups.items()}
         return {name: found for name, found in trained.items() if found}
 
     def parameters(self, slot: int) -> dict[str, nn.Parameter]:
         """One slot's parameters, trained or not, under the names of `Adapter.tensors`."""
-        found = {f"{m}.{f}": p for m, factors in self._pairs[slot].items() for f, p in factors.items()}
+        found = {f"{m}.{f}": p for m, factors in self._factors[slot].items() for f, p in factors.items()}
         for name, head in self._heads[slot].items():
             found |= {f"{name}.{key}": p for key, p in head.named_parameters()}
-        found |= {f"{m}{SPARSE}": p for m, (p, _, _) in self._sparse[slot].items()}
-        return found | {f"{m}{MAGNITUDE}": p for m, p in self._magnitudes[slot].items()}
+        return found
 
     def adapter(self, slot: int) -> Adapter:
         """A copy of one slot's adapter as it now is."""
@@ -153,11 +158,11 @@ class MultiAdapterModel:
         return self._tasks[slot].adapter.with_tensors(now)
 
     def _hook(self, name: str) -> Any:
-        pairs = [slot[name] for slot in self._pairs if name in slot]
-        scales = [task.adapter.pairs[name].scale for task in self._tasks] if pairs else []
+        form, own = self._forms[0], name in self._factors[0]
+        paired = own and name in self._tasks[0].adapter.pairs
+        low_rank = own and (paired if form.pairs else form.has_low_rank)
+        scales = [task.adapter.pairs[name].scale if paired else 1.0 for task in self._tasks]
         folds = self._folds.get(name, [])
-        sparse = [slot[name] for slot in self._sparse if name in slot]
-        magnitudes = [slot[name] for slot in self._magnitudes if name in slot]
 
         def add(
             module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
@@ -165,10 +170,9 @@ class MultiAdapterModel:
             x = args[0] if args else next(iter(named.values()))
             segments = self._segments(x, name)
             units = segments[-1][1]
-            if pairs:
-                live = [k for k, (start, stop) in enumerate(segments) if stop > start]
-                found = [{f: self._rows.of(own) for f, own in pairs[k].items()} for k in live]
-                factors = [f for p in found for f in (p["A"], p["B"] @ p["M"] if "M" in p else p["B"])]
+            live = [k for k, (start, stop) in enumerate(segments) if stop > start]
+            if low_rank:
+                factors = [f for k in live for f in self._low_rank(k, name)]
                 ends, s = [segments[k] for k in live], [scales[k] for k in live]
                 output = add_low_rank(output, x, units, ends, s, factors)
             if folds:
@@ -176,34 +180,56 @@ class MultiAdapterModel:
                 output = add_low_rank(
                     output, x, units, every, [p.scale for p in folds], [f for p in folds for f in (p.A, p.B)]
                 )
-            if sparse:
-                flat = x.reshape(units, -1, x.shape[-1]).to(sparse[0][0])
-                parts = zip(segments, sparse, strict=True)
-                change = torch.cat([F.linear(flat[a:b], spread(*s)) for (a, b), s in parts])
-                output = output + change.view(output.shape).to(output)
-            if magnitudes:
-                ratios = [
-                    m if a == b else m / lengths(module, name, self._change(k, name))
-                    for k, ((a, b), m) in enumerate(zip(segments, magnitudes, strict=True))
-                ]
-                flat = output.reshape(units, -1, output.shape[-1])
-                output = stretch(flat, getattr(module, "bias", None), segments, ratios).view(output.shape)
+            if own and form != LORA:
+                output = self._beyond_low_rank(name, x, output, [(k, *segments[k]) for k in live], units)
             return output
 
         return add
 
+    def _low_rank(self, slot: int, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of one slot's term in a layer; per row, each row's own where they are trained."""
+        own = self._factors[slot][name]
+        form = self._forms[slot]
+        if form == LORA:
+            return self._rows.of(own["A"]), self._rows.of(own["B"])
+        return form.low_rank(self._layers[name], self._all(slot, name))
+
+    def _all(self, slot: int, name: str) -> dict[str, Tensor]:
+        """A layer's factors, each row's own where there are such, and its constants."""
+        own = {factor: self._rows.of(parameter) for factor, parameter in self._factors[slot][name].items()}
+        return own | self._constants[slot][name]
+
+    def _beyond_low_rank(
+        self, name: str, x: Tensor, output: Tensor, live: list[tuple[int, int, int]], units: int
+    ) -> Tensor:
+        """The layer's output with each slot's dense change, and what the parametrization makes of it."""
+        layer = self._layers[name]
+        changes = [self._forms[k].dense(layer, self._all(k, name)) for k, _, _ in live]
+        if changes and changes[0] is not None:
+            flat = x.reshape(units, -1, x.shape[-1]).to(changes[0])
+            parts = [
+                F.linear(flat[a:b], c) for (_, a, b), c in zip(live, changes, strict=True) if c is not None
+            ]
+            output = output + torch.cat(parts).view(output.shape).to(output)
+        if self._forms[0].changes_output:
+            flat = output.reshape(units, -1, output.shape[-1])
+            parts = [
+                self._forms[k].output(layer, flat[a:b], self._all(k, name), partial(self._change, k, name))
+                for k, a, b in live
+            ]
+            output = torch.cat(parts).view(output.shape)
+        return output
+
     @torch.no_grad()
     def _change(self, slot: int, name: str) -> Tensor:
         """ΔW of one slot and module, (d_out, d_in), of all that there is; a constant to the gradient."""
-        change = self._magnitudes[slot][name].new_zeros(())
-        if name in self._pairs[slot]:
-            p, scale = self._pairs[slot][name], self._tasks[slot].adapter.pairs[name].scale
-            change = change + scale * (p["B"] @ p["M"] if "M" in p else p["B"]) @ p["A"]
+        pairs, factors = self._tasks[slot].adapter.pairs, self._all(slot, name)
+        scale = pairs[name].scale if name in pairs else 1.0
+        found = self._forms[slot].change(self._layers[name], factors, scale)
+        change = next(iter(factors.values())).new_zeros(()) if found is None else found
         if name in self._folds:
             fold = self._folds[name][slot if len(self._folds[name]) > 1 else 0]
             change = change + fold.scale * fold.B @ fold.A
-        if name in self._sparse[slot]:
-            change = change + spread(*self._sparse[slot][name])
         return change
 
     def _stand_in(self, name: str) -> Any:
@@ -229,7 +255,7 @@ class MultiAdapterModel:
         tokens: list[tuple[int, int]] | None = getattr(self._batch, "tokens", None)
         if tokens is not None and x.ndim == 3 and x.shape[:2] == (1, tokens[-1][1]):
             return tokens
-        if len(self._pairs) == 1 and not self._rows.on:
+        if len(self._tasks) == 1 and not self._rows.on:
             return [(0, x.shape[0])]
         rows: list[tuple[int, int]] = self._batch.rows
         if x.shape[0] != rows[-1][1] or (self._by_row is not None and name not in self._by_row):

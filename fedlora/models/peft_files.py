@@ -4,6 +4,7 @@ import copy
 import re
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,14 @@ from torch import Tensor
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
-from fedlora.models.dora import MAGNITUDE, lengths, split, with_magnitudes
-from fedlora.models.lora import by_pattern, layer_shape, layer_weight
+from fedlora.models.lora import by_pattern, layer_of, layer_shape, layer_weight, parametrized
+from fedlora.models.parametrizations import LORA, DoRA, Parametrization
 
 PREFIX = "base_model.model."
+# PEFT's name of a tensor -> the parametrization that has it, and its word there.
+KNOWN: dict[str, tuple[Parametrization, str]] = {
+    name: (form, word) for form in (DoRA(),) for word, name in form.peft_names.items()
+}
 
 
 def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
@@ -30,7 +35,7 @@ def save_adapter(adapter: Adapter, base: Base, folder: Path) -> None:
     of its own because transformers takes an adapter's folder with a config.json for a whole model.
 
     Args:
-        adapter: of any ranks and scales, mixed over modules; with magnitudes it becomes one of DoRA.
+        adapter: of any ranks and scales, mixed over modules, in a parametrization that PEFT's LoRA can hold.
         base: the model it belongs to.
         folder: made if missing.
     """
@@ -56,11 +61,16 @@ def as_peft(adapter: Adapter, base: Base) -> tuple[Any, dict[str, Tensor]]:
     """
     from peft import LoraConfig, TaskType
 
+    adapter, form = adapter.plain(partial(layer_of, base)), adapter.parametrization
+    own = adapter.own_factors()
+    if own and not form.peft_names:
+        raise ModelError(
+            f"{type(form).__name__} has no form that PEFT's LoRA could hold; export the model with it merged"
+        )
     if not adapter.pairs:
         raise ModelError("this run trained the head alone: it has no LoRA pair, so there is no PEFT adapter")
-    magnitudes, heads = split(adapter)
-    if magnitudes:  # in a DoRA adapter every module has some
-        magnitudes = split(with_magnitudes(base, adapter))[0]
+    if own and adapter.pairs.keys() - own.keys():  # PEFT knows one kind of layer in an adapter
+        adapter = parametrized(base, adapter, form)
     rank = Counter(pair.rank for pair in adapter.pairs.values()).most_common(1)[0][0]
     scale = next(pair.scale for pair in adapter.pairs.values())
     transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in adapter.pairs)
@@ -77,16 +87,16 @@ def as_peft(adapter: Adapter, base: Base) -> tuple[Any, dict[str, Tensor]]:
             n: p.scale * p.rank for n, p in adapter.pairs.items() if (p.rank, p.scale) != (rank, scale)
         },
         fan_in_fan_out=transposed,
-        use_dora=bool(magnitudes),
         inference_mode=True,
+        **(form.peft_options if own else {}),
     )
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.pairs.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
-    for name, value in magnitudes.items():
-        tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = value.contiguous()
-    for name, value in (base.head_state() | heads).items():
+    for name, factors in adapter.own_factors().items():
+        tensors |= {f"{PREFIX}{name}.{form.peft_names[word]}": t.contiguous() for word, t in factors.items()}
+    for name, value in (base.head_state() | adapter.heads()).items():
         tensors[PREFIX + name] = value.contiguous()
     return config, tensors
 
@@ -127,7 +137,8 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
         )
     pairs: dict[str, dict[str, Tensor]] = {}
     extra: dict[str, Tensor] = {}
-    magnitudes: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
+    form = LORA
     try:
         weights = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
@@ -137,8 +148,10 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
         value = value if value.dtype == torch.float64 else value.float()
         if match := re.fullmatch(r"(.+)\.lora_([AB])\.weight", name):
             pairs.setdefault(match[1], {})[match[2]] = value
-        elif name.endswith(".lora_magnitude_vector"):
-            magnitudes[name.removesuffix(".lora_magnitude_vector") + MAGNITUDE] = value
+        elif name.rpartition(".")[2] in KNOWN:
+            module, _, end = name.rpartition(".")
+            form, word = KNOWN[end]
+            own[f"{module}.{word}"] = value
         elif name.startswith(tuple(f"{head}." for head in base.heads)):
             extra[name] = value
         else:
@@ -157,7 +170,7 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
         alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
         made[name] = Pair(factors["A"], factors["B"], alpha / (rank**0.5 if config.use_rslora else rank))
     # PEFT saves the heads that it knows of; what else was made up here starts as it is.
-    return Adapter(made, magnitudes | ((base.head_state() | extra) if extra else {}))
+    return Adapter(made, own | ((base.head_state() | extra) if extra else {}), form)
 
 
 def by_peft(base: Base, folder: Path) -> Base:
@@ -171,7 +184,7 @@ def by_peft(base: Base, folder: Path) -> Base:
 
 
 def merge(base: Base, adapter: Adapter) -> None:
-    """Add every ΔW to its layer's weight, bring DoRA's rows to their lengths and put the heads in.
+    """Make every layer's weight what the adapter's parametrization makes of it, and put the heads in.
 
     The base becomes a plain fine-tuned model.
 
@@ -180,18 +193,18 @@ def merge(base: Base, adapter: Adapter) -> None:
     Raises:
         ModelError: a quantised weight.
     """
-    from fedlora.core.algebra import dense
-
-    parameters = dict(base.model.named_parameters())
-    magnitudes, heads = split(adapter)
-    for name, pair in adapter.pairs.items():
-        layer = base.model.get_submodule(name)
-        delta = dense(pair).to(layer.weight.device).double()
-        merged = layer_weight(layer, name).double() + delta
-        if name in magnitudes:
-            merged *= (magnitudes[name].to(merged) / lengths(layer, name, delta))[:, None]
+    form, parameters = adapter.parametrization, dict(base.model.named_parameters())
+    for name, factors in adapter.factors().items():
+        layer, at = base.model.get_submodule(name), layer_of(base, name)
+        merged = layer_weight(layer, name).double()
+        wide = {
+            factor: tensor.to(merged if tensor.is_floating_point() else merged.device)
+            for factor, tensor in form.with_constants(at, factors).items()
+        }
+        change = form.change(at, wide, adapter.pairs[name].scale if name in adapter.pairs else 1.0)
+        merged = form.weight(at, merged if change is None else merged + change, wide)
         if type(layer).__name__ == "Conv1D":
             merged = merged.T
         layer.weight.data = merged.to(layer.weight.dtype).contiguous()
-    for name, value in heads.items():
+    for name, value in adapter.heads().items():
         parameters[name].data = value.to(parameters[name])

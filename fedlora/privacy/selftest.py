@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Pair
 from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ModelError
@@ -72,16 +72,11 @@ def _made_up(base: Base, task: Task) -> Task:
         return torch.from_numpy(rng.normal(0, spread, tuple(like.shape))).to(like)
 
     pairs = {
-        name: Pair(
-            normal(pair.A, pair.shape[1] ** -0.5),
-            normal(pair.B, 0.1 * pair.rank**-0.5),
-            pair.scale,
-            None if pair.M is None else normal(pair.M, pair.rank**-0.5),
-        )
+        name: Pair(normal(pair.A, pair.shape[1] ** -0.5), normal(pair.B, 0.1 * pair.rank**-0.5), pair.scale)
         for name, pair in task.adapter.pairs.items()
     }
     extra = {name: value + normal(value, 0.02) for name, value in task.adapter.extra.items()}
-    return replace(task, adapter=Adapter(pairs, extra))
+    return replace(task, adapter=replace(task.adapter, pairs=pairs, extra=extra))
 
 
 def _rows(base: Base) -> list[Example]:

@@ -48,7 +48,8 @@ def distances(tasks: Sequence[Task], adapters: Sequence[Adapter]) -> Tensor:
         tasks: what each client was sent.
         adapters: what came back.
     """
-    sent = [task.adapter for task in tasks]
+    sent = [task.adapter.plain() for task in tasks]
+    adapters = [adapter.plain() for adapter in adapters]
     products = torch.zeros(len(sent), len(sent), dtype=torch.float64)
     for name in sent[0].pairs:
         own = [change(s.pairs[name], g.pairs[name]) for s, g in zip(sent, adapters, strict=True)]
@@ -88,12 +89,12 @@ class Segment:
     @classmethod
     def of(cls, task: Task, end: Adapter) -> "Segment":
         """The segment of a client."""
-        total = torch.zeros(2, 2, dtype=torch.float64)
-        for name, given in task.adapter.pairs.items():
-            sent, got, dA, dB = _moved(given, end.pairs[name])
+        total, start, last = torch.zeros(2, 2, dtype=torch.float64), task.adapter.plain(), end.plain()
+        for name, given in start.pairs.items():
+            sent, got, dA, dB = _moved(given, last.pairs[name])
             first = Pair(torch.cat([sent.A, dA]), torch.cat([dB, sent.B], dim=1), got.scale)
             total += gram([first, Pair(dA, dB, got.scale)]).cpu()
-        head = float(_extras(task.adapter, end).norm()) ** 2
+        head = float(_extras(start, last).norm()) ** 2
         raw = float(flat(factor_change(task.adapter, end, task)).norm())
         return cls(task, end, float(total[0, 0]) + head, float(total[0, 1]), float(total[1, 1]), raw)
 
@@ -122,7 +123,7 @@ class Segment:
 def _moved(sent: Pair, got: Pair) -> tuple[Pair, Pair, Tensor, Tensor]:
     """Both in float64, in one rank and scale, and dA and dB."""
     rank = max(sent.rank, got.rank)
-    sent, got = (pad(Pair(p.A.double(), p.B.double(), p.scale), rank) for p in (sent.plain(), got.plain()))
+    sent, got = (pad(Pair(p.A.double(), p.B.double(), p.scale), rank) for p in (sent, got))
     got = rescale(got, sent.scale)
     return sent, got, got.A - sent.A, got.B - sent.B
 

@@ -20,8 +20,9 @@ def aggregation_error(state: State, updates: Sequence[Update], tasks: Sequence[T
     weights = normalised([update.weight for update in updates])
     result = state.whole().pairs
     errors, lengths = [], []
-    for name in updates[0].adapter.pairs:
-        terms = [(u.adapter.pairs[name], w) for u, w in zip(updates, weights, strict=True)]
+    sent = [update.adapter.plain().pairs for update in updates]
+    for name in sent[0]:
+        terms = [(pairs[name], w) for pairs, w in zip(sent, weights, strict=True)]
         folds: dict[int, tuple[Pair, float]] = {}  # one that several clients share counts once
         for task, weight in zip(tasks, weights, strict=True):
             if (fold := task.fold.get(name)) is not None:
@@ -52,21 +53,20 @@ def tail_kept(before: State, after: State, updates: Sequence[Update]) -> dict[st
     directions if the others count as zeros, round after round: rank collapse. Nothing where ranks are equal,
     where there is no tail yet, or where the base holds ΔW, which no client can cut.
     """
-    kept = length = whole = 0.0
-    for name, pair in {} if before.fold else before.adapter.pairs.items():
+    kept, length, whole, now = 0.0, 0.0, 0.0, after.adapter.plain().pairs
+    for name, pair in {} if before.fold else before.adapter.plain().pairs.items():
         ranks = [update.adapter.pairs[name].rank for update in updates if name in update.adapter.pairs]
         if ranks and min(ranks) < max(ranks):
             old = _wide(pair)
             leading = compress(old, min(ranks))
-            kept += _inner(after.adapter.pairs[name], old) - _inner(after.adapter.pairs[name], leading)
+            kept += _inner(now[name], old) - _inner(now[name], leading)
             length += _inner(old, old) - _inner(leading, leading)
             whole += _inner(old, old)
     return {"tail_kept": kept / length} if length > ROUNDING * whole else {}
 
 
 def _wide(pair: Pair) -> Pair:
-    plain = pair.plain()
-    return Pair(plain.A.double(), plain.B.double(), plain.scale)
+    return Pair(pair.A.double(), pair.B.double(), pair.scale)
 
 
 def _inner(one: Pair, other: Pair) -> float:

@@ -110,7 +110,8 @@ def _heads(
     shared = set(tasks[0].shared()).intersection(*(task.shared() for task in tasks))
     for name, old in before.adapter.extra.items():
         sent, new = [update.adapter.extra.get(name) for update in updates], after.adapter.extra[name]
-        if name not in shared or any(tensor is None for tensor in sent):
+        # A factor of the client's rank is no head, and has a mean of its strategy's own.
+        if name not in shared or any(tensor is None or tensor.shape != old.shape for tensor in sent):
             continue
         mean = mean_tensors([tensor.double() for tensor in sent if tensor is not None], weights)
         far = float((mean - old.double()).norm())

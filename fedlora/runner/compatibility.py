@@ -8,6 +8,7 @@ the description of the run alone, `WITH_DATA` its rows and clients too, `WITH_MO
 from collections.abc import Callable, Sequence
 
 from fedlora.errors import ConfigError
+from fedlora.models.parametrizations import LORA
 from fedlora.privacy import ClientLevel
 
 from . import compatibility_callbacks as callbacks
@@ -48,10 +49,38 @@ def own_client(spec: RunSpec) -> str | None:
 def plain_lora_of_own_client(spec: RunSpec) -> str | None:
     """Such a client trains plain LoRA."""
     init = spec.lora.init or spec.strategy.start
-    if spec.strategy.client and (init != "lora" or spec.lora.dora):
+    if spec.strategy.client and (init != "lora" or spec.lora.form != LORA):
         return (
             f"strategy {spec.strategy_class} trains with a client of its own, which knows plain LoRA "
             f"only, got lora.init={init} and lora.dora={spec.lora.dora}; use lora.init=lora lora.dora=false"
+        )
+    return None
+
+
+def form_of_pairs(spec: RunSpec) -> str | None:
+    """A parametrization whose A and B are no update by themselves, which is what strategies combine."""
+    form = spec.lora.form
+    if form.pairs and form.has_own_low_rank:
+        return (
+            f"lora.parametrization={type(form).__name__}: its A and B are no update by themselves, which is "
+            "what strategies combine; use one without pairs, or strategy=privatelora for a core matrix"
+        )
+    return None
+
+
+def form_without_pairs(spec: RunSpec) -> str | None:
+    """A parametrization without A and B, where something needs them."""
+    form, name = spec.lora.form, type(spec.lora.form).__name__
+    if form.pairs:
+        return None
+    init = spec.lora.init or spec.strategy.start
+    if init != "lora" or spec.lora.adapter is not None:
+        what = "lora.adapter" if spec.lora.adapter is not None else f"lora.init={init}"
+        return f"{what}: gives factors A and B, and lora.parametrization={name} has none; leave one out"
+    if not (isinstance(spec.ranks, int) or len({*spec.ranks}) == 1):
+        return (
+            f"ranks: lora.parametrization={name} has factors of one size for all clients, got "
+            f"{spec.ranks}; use one rank"
         )
     return None
 
@@ -224,6 +253,8 @@ BEFORE_LOADING = (
     privacy.client_level_least,
     privacy.client_level_rounds,
     plain_lora_of_own_client,
+    form_of_pairs,
+    form_without_pairs,
     start_and_adapter,
     answers_of_personal,
     callbacks.metrics_of_callbacks,

@@ -30,9 +30,10 @@ def privacy_of_client_evaluation(spec: RunSpec) -> str | None:
 
 
 def record_level_dora(spec: RunSpec) -> str | None:
-    """DoRA has no gradient for each record."""
-    if isinstance(spec.privacy, DPSGD) and spec.lora.dora:
-        return "lora.dora: has no gradient for each record here; leave it out, or use privacy=none"
+    """DoRA, and whatever changes more than a low-rank term, has no gradient for each record."""
+    if isinstance(spec.privacy, DPSGD) and not spec.lora.form.by_row:
+        what = "dora" if spec.lora.dora else f"parametrization={type(spec.lora.form).__name__}"
+        return f"lora.{what}: has no gradient for each record here; leave it out, or use privacy=none"
     return None
 
 

@@ -10,6 +10,7 @@ from statistics import median_low
 from fedlora.clients import LocalTraining
 from fedlora.core.algebra import negative, norm, stack
 from fedlora.core.messages import State, Task, Update
+from fedlora.core.strategy import next_state
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.models import layer_weight
 from fedlora.privacy import ADJACENCY, DPSGD, ClientLevel, Entry, Ledger, Plan, Privacy
@@ -116,7 +117,7 @@ def _outlook(name: str, job: Assembly, privacy: Privacy, plans: Sequence[tuple[i
                 updates = [central.release(job.spec.strategy, wide, total)]
             else:
                 updates = list(_noise(job, state, [own for _, own in plans][:n], round))
-            state = job.spec.strategy.aggregate(state, updates, rng)
+            state = next_state(job.spec.strategy, state, updates, rng)
     return Outlook(name, trained, signal, _moved(job, state))
 
 

@@ -1,6 +1,7 @@
 """The state that a run begins with: its initial adapter, and whether every client can begin from it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fedlora.core.adapter import Adapter, Pair
@@ -8,8 +9,8 @@ from fedlora.core.algebra import norm, stack
 from fedlora.core.messages import Peer, State
 from fedlora.core.strategy import Strategy
 from fedlora.errors import ConfigError
-from fedlora.models import Base, fresh_adapter, load_adapter, merge, take_out_of_base, with_magnitudes
-from fedlora.models.dora import MAGNITUDE, split
+from fedlora.models import Base, fresh_adapter, load_adapter, merge, parametrized, take_out_of_base
+from fedlora.models.parametrizations import LORA, Parametrization
 
 from .spec import LoRASpec
 
@@ -45,28 +46,30 @@ def initial_state(
         fresh = fresh_adapter(base, modules, scaling.peer(0, max(ranks), modules), heads, seed)
         adapter, fold = take_out_of_base(base, fresh, init, seed)
     else:
-        adapter = _given(Path(spec.adapter), base, heads, spec.dora)
+        adapter = _given(Path(spec.adapter), base, heads, spec.form)
     if not adapter.pairs and not adapter.extra:
         raise ConfigError("lora.targets is empty and no head is trained: there is nothing to train")
-    if spec.dora:
-        adapter = with_magnitudes(base, adapter, fold)
+    if spec.form != LORA:
+        adapter = parametrized(base, adapter, spec.form, fold, seed)
     start = strategy.init(adapter, fold, seed)
     peers = [scaling.peer(0, rank, adapter.pairs) for rank in sorted(set(ranks))]
     _check_served(strategy, start, peers, fold)
     return start
 
 
-def _given(folder: Path, base: Base, heads: Sequence[str], dora: bool) -> Adapter:
+def _given(folder: Path, base: Base, heads: Sequence[str], form: Parametrization) -> Adapter:
     """An adapter that PEFT wrote, with a head if one is trained."""
     adapter = load_adapter(folder, base)
-    magnitudes, head = split(adapter)
-    if magnitudes and not dora:
-        raise ConfigError(f"lora.adapter: '{folder}' is an adapter of DoRA; say lora.dora=true")
+    if adapter.parametrization not in (LORA, form):  # PEFT's LoRA holds no other than DoRA
+        name = type(adapter.parametrization).__name__
+        raise ConfigError(f"lora.adapter: '{folder}' is an adapter of {name}; say lora.dora=true")
+    head = adapter.heads()
     kept = base.head_state(heads)
     if frozen := {name: value for name, value in head.items() if name not in kept}:
         merge(base, Adapter({}, frozen))  # the base keeps what nobody trains or sends
     kept |= {name: head[name] for name in kept if name in head}
-    return Adapter(adapter.pairs, kept | {name + MAGNITUDE: value for name, value in magnitudes.items()})
+    own = {name: tensor for name, tensor in adapter.extra.items() if name not in head}
+    return replace(adapter, extra=kept | own)
 
 
 def _check_served(strategy: Strategy, start: State, peers: Iterable[Peer], fold: Mapping[str, Pair]) -> None:

@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import Any
 
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SparseMask
 from fedlora.core.strategy import Strategy
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base
@@ -29,7 +28,7 @@ def try_out(
             that privacy does not cover.
         ModelError: the model mixes records.
     """
-    if any(task.part(SparseMask) is not None for task in tasks):
+    if not all(task.adapter.parametrization.by_row for task in tasks):
         raise ConfigError(
             f"privacy: the sparse rounds of {type(strategy).__name__} have no gradient for each record; say "
             "strategy.sparse_rounds=0, or privacy=none"

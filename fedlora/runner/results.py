@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +20,7 @@ from fedlora.callbacks.console import megabytes
 from fedlora.core.messages import Task
 from fedlora.data.labels import counted
 from fedlora.models import save_adapter
+from fedlora.models.lora import layer_of
 from fedlora.privacy import Ledger
 from fedlora.runner import privacy_report
 from fedlora.runner.assemble import Assembly
@@ -83,7 +85,7 @@ def finish(
     if answers:
         folder.write_lines(ANSWERS, [asdict(found) for found in answers])
     digest = None
-    whole = run.result.whole()
+    whole = run.result.whole().plain(partial(layer_of, job.base))
     if whole.pairs and not spec.strategy.personal:  # a personal one's adapter is only a part of a model
         made = folder.write("adapter", lambda to: save_adapter(whole, job.base, to))
         digest = hashlib.sha256((made / "adapter_model.safetensors").read_bytes()).hexdigest()

@@ -15,6 +15,7 @@ from fedlora.engines.base import Engine
 from fedlora.engines.in_process import InProcess
 from fedlora.errors import ConfigError
 from fedlora.models import LoRA
+from fedlora.models.parametrizations import LORA, DoRA, Parametrization, composed
 from fedlora.privacy import DPSGD, Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.round_config import RoundConfig
@@ -110,6 +111,7 @@ class LoRASpec:
         init: lora (A random, B = 0), pissa or olora (taken out of the base); None: the strategy's own.
         dora: whether the length of every row of the adapted weights is trained too, by DoRA.
         adapter: a folder that PEFT wrote, to start from.
+        parametrization: another way to change the weights than plain LoRA's.
     """
 
     targets: Any = None
@@ -122,16 +124,23 @@ class LoRASpec:
     init: str | None = None
     dora: bool = False
     adapter: str | None = None
+    parametrization: Parametrization = LORA
 
     def __post_init__(self) -> None:
         if self.head not in ("train", "last", "freeze"):
             raise ConfigError(f"lora.head: expected train, last or freeze, got '{self.head}'")
 
     @property
+    def form(self) -> Parametrization:
+        """How the weights are changed."""
+        return composed(self.parametrization, DoRA() if self.dora else LORA)
+
+    @property
     def scaling(self) -> LoRA:
         """The rule from a client's rank to the scales of its modules."""
-        patterns = dict(self.rank_pattern), dict(self.alpha_pattern)
-        return LoRA(self.scale, self.alpha, self.use_rslora, *patterns)
+        return LoRA(
+            self.scale, self.alpha, self.use_rslora, dict(self.rank_pattern), dict(self.alpha_pattern)
+        )
 
 
 @dataclass(frozen=True)

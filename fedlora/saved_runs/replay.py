@@ -16,7 +16,7 @@ from fedlora.config import composition
 from fedlora.config.instantiate import Trust, make, read
 from fedlora.config.translate import run_spec
 from fedlora.core.messages import Peer, State, Task, Update
-from fedlora.core.strategy import Strategy
+from fedlora.core.strategy import Strategy, next_state
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.report import Table
 from fedlora.report.tables import score
@@ -111,14 +111,14 @@ def again(
     tasks = [recorder.task(before, peer) for peer in peers]
     rng = generator(seed, "aggregate", 0, round)
     if other == recorder:
-        return other.aggregate(before, updates, rng), tasks
+        return next_state(other, before, updates, rng), tasks
     # What the widest client starts from is the state in a form that every strategy knows.
     start = recorder.task(before, widest)
     made = other.init(start.adapter, start.fold, before.seed)
     own = replace(made, adapter=start.adapter, fold=start.fold, round=before.round)
     for peer, task in zip(peers, tasks, strict=True):
         _check_alike(other, recorder, other.task(own, peer), task, peer, round)
-    return other.aggregate(own, updates, rng), tasks
+    return next_state(other, own, updates, rng), tasks
 
 
 def _check_alike(other: Strategy, recorder: Strategy, asked: Task, was: Task, peer: Peer, round: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, State, Update
-from fedlora.core.strategy import Strategy
+from fedlora.core.strategy import Strategy, next_state
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
 LARGEST = 12  # over the smaller side of every layer
@@ -38,7 +38,7 @@ class Round:
     def aggregate(self, updates: Sequence[Update] | None = None) -> State:
         """The next state, from the round's own updates or from others."""
         sent = list(self.updates if updates is None else updates)
-        return self.strategy.aggregate(self.state, sent, np.random.default_rng(11))
+        return next_state(self.strategy, self.state, sent, np.random.default_rng(11))
 
 
 def federation(strategy: Strategy, seed: int) -> Iterator[Round]:
@@ -68,12 +68,10 @@ def trained(rng: np.random.Generator, strategy: Strategy, state: State, peer: Pe
     def after(name: str, tensor: Tensor) -> Tensor:
         return tensor + 0.3 * random(rng, *tensor.shape) if name in shared else tensor.clone()
 
-    pairs = {
-        m: Pair(scale=p.scale, **{f: after(f"{m}.{f}", t) for f, t in p.factors()})
-        for m, p in task.adapter.pairs.items()
-    }
-    extra = {name: after(name, tensor) for name, tensor in task.adapter.extra.items()}
-    return Update(Adapter(pairs, extra), weight, peer, {"loss": 1.0})
+    adapter = task.adapter.with_tensors(
+        {name: after(name, tensor) for name, tensor in task.adapter.tensors()}
+    )
+    return Update(adapter, weight, peer, {"loss": 1.0})
 
 
 def random(rng: np.random.Generator, *shape: int) -> Tensor:

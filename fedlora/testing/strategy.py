@@ -145,7 +145,7 @@ def a_refused_update_is_named(one: Round) -> None:
         return
     module, pair = next(iter(bad.adapter.pairs.items()))
     ruined = Pair(torch.full_like(pair.A, float("nan")), pair.B, pair.scale)
-    adapter = Adapter({**bad.adapter.pairs, module: ruined}, bad.adapter.extra)
+    adapter = dataclasses.replace(bad.adapter, pairs={**bad.adapter.pairs, module: ruined})
     try:
         one.aggregate([dataclasses.replace(bad, adapter=adapter), *one.updates[1:]])
     except IncompatibleUpdates as error:
@@ -179,11 +179,8 @@ def linear_means_that_a_mean_is_enough(one: Round) -> None:
     shares = [weight / sum(WEIGHTS) for weight in WEIGHTS]
     mean = {name: sum(w * t[name] for w, t in zip(shares, tensors, strict=True)) for name in tensors[0]}
     first = one.updates[0].adapter
-    pairs = {
-        m: Pair(scale=p.scale, **{f: _tensor(mean[f"{m}.{f}"]) for f, _ in p.factors()})
-        for m, p in first.pairs.items()
-    }
-    alone = Update(Adapter(pairs, {name: _tensor(mean[name]) for name in first.extra}), 1.0, one.peers[0])
+    whole = first.with_tensors({name: _tensor(tensor) for name, tensor in mean.items()})
+    alone = Update(whole, 1.0, one.peers[0])
     _same(
         one.aggregate([alone]),
         one.aggregate(),
@@ -223,7 +220,7 @@ def _digests(one: Round) -> list[str]:
 def _effective(task: Task, adapter: Adapter, module: str) -> Tensor:
     """All that a client's model adds to a module's weight."""
     found = torch.zeros(LAYERS[module], dtype=torch.float64)
-    for pairs in (task.fold, adapter.pairs):
+    for pairs in (task.fold, adapter.plain().pairs):
         if module in pairs:
             found = found + dense(pairs[module])
     return found

@@ -26,7 +26,7 @@ def test_it_is_a_frozen_dataclass_that_states_its_facts(strategy):
 def test_a_task_trains_something_and_shares_no_more_than_it_trains(strategy, state, peers):
     for one in peers:
         task = strategy.task(state, one)
-        assert task.share <= task.train <= {"A", "B", "M"}
+        assert task.share <= task.train <= {"A", "B"}
         names = [name for name, _ in task.adapter.tensors()]
         assert {*task.shared(), *task.own()} <= {*names}
         assert not {*task.shared()} & {*task.own()}
@@ -80,9 +80,8 @@ def test_the_whole_of_a_state_is_one_plain_adapter_of_its_function(strategy, np6
     whole = state.whole()
     assert list(whole.pairs) == sorted(layers)
     for m, pair in whole.pairs.items():
-        assert pair.M is None
         assert np64.close(np64.delta(pair), state.delta(m), 1e-12)
-    assert Adapter({}, whole.extra).digest() == Adapter({}, state.adapter.extra).digest()
+    assert Adapter({}, whole.extra).digest() == Adapter({}, state.adapter.heads()).digest()
 
 
 def _bits(pair: Pair) -> str:
@@ -96,7 +95,7 @@ def test_who_is_up_to_date_needs_only_the_increment(
     for _ in range(3):
         new = aggregate(strategy, state, make.round(rng, strategy, state, peers, weights))
         pairs = [(m, p) for part in (new.fold, new.fold.increment) for m, p in part.items()]
-        assert all(p.scale == 1 and p.M is None and p.shape == layers[m] for m, p in pairs)
+        assert all(p.scale == 1 and p.shape == layers[m] for m, p in pairs)
         folds = [(state.fold, new.fold)]
         folds += [(strategy.task(state, one).fold, strategy.task(new, one).fold) for one in peers]
         for old, now in folds:

@@ -45,7 +45,7 @@ def test_one_client_with_all_the_weight_is_the_result(
         for m in layers:
             if task.adapter.pairs:
                 assert np64.close(new.delta(m), effective(updates[who], m))
-        for name in {*task.shared()} & {*new.adapter.extra}:
+        for name in {*task.shared()} & {*new.adapter.heads()}:
             assert np64.close(new.adapter.extra[name], updates[who].adapter.extra[name], 1e-14)
 
 
@@ -134,7 +134,7 @@ def test_a_shared_head_is_averaged_with_the_weights_and_an_own_one_stays(
     strategy, state, peers, np64, updates, weights, aggregate
 ):
     new, shared = aggregate(strategy, state, updates), strategy.task(state, peers[0]).shared()
-    for name, before in state.adapter.extra.items():
+    for name, before in state.adapter.heads().items():
         if name in shared:
             mean = sum(w * u.adapter.extra[name] for w, u in zip(weights, updates, strict=True))
             assert np64.close(new.adapter.extra[name], mean / sum(weights), 1e-14)

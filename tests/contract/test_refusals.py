@@ -62,7 +62,7 @@ def test_another_shape_is_refused_by_client_and_module(strategy, state, updates,
         "one output more": (pair.A, torch.cat([pair.B, pair.B[:1]])),
         "one input less": (pair.A[:, 1:], pair.B),
     }[turn]
-    updates[1] = with_pair(updates[1], "wide", Pair(A, B, pair.scale, pair.M))
+    updates[1] = with_pair(updates[1], "wide", Pair(A, B, pair.scale))
     with pytest.raises(IncompatibleUpdates, match=r"client 2 .*'wide'"):
         aggregate(strategy, state, updates)
 
@@ -88,14 +88,12 @@ def test_extras_of_another_shape_are_refused_by_client_and_name(strategy, state,
 
 @pytest.mark.usefixtures("needs_pairs")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("factor", ["A", "B", "M"])
+@pytest.mark.parametrize("factor", ["A", "B"])
 def test_a_client_that_diverged_is_refused_by_name(
     strategy, state, updates, factor, value, aggregate, with_pair
 ):
     pair = updates[1].adapter.pairs["wide"]
     broken = {name: tensor.clone() for name, tensor in pair.factors()}
-    if factor not in broken:
-        pytest.skip("there is no core")
     broken[factor][0, 0] = value
     updates[1] = with_pair(updates[1], "wide", Pair(scale=pair.scale, **broken))
     with pytest.raises(IncompatibleUpdates, match=r"client 2.*'wide'"):

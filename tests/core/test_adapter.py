@@ -6,6 +6,7 @@ import torch
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import FedLoraError, IncompatibleUpdates
+from fedlora.models.parametrizations import DoRA
 
 A, B = torch.arange(6.0).reshape(2, 3), torch.arange(8.0).reshape(4, 2)
 
@@ -62,10 +63,11 @@ def test_an_adapter_keeps_its_own_dictionaries():
 
 
 def test_other_tensors_take_the_places_that_they_name_and_the_rest_stays():
-    core = Pair(A, B, 0.5, torch.eye(2))
-    adapter = Adapter({"m": Pair(A, B, 2.0), "n": core}, {"m.magnitude": torch.ones(4), "w": A})
-    given = {"n.M": torch.zeros(2, 2), "m.B": B + 1, "m.magnitude": torch.zeros(4)}
+    extra = {"m.magnitude": torch.ones(4), "w": A}
+    adapter = Adapter({"m": Pair(A, B, 2.0), "n": Pair(A, B, 0.5)}, extra, DoRA())
+    given = {"n.A": torch.zeros(2, 3), "m.B": B + 1, "m.magnitude": torch.zeros(4)}
     found = adapter.with_tensors(given)
+    assert found.parametrization == DoRA()
     assert dict(found.tensors()).keys() == dict(adapter.tensors()).keys()
     for name, tensor in found.tensors():
         assert tensor is given.get(name, dict(adapter.tensors())[name])
@@ -74,9 +76,9 @@ def test_other_tensors_take_the_places_that_they_name_and_the_rest_stays():
     assert torch.equal(dict(adapter.tensors())["m.B"], B)
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("m.M", torch.eye(2)), ("o.A", A), ("m", A), ("m.A", A[:1])])
+@pytest.mark.parametrize(("name", "tensor"), [("m.C", torch.eye(2)), ("o.A", A), ("m", A), ("m.A", A[:1])])
 def test_a_tensor_that_has_no_place_is_refused(name, tensor):
-    with pytest.raises(IncompatibleUpdates, match=r"'m\.M'|'o\.A'|'m'|A \(1, 3\)"):
+    with pytest.raises(IncompatibleUpdates, match=r"'m\.C'|'o\.A'|'m'|A \(1, 3\)"):
         Adapter({"m": Pair(A, B)}).with_tensors({name: tensor})
 
 

@@ -16,9 +16,8 @@ from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
 from fedlora.core.method import MethodPart
 from fedlora.core.packing import pack, unpack
-from fedlora.core.sparse import SparseMask
 from fedlora.errors import ConfigError
-from fedlora.training.rules import RankPruning
+from fedlora.training.rules import FedProx, RankPruning
 
 PAIR = Pair(torch.ones(2, 3), torch.zeros(4, 2), 1 / 3)
 
@@ -45,7 +44,7 @@ def everything() -> Everything:
     adapter = Adapter({"m": PAIR}, {"head": torch.arange(3.0)})
     names, numbers = frozenset({"b", "a/c"}), (1.5, math.inf)
     values = (3, 0.1, "w\n", True, None, names, torch.tensor(2), PAIR, adapter, {"n": PAIR}, numbers)
-    return Everything(*values, SparseMask(7))
+    return Everything(*values, FedProx(7))
 
 
 def test_every_kind_of_field_survives() -> None:
@@ -68,7 +67,7 @@ def test_a_part_travels_in_a_task_without_a_word_of_the_code_that_carries_it() -
     back = Task.unpack(*task.pack())
     assert back.part(RankPruning) == RankPruning(0.5, 0.1, 2)
     assert back.part(Everything) is back.method[1]
-    assert back.part(SparseMask) is None
+    assert back.part(FedProx) is None
     assert back.pack()[1] == task.pack()[1]
 
 

@@ -8,7 +8,9 @@ from safetensors.torch import load, save
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import BOTH, Peer, State, Task, Update
+from fedlora.core.parametrization import LORA
 from fedlora.errors import CheckpointError
+from fedlora.models.parametrizations import CoreMatrix
 
 LAYERS = {"a": (4, 3), "b": (2, 5)}
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -20,8 +22,8 @@ def state(make, rng, request):
         return {m: make.pair(rng, *shape, rank, 1.0, request.param) for m, shape in LAYERS.items()}
 
     adapter = make.adapter(rng, LAYERS, 2, scale=1 / 3, dtype=request.param)
-    b = adapter.pairs["b"]
-    adapter = Adapter({**adapter.pairs, "b": replace(b, M=make.tensor(rng, 2, 2).to(b.A))}, adapter.extra)
+    core = {"b.core": make.tensor(rng, 2, 2).to(request.param)}
+    adapter = Adapter(adapter.pairs, {**adapter.extra, **core}, CoreMatrix())
     memory = {"loss": torch.tensor(0.5), "active": torch.tensor(3), "a.sparse": make.tensor(rng, 7)}
     return State(adapter, 5, pairs(3), memory, 9, {"energy_kept": 1 / 3})
 
@@ -33,8 +35,8 @@ def test_a_state_survives_safetensors_bytes_bit_for_bit(state):
     assert back.adapter.digest() == state.adapter.digest()
     assert (back.round, back.seed, back.metrics) == (5, 9, {"energy_kept": 1 / 3})
     assert back.adapter.pairs["a"].scale == 1 / 3
-    assert back.adapter.pairs["a"].M is None
-    assert torch.equal(back.adapter.pairs["b"].M, state.adapter.pairs["b"].M)
+    assert back.adapter.parametrization == CoreMatrix()
+    assert torch.equal(back.adapter.extra["b.core"], state.adapter.extra["b.core"])
     assert {n: (t.dtype, t.shape) for n, t in back.memory.items()} == {
         n: (t.dtype, t.shape) for n, t in state.memory.items()
     }
@@ -46,6 +48,7 @@ def test_the_digest_of_a_state_is_over_all_of_it(state):
     one, double = torch.ones(1), {**state.fold, "a": replace(state.fold["a"], B=2 * state.fold["a"].B)}
     others = [
         replace(state, adapter=Adapter(state.adapter.pairs)),
+        replace(state, adapter=replace(state.adapter, parametrization=LORA)),
         replace(state, round=6),
         replace(state, fold={"a": state.fold["a"]}),
         replace(state, fold={"b": state.fold["a"], "a": state.fold["b"]}),
@@ -104,7 +107,7 @@ def test_unpacking_leaves_what_was_read_as_it_was(state):
     "name",
     [
         *("adapter/a.A", "adapter/a.B", "adapter/b.A", "adapter/b.B", "fold/b.B"),
-        *("adapter/head.bias", "adapter/head.weight", "memory/loss"),
+        *("adapter/head.bias", "adapter/head.weight", "adapter/b.core", "memory/loss"),
     ],
 )
 def test_a_missing_tensor_is_a_checkpoint_error_that_names_it(state, name):
@@ -112,13 +115,6 @@ def test_a_missing_tensor_is_a_checkpoint_error_that_names_it(state, name):
     del tensors[name]
     with pytest.raises(CheckpointError, match=name):
         State.unpack(tensors, header)
-
-
-def test_a_missing_core_is_seen(state):
-    """Not by its name, since a pair may have none, but by the digest that a checkpoint keeps."""
-    tensors, header = state.pack()
-    del tensors["adapter/b.M"]
-    assert State.unpack(tensors, header).digest() != state.digest()
 
 
 @pytest.mark.parametrize("key", ["adapter", "round", "fold", "memory", "seed", "metrics"])
@@ -150,22 +146,23 @@ def test_delta_is_the_fold_and_scale_times_B_times_M_times_A(make, rng):
     assert state.delta("b").shape == (2, 5)
     assert np.allclose(state.delta("b").numpy(), want, rtol=1e-14, atol=0)
     fold = make.pair(rng, 2, 5, 3)
-    core = State(Adapter({"b": replace(pair, M=M)}), fold={"b": fold})
+    core = State(Adapter({"b": pair}, {"b.core": M}, CoreMatrix()), fold={"b": fold})
     want = 3 * pair.B @ M @ pair.A + fold.B @ fold.A
     assert np.allclose(core.delta("b").numpy(), want.numpy(), rtol=1e-13, atol=1e-13)
 
 
 def test_the_whole_has_the_fold_of_a_module_without_a_pair_too(make, np64, rng):
     fold = {"a": make.pair(rng, 4, 3, 1), "c": make.pair(rng, 3, 3, 2)}
-    pair = replace(make.pair(rng, 2, 5, 2, 0.3), M=make.tensor(rng, 2, 2))
-    adapter = Adapter({"a": make.pair(rng, 4, 3, 1, 0.5), "b": pair}, {"head": torch.ones(2)})
+    pairs = {"a": make.pair(rng, 4, 3, 1, 0.5), "b": make.pair(rng, 2, 5, 2, 0.3)}
+    cores = {"a.core": make.tensor(rng, 1, 1), "b.core": make.tensor(rng, 2, 2)}
+    adapter = Adapter(pairs, {"head": torch.ones(2), **cores}, CoreMatrix())
     whole = State(adapter, fold=fold).whole()
     assert whole.pairs.keys() == {"a", "b", "c"}
     assert whole.extra.keys() == {"head"}
-    assert np64.close(np64.delta(whole.pairs["a"]), np64.delta(adapter.pairs["a"]) + np64.delta(fold["a"]))
-    assert np64.close(np64.delta(whole.pairs["b"]), np64.delta(pair))
+    assert np64.close(np64.delta(whole.pairs["a"]), np64.change(adapter, "a") + np64.delta(fold["a"]))
+    assert np64.close(np64.delta(whole.pairs["b"]), np64.change(adapter, "b"))
     assert np64.close(np64.delta(whole.pairs["c"]), np64.delta(fold["c"]))
-    assert all(found.M is None for found in whole.pairs.values())
+    assert whole.parametrization == LORA
 
 
 def test_the_defaults_are_a_plain_round():

@@ -1,17 +1,15 @@
 """What a task asks for: which tensors are trained, shared, the client's own, or left alone."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import load, save
 
 from fedlora.core.adapter import Adapter, digest
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SparseMask
 from fedlora.errors import ConfigError
+from fedlora.models.parametrizations import CoreMatrix
 from fedlora.training.expert import GlobalExpert
-from fedlora.training.rules import RankPruning
+from fedlora.training.rules import FedProx, RankPruning
 
 LAYERS = {"a": (4, 3), "b": (2, 5)}
 
@@ -24,7 +22,7 @@ def full(make, rng, **more):
 
 
 def test_a_task_survives_its_tensors_and_its_header(make, rng):
-    for task in (full(make, rng), Task(Adapter({})), full(make, rng, method=(SparseMask(0),))):
+    for task in (full(make, rng), Task(Adapter({})), full(make, rng, method=(FedProx(0),))):
         tensors, header = task.pack()
         assert "\n" not in header
         back = Task.unpack(load(save(tensors)) if tensors else {}, header)
@@ -86,8 +84,12 @@ def test_a_name_of_nothing_is_refused_since_a_part_would_leave_the_client_by_mis
         Task(make.adapter(rng, LAYERS, 2), **{what: frozenset({name})})
 
 
-def test_a_core_is_shared_by_its_name(make, rng):
-    pair = replace(make.pair(rng, 4, 3, 2), M=torch.eye(2, dtype=torch.float64))
-    task = Task(Adapter({"a": pair}), frozenset("M"), frozenset("M"))
-    assert task.shared() == ["a.M"]
-    assert Task(Adapter({"a": pair}), frozenset("BM"), frozenset("B")).own() == ["a.M"]
+def test_the_factors_of_a_parametrization_are_extras_that_are_trained_and_shared(make, rng):
+    adapter = make.adapter(rng, {"a": (4, 3)}, 2)
+    adapter = Adapter(adapter.pairs, {**adapter.extra, "a.core": torch.eye(2)}, CoreMatrix())
+    task = Task(adapter, frozenset(), frozenset(), personal=frozenset({"head"}))
+    assert (task.shared(), task.own()) == (["a.core"], ["head.bias", "head.weight"])
+    assert Task(adapter, frozen=frozenset("a")).trained() == ["head.bias", "head.weight"]
+    back = Task.unpack(*task.pack()).adapter
+    assert back.parametrization == CoreMatrix()
+    assert back.digest() == adapter.digest() != Adapter(adapter.pairs, adapter.extra).digest()

@@ -11,35 +11,40 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import State, Task
-from fedlora.core.sparse import SPARSE, SparseMask, places
 from fedlora.models import (
     MultiAdapterModel,
     load_adapter,
     merge,
+    parametrized,
     save_adapter,
     take_out_of_base,
     targets,
-    with_magnitudes,
 )
-from fedlora.models.dora import MAGNITUDE, split
 from fedlora.models.lora import layer_weight
+from fedlora.models.parametrizations import DoRA, Sparse, composed
+from fedlora.models.parametrizations.sparse import places
 from fedlora.training.trainer import FitJob, fit
 
+MAGNITUDE = ".magnitude"
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 EVERY = ("bert", "bert-mlm", "roberta", "distilbert", "llama", "llama-cls", "gpt2", "gpt2-cls")
 
 
+def dora(base: Any, adapter: Adapter, fold: Any = None) -> Adapter:
+    """The adapter with magnitudes, those with which nothing changes."""
+    return parametrized(base, adapter, DoRA(), fold)
+
+
 def stretched(adapter: Adapter, base: Any, seed: int = 0) -> Adapter:
     """Magnitudes moved off their start, each by up to a third."""
-    rng = np.random.default_rng([seed, 8])
-    extra = {
+    rng, new = np.random.default_rng([seed, 8]), dora(base, adapter)
+    moved = {
         name: value * torch.from_numpy(rng.uniform(0.7, 1.3, value.shape)).to(value)
+        for name, value in new.extra.items()
         if name.endswith(MAGNITUDE)
-        else value
-        for name, value in with_magnitudes(base, adapter).extra.items()
     }
-    return Adapter(adapter.pairs, extra)
+    return new.with_tensors(moved)
 
 
 def random(zoo: Any, base: Any, rank: Any = (3, 1, 5), scale: Any = (2.0, 0.3), seed: int = 0) -> Adapter:
@@ -55,7 +60,7 @@ def logits(zoo: Any, base: Any, task: Task) -> torch.Tensor:
 def test_new_magnitudes_change_nothing(zoo: Any, name: str) -> None:
     base = zoo.base(name)
     adapter = zoo.adapter(base, 2)
-    got = logits(zoo, base, Task(with_magnitudes(base, adapter)))
+    got = logits(zoo, base, Task(dora(base, adapter)))
     assert zoo.same(base, zoo.ours(base, adapter), got, zoo.batch(base), 1e-5)
 
 
@@ -86,8 +91,9 @@ def test_plain_peft_loads_what_we_save_with_our_logits(
     assert zoo.same(base, zoo.theirs(base, model), got, rows, 2e-5)
     assert not zoo.same(base, zoo.ours(base, Adapter(adapter.pairs)), got, rows, 0.01)
     back = load_adapter(tmp_path, base)
-    for name, magnitudes in split(adapter)[0].items():
-        assert torch.equal(back.extra[name + MAGNITUDE], magnitudes)
+    assert back.parametrization == DoRA()
+    for name, own in adapter.own_factors().items():
+        assert torch.equal(back.extra[name + MAGNITUDE], own["magnitude"])
     assert zoo.same(base, logits(zoo, base, Task(back)), got, rows, 1e-6)
 
 
@@ -169,7 +175,7 @@ def test_a_fold_counts_to_the_direction_and_is_exported_with_it(zoo: Any, tmp_pa
     fresh = zoo.adapter(base, 3)
     adapter, fold = take_out_of_base(base, fresh, "pissa")
     plain = logits(zoo, base, Task(Adapter({}, fresh.extra)))
-    neutral = with_magnitudes(base, adapter, fold)
+    neutral = dora(base, adapter, fold)
     assert zoo.same(base, plain, logits(zoo, base, Task(neutral, fold=fold)), zoo.batch(base), 1e-5)
     for m in adapter.pairs:
         W = layer_weight(base.model.get_submodule(m), m)
@@ -191,8 +197,9 @@ def test_sparse_values_count_to_the_direction_too(zoo: Any) -> None:
     V = layer_weight(module, m).numpy().copy()
     V.reshape(-1)[places(3, m, (d_out, d_in), 40).numpy()] += values.numpy()
     W = magnitudes.numpy()[:, None] * V / np.linalg.norm(V, axis=1)[:, None]
-    extra = {m + SPARSE: values, m + MAGNITUDE: magnitudes}
-    with torch.no_grad(), MultiAdapterModel(base, [Task(Adapter({}, extra), method=(SparseMask(3),))]):
+    extra = {f"{m}.sparse": values, m + MAGNITUDE: magnitudes}
+    adapter = Adapter({}, extra, composed(Sparse(3), DoRA()))
+    with torch.no_grad(), MultiAdapterModel(base, [Task(adapter)]):
         got = module(x)
     np.testing.assert_allclose(got, x.numpy() @ W.T + module.bias.detach().numpy(), atol=1e-12)
 
@@ -201,7 +208,7 @@ def test_a_module_without_magnitudes_is_plain_lora_also_for_peft(zoo: Any, tmp_p
     base = zoo.base("bert")
     full = random(zoo, base)
     gone = sorted(full.pairs)[0] + MAGNITUDE
-    adapter = Adapter(full.pairs, {n: t for n, t in full.extra.items() if n != gone})
+    adapter = Adapter(full.pairs, {n: t for n, t in full.extra.items() if n != gone}, DoRA())
     save_adapter(adapter, base, tmp_path)
     theirs = zoo.theirs(base, PeftModel.from_pretrained(zoo.plain(base), str(tmp_path)))
     assert zoo.same(base, theirs, logits(zoo, base, Task(adapter)), zoo.batch(base), 2e-5)
@@ -214,7 +221,7 @@ def test_a_bfloat16_base_works_in_the_precision_of_the_adapter(zoo: Any) -> None
         got = half.logits(zoo.batch(half))
     assert got.dtype == torch.float32
     assert zoo.same(whole, logits(zoo, whole, Task(adapter)), got, zoo.batch(whole), 0.05)
-    assert with_magnitudes(half, zoo.adapter(whole, 2)).extra.popitem()[1].dtype == torch.float32
+    assert dora(half, zoo.adapter(whole, 2)).extra.popitem()[1].dtype == torch.float32
 
 
 def test_a_row_of_zeros_stays_one(zoo: Any) -> None:
@@ -223,7 +230,7 @@ def test_a_row_of_zeros_stays_one(zoo: Any) -> None:
     m = sorted(adapter.pairs)[0]
     base.model.get_submodule(m).weight.data[1] = 0
     adapter.pairs[m].B[1] = 0
-    got = logits(zoo, base, Task(with_magnitudes(base, adapter)))
+    got = logits(zoo, base, Task(dora(base, adapter)))
     assert zoo.same(base, zoo.ours(base, adapter), got, zoo.batch(base), 1e-5)
 
 

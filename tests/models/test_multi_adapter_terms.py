@@ -14,10 +14,11 @@ from torch import Tensor
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import of_dense
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SparseMask, places, spread
 from fedlora.data import collate
 from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel, targets
+from fedlora.models.parametrizations import CoreMatrix, Sparse
+from fedlora.models.parametrizations.sparse import places, spread
 from fedlora.training.evaluation import evaluate
 from fedlora.training.expert import GlobalExpert
 from fedlora.training.trainer import FitJob, fit
@@ -64,8 +65,9 @@ def folds(base: Base, seed: int, rank: int, modules: Any = "all-linear") -> dict
     return found
 
 
-def product(pair: Pair, A: Tensor | None = None, B: Tensor | None = None, M: Tensor | None = None) -> Tensor:
-    core = pair.M if M is None else M
+def product(
+    pair: Pair, A: Tensor | None = None, B: Tensor | None = None, core: Tensor | None = None
+) -> Tensor:
     A, B = pair.A if A is None else A, pair.B if B is None else B
     return pair.scale * (B @ A if core is None else B @ core @ A)
 
@@ -76,7 +78,7 @@ def leaves(adapter: Adapter) -> dict[str, Tensor]:
 
 def update(adapter: Adapter, own: Mapping[str, Tensor], module: str) -> Tensor:
     """The module's term as a function of its own tensors."""
-    factors = {f: own[f"{module}.{f}"] for f, _ in adapter.pairs[module].factors()}
+    factors = {f: own[f"{module}.{f}"] for f in ("A", "B", "core") if f"{module}.{f}" in own}
     return product(adapter.pairs[module], **factors)
 
 
@@ -109,7 +111,7 @@ def check(
         after = dict(one.adapter.tensors())
         for tensor_name, start in task.adapter.tensors():
             module, _, factor = tensor_name.rpartition(".")
-            pair = module in task.adapter.pairs
+            pair = module in task.adapter.pairs and factor in "AB"
             trained = (factor in task.train and module not in task.frozen) if pair else True
             step = after[tensor_name] - start
             if trained:
@@ -167,26 +169,24 @@ def test_a_dense_fold_and_a_fold_outside_the_adapter(zoo: Any, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("train", ["M", "ABM"])
+@pytest.mark.parametrize("train", ["", "AB"])
 def test_a_core_between_the_factors(zoo: Any, name: str, train: str) -> None:
     base = zoo.base(name, double=True)
     tasks = []
     for rank in (1, 3):
         adapter = zoo.adapter(base, rank, seed=rank, head=False)
-        pairs = {
-            m: dataclasses.replace(p, M=random(rank, rank, rank) + 0.5) for m, p in adapter.pairs.items()
-        }
-        tasks.append(Task(Adapter(pairs), frozenset(train), frozenset(train)))
+        cores = {f"{m}.core": random(rank, rank, rank) + 0.5 for m in adapter.pairs}
+        adapter = Adapter(adapter.pairs, cores, CoreMatrix())
+        tasks.append(Task(adapter, frozenset(train), frozenset(train)))
     check(zoo, name, tasks)
     with MultiAdapterModel(base, tasks, train=True) as bank:
-        assert set(bank.factors(0)) == set(train)
+        assert set(bank.factors(0)) == {*train, "core"}
 
 
 def sparse(base: Base, seed: int, mask: int, count: int) -> Task:
     values = {f"{m}.sparse": random(seed, count) for m in targets(base, "all-linear")}
-    return Task(
-        Adapter({}, values), frozenset(), frozenset(), method=(SparseMask(mask),), fold=folds(base, seed, 1)
-    )
+    adapter = Adapter({}, values, Sparse(mask))
+    return Task(adapter, frozenset(), frozenset(), fold=folds(base, seed, 1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,7 +196,7 @@ def test_values_at_sparse_places_are_a_dense_change_and_nothing_else_moves(zoo: 
 
     def term(task: Task, own: Mapping[str, Tensor], m: str) -> Tensor:
         values = own[f"{m}.sparse"]
-        return spread(values, places(task.method[0].seed, m, shapes[m], len(values)), shapes[m])  # type: ignore[arg-type]
+        return spread(values, places(task.adapter.parametrization.seed, m, shapes[m], len(values)), shapes[m])  # type: ignore[arg-type]
 
     check(zoo, name, [sparse(base, 1, 5, 12), sparse(base, 2, 6, 12)], term)
 

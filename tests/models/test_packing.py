@@ -10,12 +10,12 @@ import transformers
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SPARSE, SparseMask
 from fedlora.data import Example
 from fedlora.models import Base, MultiAdapterModel, targets
 from fedlora.models.attention import OURS, Pack, attend_our_way
 from fedlora.models.first_token import only_first_token
 from fedlora.models.packing import offset_of
+from fedlora.models.parametrizations import Sparse
 from fedlora.tasks import Classification, Instruction
 from fedlora.training.evaluation import losses_of
 
@@ -75,11 +75,11 @@ def task_of(base: Base, seed: int, rank: int, sparse: bool = False, fold: bool =
 
     shapes = targets(base, "all-linear")
     pairs = {n: Pair(random(rank, i), random(o, rank), 0.3) for n, (o, i) in shapes.items()}
-    values = {f"{n}{SPARSE}": random(7) for n in shapes} if sparse else {}
+    values = {f"{n}.sparse": random(7) for n in shapes}
     folded = {n: Pair(random(3, i), random(o, 3), 0.1) for n, (o, i) in shapes.items()} if fold else {}
-    adapter = Adapter(pairs, {**base.head_state(), **values})
-    train = frozenset({"A", "B", "extra"})
-    return Task(adapter, train, method=(SparseMask(5),) if sparse else (), fold=folded)
+    if sparse:
+        return Task(Adapter({}, {**base.head_state(), **values}, Sparse(5)), fold=folded)
+    return Task(Adapter(pairs, base.head_state()), fold=folded)
 
 
 def results(base: Base, tasks: list[Task], micro: list[tuple[int, Example]]) -> list[torch.Tensor]:

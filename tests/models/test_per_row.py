@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
-from fedlora.core.sparse import SparseMask
 from fedlora.data import Example, collate
 from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel
+from fedlora.models.parametrizations import CoreMatrix, DoRA, Sparse
 from fedlora.models.per_row import call_rows
 from fedlora.privacy import self_test
 from fedlora.privacy import selftest as module
@@ -86,16 +86,17 @@ def test_a_core_a_fold_and_frozen_modules_equal_autograd(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
     made = torch.Generator().manual_seed(1)
     work = []
-    for task in tasks(zoo, base, "M", ranks=(2, 5, 3)):
-        pairs = {
-            m: Pair(p.A, p.B, p.scale, torch.randn(p.rank, p.rank, generator=made, dtype=torch.float64))
-            for m, p in task.adapter.pairs.items()
+    for task in tasks(zoo, base, "", ranks=(2, 5, 3)):
+        pairs = task.adapter.pairs
+        cores = {
+            f"{m}.core": torch.randn(p.rank, p.rank, generator=made, dtype=torch.float64)
+            for m, p in pairs.items()
         }
+        adapter = Adapter(pairs, {**task.adapter.extra, **cores}, CoreMatrix())
         fold = zoo.adapter(base, 2, 1.0, seed=9).pairs
-        frozen = frozenset(list(pairs)[3:])
-        work.append(replace(task, adapter=Adapter(pairs, task.adapter.extra), fold=fold, frozen=frozen))
+        work.append(replace(task, adapter=adapter, fold=fold, frozen=frozenset(list(pairs)[3:])))
     check(zoo, base, work)
-    check(zoo, base, [replace(task, train=frozenset("ABM")) for task in work])
+    check(zoo, base, [replace(task, train=frozenset("AB")) for task in work])
 
 
 def test_a_client_without_rows_has_no_gradients_and_the_others_have_theirs(zoo: Any) -> None:
@@ -185,12 +186,12 @@ def test_what_has_no_gradient_of_rows_is_refused(zoo: Any) -> None:
     base = zoo.base("bert")
     adapter = zoo.adapter(base, 2)
     name = next(iter(adapter.pairs))
-    lengths = Adapter(adapter.pairs, {**adapter.extra, f"{name}.magnitude": torch.ones(16)})
+    lengths = Adapter(adapter.pairs, {**adapter.extra, f"{name}.magnitude": torch.ones(16)}, DoRA())
     with pytest.raises(ModelError, match="no gradient for each row"):
         MultiAdapterModel(base, [Task(lengths)], train=True, per_row=True)
-    values = Adapter({}, {f"{name}.sparse": torch.ones(4)})
+    values = Adapter({}, {f"{name}.sparse": torch.ones(4)}, Sparse(3))
     with pytest.raises(ModelError, match="no gradient for each row"):
-        MultiAdapterModel(base, [Task(values, method=(SparseMask(3),))], train=True, per_row=True)
+        MultiAdapterModel(base, [Task(values)], train=True, per_row=True)
 
 
 class Slow(nn.Linear):

@@ -45,8 +45,10 @@ def state(strategy, make, rng, peers):
 
 
 def length(np64, task, adapter):
-    parts = [np64.delta(adapter.pairs[m]) - np64.delta(pair) for m, pair in task.adapter.pairs.items()]
-    parts += [(adapter.extra[n] - old).double().numpy() for n, old in task.adapter.extra.items()]
+    parts = [np64.change(adapter, m) - np64.change(task.adapter, m) for m in task.adapter.pairs]
+    parts += [
+        (adapter.extra[n] - old).double().numpy() for n, old in task.adapter.extra.items() if ".core" not in n
+    ]
     return np.sqrt(sum((part**2).sum() for part in parts))
 
 

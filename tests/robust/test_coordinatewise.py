@@ -97,9 +97,9 @@ def test_a_core_is_held_by_those_of_its_rank(make, np64, rng):
     state = strategy.init(make.adapter(rng, LAYERS, 4))
     sent = make.round(rng, strategy, state, MIXED, [1.0] * 5)
     kept, _ = one_update(Median(), strategy, state, sent)
-    got = kept.updates[0].adapter.pairs["tall"].M
+    got = kept.updates[0].adapter.extra["tall.core"]
     for i, j in np.ndindex(4, 4):
-        votes = [float(u.adapter.pairs["tall"].M[i, j]) for u in sent if u.peer.rank > max(i, j)]
+        votes = [float(u.adapter.extra["tall.core"][i, j]) for u in sent if u.peer.rank > max(i, j)]
         assert float(got[i, j]) == pytest.approx(np.median(votes))
 
 

@@ -18,8 +18,10 @@ BIG = {"tall": (60, 40), "wide": (30, 70)}
 
 def moved(np64, task, adapter):
     """What a client changed, as one dense vector: every ΔW, and the extras."""
-    parts = [np64.delta(adapter.pairs[m]) - np64.delta(pair) for m, pair in task.adapter.pairs.items()]
-    parts += [(adapter.extra[n] - old).double().numpy() for n, old in task.adapter.extra.items()]
+    parts = [np64.change(adapter, m) - np64.change(task.adapter, m) for m in task.adapter.pairs]
+    parts += [
+        (adapter.extra[n] - old).double().numpy() for n, old in task.adapter.extra.items() if ".core" not in n
+    ]
     return np.concatenate([part.reshape(-1) for part in parts])
 
 

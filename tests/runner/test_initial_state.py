@@ -12,7 +12,6 @@ from fedlora.config.composition import compose
 from fedlora.config.translate import run_spec
 from fedlora.data import collate
 from fedlora.models import MultiAdapterModel, save_adapter
-from fedlora.models.dora import split
 from fedlora.runner.assemble import Assembly, assemble
 
 pytestmark = pytest.mark.slow
@@ -52,7 +51,7 @@ def test_every_client_starts_from_the_function_of_the_base(overrides: list[str],
             task = found.spec.strategy.task(found.start, found.peer(0, rank))
             with MultiAdapterModel(found.base, [task]):
                 assert (found.base.logits(batch) - plain).abs().max() < 1e-5
-    magnitudes = split(found.start.adapter)[0]
+    magnitudes = found.start.adapter.own_factors()
     assert magnitudes.keys() == (found.start.adapter.pairs.keys() if "lora.dora=true" in overrides else set())
 
 
@@ -94,10 +93,10 @@ def test_an_adapter_of_dora_goes_on_as_one(no_run: Refuse, tmp_path: Path) -> No
     assert "is an adapter of DoRA; say lora.dora=true" in no_run(given)
     assert job(given, "lora.dora=true").start.adapter.digest() == moved.digest()
     frozen = job(given, "lora.dora=true", "lora.head=freeze")
-    assert split(frozen.start.adapter)[1] == {}
-    assert split(frozen.start.adapter)[0].keys() == moved.pairs.keys()
+    assert frozen.start.adapter.heads() == {}
+    assert frozen.start.adapter.own_factors().keys() == moved.pairs.keys()
     head = dict(frozen.base.model.named_parameters())
-    assert all(torch.equal(head[n], t) for n, t in split(moved)[1].items())
+    assert all(torch.equal(head[n], t) for n, t in moved.heads().items())
 
 
 def test_a_plain_adapter_gets_the_magnitudes_it_has(tmp_path: Path) -> None:
@@ -106,6 +105,6 @@ def test_a_plain_adapter_gets_the_magnitudes_it_has(tmp_path: Path) -> None:
     plain: Any = type(first.start.adapter)(pairs, first.start.adapter.extra)
     save_adapter(plain, first.base, tmp_path / "saved")
     start = job(f"lora.adapter={tmp_path / 'saved'}", "lora.dora=true").start.adapter
-    for m, magnitudes in split(start)[0].items():
+    for m, own in start.own_factors().items():
         V = first.base.model.get_submodule(m).weight + pairs[m].scale * pairs[m].B @ pairs[m].A
-        torch.testing.assert_close(magnitudes, V.norm(dim=1).detach(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own["magnitude"], V.norm(dim=1).detach(), atol=1e-5, rtol=1e-5)

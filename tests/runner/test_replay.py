@@ -72,7 +72,7 @@ def test_mixed_ranks_are_replayed(flex: Path, capsys: Any) -> None:
         ("fedit", ["strategy=ffalora"], ["FFALoRA", "B trained"]),
         ("fedit", ["strategy=slora"], ["SLoRA", "SparseMask"]),
         ("fedit", ["strategy=fedms"], ["FedMS", "no global model"]),
-        ("fedit", ["strategy=privatelora"], ["PrivateLoRA", "M"]),
+        ("fedit", ["strategy=privatelora"], ["PrivateLoRA", "A+B trained"]),
         ("fedit", ["strategy=flexlor"], ["flexlor"]),
         ("fedit", ["rounds=3"], ["rounds=3"]),
         ("fedit", ["strategy.second=fedit"], ["strategy=NAME"]),

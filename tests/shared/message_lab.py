@@ -37,7 +37,7 @@ class Wire:
 
     def moved(self, task: Task, own: bool = False) -> Adapter:
         """The task's adapter with what is shared moved, and with `own` what the client keeps, too."""
-        names, step = {*task.shared(), *(task.own() if own else [])}, {"A": 1, "B": -1, "M": 2}
+        names, step = {*task.shared(), *(task.own() if own else [])}, {"A": 1, "B": -1}
         moved = {n: t * 3 for n, t in task.adapter.extra.items() if n in names}
         for module, pair in task.adapter.pairs.items():
             moved |= {f"{module}.{f}": t + step[f] for f, t in pair.factors() if f"{module}.{f}" in names}

@@ -162,11 +162,3 @@ def test_FedIT_on_the_same_updates_is_wrong(make, np64, rng):
     start, D = State(Adapter({"m": pairs[0]})), np64.sum(pairs, w)
     off = np.linalg.norm(FedIT().aggregate(start, updates_of(pairs, w), rng).delta("m").numpy() - D)
     assert off > 0.3 * np.linalg.norm(D)
-
-
-def test_a_core_counts_as_it_does_in_a_plain_pair(make, np64, rng):
-    t = make.tensor
-    cored = [Pair(t(rng, 3, 5), t(rng, 7, 3), 2.0, t(rng, 3, 3)) for _ in range(3)]
-    w = [0.2, 0.3, 0.5]
-    found, plain = covariance(cored, w, 2.0), covariance([pair.plain() for pair in cored], w, 2.0)
-    assert np64.close(np64.delta(found), np64.delta(plain), 1e-12)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, State, Update
 from fedlora.errors import IncompatibleUpdates
+from fedlora.models.parametrizations import CoreMatrix
 from fedlora.rounds.codec import read_task, write_task, write_update
 from fedlora.strategies import PrivateLoRA
 from fedlora.training.client import TrainResult
@@ -28,22 +29,10 @@ def fresh(make, rng, layers=LAYERS, rank=8, scale=2.0, dtype=torch.float64, seed
 
 def trained(make, rng, task):
     """The task's adapter with other cores and extras."""
-    pairs = {
-        m: dataclasses.replace(p, M=p.M + make.tensor(rng, *p.M.shape).to(p.M))
-        for m, p in task.adapter.pairs.items()
-    }
-    return Adapter(pairs, {name: t + 1 for name, t in task.adapter.extra.items()})
-
-
-def product(pair):
-    """s B M A, by numpy."""
-    B, M, A = (t.double().numpy() for t in (pair.B, pair.M, pair.A))
-    return pair.scale * B @ M @ A
-
-
-def mean(updates, m):
-    total = sum(u.weight for u in updates)
-    return sum(u.weight / total * product(u.adapter.pairs[m]) for u in updates)
+    moved = {name: t + 1 for name, t in task.adapter.heads().items()}
+    for m, own in task.adapter.own_factors().items():
+        moved[f"{m}.core"] = own["core"] + make.tensor(rng, *own["core"].shape).to(own["core"])
+    return task.adapter.with_tensors(moved)
 
 
 def test_the_facts():
@@ -62,7 +51,7 @@ def test_the_mean_of_cores_is_the_mean_of_updates(make, np64, seed, d_out, d_in,
             for peer, (_, _, w) in zip(peers, held, strict=True)
         ]
         state = private.aggregate(state, updates, rng)
-        assert np64.close(state.delta("m"), mean(updates, "m"))
+        assert np64.close(state.delta("m"), np64.mean(updates, "m"))
     pair = state.adapter.pairs["m"]
     assert torch.equal(pair.A, frozen.A)
     assert torch.equal(pair.B, frozen.B)
@@ -72,11 +61,11 @@ def test_the_mean_of_cores_is_the_mean_of_updates(make, np64, seed, d_out, d_in,
 def test_the_first_step_is_the_base_and_every_entry_of_the_core_has_a_gradient(make, np64, rng):
     state = fresh(make, rng)
     for m, (d_out, d_in) in LAYERS.items():
-        pair = state.adapter.pairs[m]
+        pair, core = state.adapter.pairs[m], state.adapter.extra[f"{m}.core"]
         assert not state.delta(m).any()
-        assert not pair.M.any()
+        assert not core.any()
         G = make.tensor(rng, d_out, d_in)
-        M = pair.M.clone().requires_grad_()
+        M = core.clone().requires_grad_()
         ((pair.scale * pair.B @ M @ pair.A) * G).sum().backward()
         assert np64.close(M.grad, pair.scale * pair.B.T @ G @ pair.A.T)
         assert (M.grad != 0).all()
@@ -112,9 +101,10 @@ def test_a_client_gets_its_block(make, np64, rng, rank):
     private, state = PrivateLoRA(), fresh(make, rng)
     state = private.aggregate(state, [Update(trained(make, rng, private.task(state, Peer(0, 8))))], rng)
     task = private.task(state, Peer(0, rank))
-    assert task.train == task.share == {"M"}
+    assert task.trained() == task.shared() == ["head.bias", "head.weight", "m.core", "n.core"]
+    assert task.adapter.parametrization == CoreMatrix()
     pair, whole = task.adapter.pairs["m"], state.adapter.pairs["m"]
-    assert torch.equal(pair.M, whole.M[:rank, :rank])
+    assert torch.equal(task.adapter.extra["m.core"], state.adapter.extra["m.core"][:rank, :rank])
     assert torch.equal(pair.A, whole.A[:rank])
     assert torch.equal(pair.B, whole.B[:, :rank])
 
@@ -125,9 +115,12 @@ def test_r_squared_numbers_travel_and_the_frozen_factors_once(make, rng):
     task, _, _, has = read_task(first)
     assert "adapter/m.A" in first.array_records["arrays"]
     reply = write_update(TrainResult(task.adapter, {}), task, 1, 5).array_records["arrays"]
-    assert {n: tuple(a.shape) for n, a in reply.items() if "head" not in n} == {"m.M": (5, 5), "n.M": (5, 5)}
+    assert {n: tuple(a.shape) for n, a in reply.items() if "head" not in n} == {
+        "m.core": (5, 5),
+        "n.core": (5, 5),
+    }
     again = write_task(private.task(state, Peer(0, 5)), 2, 0, held)[0]
-    names = {"adapter/m.M", "adapter/n.M", "adapter/head.weight", "adapter/head.bias"}
+    names = {"adapter/m.core", "adapter/n.core", "adapter/head.weight", "adapter/head.bias"}
     assert set(again.array_records["arrays"]) == names
     assert read_task(again, has)[0].adapter.digest() == task.adapter.digest()
 
@@ -149,23 +142,38 @@ def test_an_adapter_that_was_there_goes_on_working(make, np64, rng, folded):
     update = Update(trained(make, rng, task), 1.0, Peer(0, 2))
     new = State.unpack(*private.aggregate(state, [update], rng).pack())
     for m in LAYERS:
-        assert np64.close(new.delta(m), want[m] + product(update.adapter.pairs[m]))
+        assert np64.close(new.delta(m), want[m] + np64.change(update.adapter, m))
 
 
-@pytest.mark.parametrize("what", ["A", "B", "no M", "rank"])
+@pytest.mark.parametrize("what", ["A", "B", "rank"])
 def test_factors_of_ones_own_are_refused_by_client_and_module(make, rng, what):
     private, state = PrivateLoRA(), fresh(make, rng)
     task = private.task(state, Peer(4, 5))
-    pair = task.adapter.pairs["n"]
+    pair, extra = task.adapter.pairs["n"], dict(task.adapter.extra)
     wrong = {
         "A": dataclasses.replace(pair, A=pair.A + 1e-9),
         "B": dataclasses.replace(pair, B=pair.B * 1.1),
-        "no M": dataclasses.replace(pair, M=None),
-        "rank": Pair(make.tensor(rng, 9, 3), make.tensor(rng, 4, 9), 2.0, make.tensor(rng, 9, 9)),
+        "rank": Pair(make.tensor(rng, 9, 3), make.tensor(rng, 4, 9), 2.0),
     }[what]
-    sent = Adapter({**task.adapter.pairs, "n": wrong}, task.adapter.extra)
+    if what == "rank":
+        extra["n.core"] = make.tensor(rng, 9, 9)
+    pairs = {**task.adapter.pairs, "n": wrong}
+    sent = dataclasses.replace(task.adapter, pairs=pairs, extra=extra)
     with pytest.raises(IncompatibleUpdates, match=r"client 4 sent other factors for 'n'"):
         private.aggregate(state, [Update(sent, 1.0, Peer(4, 5))], rng)
+
+
+@pytest.mark.parametrize(
+    ("core", "message"), [(None, r"missing \['n.core'\]"), (4, r"shape \(4, 4\) for 'n.core'")]
+)
+def test_a_core_that_is_missing_or_of_another_rank_than_its_factors_is_refused(make, rng, core, message):
+    private, state = PrivateLoRA(), fresh(make, rng)
+    sent = private.task(state, Peer(4, 5)).adapter
+    extra = {name: t for name, t in sent.extra.items() if name != "n.core"}
+    if core is not None:
+        extra["n.core"] = make.tensor(rng, core, core)
+    with pytest.raises(IncompatibleUpdates, match=message):
+        private.aggregate(state, [Update(dataclasses.replace(sent, extra=extra), 1.0, Peer(4, 5))], rng)
 
 
 def test_weight_zero_and_low_precision(make, np64, rng):
@@ -176,6 +184,7 @@ def test_weight_zero_and_low_precision(make, np64, rng):
         for p, w in zip(peers, (3.0, 0.0), strict=True)
     ]
     for sent in (updates, updates[:1]):
-        pair = private.aggregate(state, sent, rng).adapter.pairs["m"]
-        assert pair.M.dtype == torch.bfloat16
-        assert np64.close(product(pair), mean(updates, "m"), torch.finfo(torch.bfloat16).eps)
+        adapter = private.aggregate(state, sent, rng).adapter
+        assert adapter.extra["m.core"].dtype == torch.bfloat16
+        mean = np64.mean(updates, "m")
+        assert np64.close(np64.change(adapter, "m"), mean, torch.finfo(torch.bfloat16).eps)

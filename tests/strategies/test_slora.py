@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, State, Update
-from fedlora.core.sparse import SparseMask, places
 from fedlora.errors import ConfigError, IncompatibleUpdates
+from fedlora.models.parametrizations import Sparse
+from fedlora.models.parametrizations.sparse import places
 from fedlora.strategies import FedIT, FlexLoRA, SLoRA
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
@@ -55,7 +56,7 @@ def test_a_task_is_the_values_and_the_head_under_one_mask(make, rng):
     for peer in PEERS:
         task = SLoRA().task(state, peer)
         assert (task.adapter.pairs, task.train, task.share) == ({}, frozenset(), frozenset())
-        assert task.method == (SparseMask(11),)
+        assert task.adapter.parametrization == Sparse(11)
         assert set(task.shared()) == {*state.adapter.extra, *(f"{m}.sparse" for m in LAYERS)}
         assert not any(task.adapter.extra[f"{m}.sparse"].any() for m in LAYERS)
 
@@ -90,7 +91,8 @@ def test_the_server_takes_the_weighted_mean_and_nothing_moves_off_the_mask(make,
 
 @pytest.mark.slow
 def test_the_mask_is_the_same_in_another_process_and_another_for_another_seed():
-    code = "from fedlora.core.sparse import places; print(places(5, 'wide', (5, 9), 12).tolist())"
+    home = places.__module__
+    code = f"from {home} import places; print(places(5, 'wide', (5, 9), 12).tolist())"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     found = places(5, "wide", (5, 9), 12)
     assert told.strip() == str(found.tolist())

@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.strategy import next_state
 from fedlora.core.update_step import RoundUpdates
 from fedlora.rounds.aggregation_error import sizes
 from fedlora.rounds.codec import read_update
@@ -151,5 +152,5 @@ def aggregate_mean(given: RoundUpdates, mean: Update, rng: np.random.Generator) 
 
     How far the state is from the clients' own updates is not known then.
     """
-    state = given.strategy.aggregate(given.state, [mean], rng)
+    state = next_state(given.strategy, given.state, [mean], rng)
     return Aggregated(state, {**state.metrics, **sizes(state)})

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedlora.core.strategy import next_state
 from fedlora.core.update_step import RoundUpdates, UpdateStep
 from fedlora.rounds.aggregation.base import Aggregated, Aggregation, Delivery
 from fedlora.rounds.sanity_checks import check_state, check_updates
@@ -34,7 +35,7 @@ class PlainAggregation(Aggregation):
         for step in self.steps:
             given = step.on_server(given)
         before = given.state
-        state = given.strategy.aggregate(before, given.updates, rng)
+        state = next_state(given.strategy, before, given.updates, rng)
         numbers, wrong = check_state(given.strategy, before, state, given.updates, given.tasks)
         metrics = {**state.metrics, **given.metrics, **numbers}
         return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates)

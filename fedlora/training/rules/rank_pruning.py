@@ -9,7 +9,7 @@ EMNLP 2024. https://arxiv.org/abs/2401.06432
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class RankPruning(LocalRule):
     def replies(self, adapter: Adapter) -> tuple[Adapter, ...]:
         """The adapter after one pruning."""
         pairs = {name: truncate(pair, self.pruned(pair.rank)) for name, pair in adapter.pairs.items()}
-        return (Adapter(pairs, adapter.extra),)
+        return (replace(adapter, pairs=pairs),)
 
     def _length(self, A: Tensor, B: Tensor) -> Tensor:
         """‖B[:, ⌊γr⌋:]‖_F · ‖A[⌊γr⌋:, :]‖_F."""

@@ -99,7 +99,7 @@ def shape(draw: Draw, content: RecordDict, world: Any) -> str:
 def rank(draw: Draw, content: RecordDict, world: Any) -> str:
     """Another rank in every tensor of one module, so that the factors fit each other."""
     task = world.tasks[world.EVIL]
-    modules = [m for m in task.adapter.pairs if any(n.startswith(f"{m}.") for n in task.shared())]
+    modules = [m for m in task.adapter.pairs if {f"{m}.A", f"{m}.B"} & {*task.shared()}]
     if not modules:
         return shape(draw, content, world)
     module = draw(st.sampled_from(modules))
@@ -107,10 +107,7 @@ def rank(draw: Draw, content: RecordDict, world: Any) -> str:
     other = draw(st.integers(1, 12).filter(lambda r: r != pair.rank))
     for factor, tensor in pair.factors():
         if f"{module}.{factor}" in task.shared():
-            new = tuple(
-                other if (factor == "M" or axis == (factor == "B")) else n
-                for axis, n in enumerate(tensor.shape)
-            )
+            new = tuple(other if axis == (factor == "B") else n for axis, n in enumerate(tensor.shape))
             put(content, f"{module}.{factor}", Array(np.ones(new, np.float32)))
     return f"'{module}."
 

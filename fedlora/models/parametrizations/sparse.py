@@ -6,25 +6,44 @@ https://arxiv.org/abs/2308.06522
 
 import zlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.core.method import MethodPart
+from fedlora.core.parametrization import Factors, Layer, Parametrization
 from fedlora.seeds import generator
 
-SPARSE = ".sparse"  # an extra of this ending holds the values of a sparse update of the module before it
+if TYPE_CHECKING:
+    from fedlora.core.adapter import Pair
 
 
 @dataclass(frozen=True)
-class SparseMask(MethodPart):
-    """Where the values of a task's sparse updates go; without it they change nothing.
+class Sparse(Parametrization):
+    """One factor "sparse", the values (n,) of an update that is zero elsewhere.
 
     Args:
         seed: gives the places (see `places`).
     """
 
-    seed: int
+    seed: int = 0
+
+    factors = ("sparse",)
+    pairs = False
+
+    def start(self, layer: Layer, fresh: "Pair", rng: np.random.Generator) -> Factors:
+        """As many zeros as the pair has numbers."""
+        count = min(fresh.rank * sum(layer.shape), layer.shape[0] * layer.shape[1])
+        return {"sparse": fresh.A.new_zeros(count)}
+
+    def constants(self, layer: Layer, factors: Factors) -> Factors:
+        """The flat indices of the values."""
+        return {"places": places(self.seed, layer.name, layer.shape, len(factors["sparse"]))}
+
+    def dense(self, layer: Layer, factors: Factors) -> Tensor:
+        """The matrix with the values at their places."""
+        return spread(factors["sparse"], factors["places"], layer.shape)
 
 
 def places(seed: int, module: str, shape: tuple[int, int], count: int) -> Tensor:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fedlora.core.sparse import places, spread
+from fedlora.models.parametrizations.sparse import places, spread
 
 
 @pytest.mark.parametrize(("shape", "count"), [((5, 7), 1), ((5, 7), 12), ((5, 7), 35), ((300, 200), 4000)])
@@ -29,7 +29,7 @@ def test_places_follow_seed_and_module_and_nothing_else():
 
 @pytest.mark.slow
 def test_another_process_finds_the_same_places():
-    code = "from fedlora.core.sparse import places; print(places(3, 'a.b', (50, 60), 20).tolist())"
+    code = f"from {places.__module__} import places; print(places(3, 'a.b', (50, 60), 20).tolist())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == str(places(3, "a.b", (50, 60), 20).tolist())
 
