@@ -138,9 +138,7 @@ class LoRASpec:
     @property
     def scaling(self) -> LoRA:
         """The rule from a client's rank to the scales of its modules."""
-        return LoRA(
-            self.scale, self.alpha, self.use_rslora, dict(self.rank_pattern), dict(self.alpha_pattern)
-        )
+        return LoRA(self.scale, self.alpha, self.use_rslora, self.rank_pattern, self.alpha_pattern)
 
 
 @dataclass(frozen=True)
