@@ -21,7 +21,7 @@ from fedlora.runner.task_file import TaskFile
 from fedlora.saved_runs.export import export, verify
 from fedlora.storage.run_folder import RunFolder
 from fedlora.training.evaluation import predictions
-from fedlora.training.generation import answer
+from fedlora.training.generation import LONGEST, answer
 
 from .scratch import Scratch
 
@@ -149,8 +149,12 @@ class Run:
             )
         return by_peft(self.base(plain=True), self.path / "adapter").model
 
-    def predict(self, texts: Sequence[str]) -> list[Any]:
+    def predict(self, texts: Sequence[str], longest: int = LONGEST) -> list[Any]:
         """The label of each text, the response to each prompt, or what another task says of a text.
+
+        Args:
+            texts: texts or prompts.
+            longest: tokens of a response at most.
 
         Raises:
             ConfigError: the strategy is personal, so that there is no one model.
@@ -166,7 +170,7 @@ class Run:
         examples = base.task.encode_sources(texts, base.tokenizer, self.spec.data.max_length)
         task = Task(state.adapter, fold=state.fold)
         if base.task.generates:
-            return [said.strip() for said in answer(base, task, examples)]
+            return [said.strip() for said in answer(base, task, examples, longest=longest)]
         return predictions(base, task, examples, self.task.labels)
 
     def save(self, to: str | Path, merge: bool = False) -> Path:

@@ -16,6 +16,7 @@ from fedlora.config import composition
 from fedlora.config.instantiate import Trust, make, read
 from fedlora.config.translate import run_spec
 from fedlora.core.messages import Peer, State, Task, Update
+from fedlora.core.parametrization import LORA
 from fedlora.core.strategy import Strategy, next_state
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.report import Table
@@ -124,12 +125,15 @@ def again(
 def _check_alike(other: Strategy, recorder: Strategy, asked: Task, was: Task, peer: Peer, round: int) -> None:
     """Refuse updates that answer to another question; what bends a client's training is part of none."""
 
-    def sent(task: Task) -> list[str]:
-        return [type(part).__name__ for part in task.method if not isinstance(part, LocalRule)]
+    def sent(task: Task) -> str:
+        form = task.adapter.parametrization
+        name = "LoRA" if form == LORA else type(form).__name__
+        parts = [type(part).__name__ for part in task.method if not isinstance(part, LocalRule)]
+        return " and ".join([f"factors of {name}", *parts])
 
     forms = [
         (
-            " and ".join(["factors", *sent(task)]),
+            sent(task),
             "+".join(sorted(task.train)) + " trained",
             "+".join(sorted(task.share)) + " shared",
             f"{len(task.shared())} shared tensors",

@@ -79,7 +79,13 @@ def chosen(rows: Sequence[Row], count: int, seed: int) -> list[int]:
     return sorted(sorted(turns, key=turns.__getitem__)[:count])  # stable: one's first rows come first
 
 
-def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | None = None) -> list[str]:
+def answer(
+    base: Base,
+    task: Task,
+    examples: Sequence[Example],
+    tokens: int | None = None,
+    longest: int | None = None,
+) -> list[str]:
     """Answer every prompt with one adapter, in the order of the examples.
 
     A prompt is the part of an example that has no loss, so it is what training reads before a response. An
@@ -91,11 +97,13 @@ def answer(base: Base, task: Task, examples: Sequence[Example], tokens: int | No
         task: the adapter, and what is folded into the base.
         examples: as the base's task encodes them.
         tokens: padded tokens of the prompts of one batch; None takes 4,096.
+        longest: tokens of an answer at most, in the place of the longest response of the examples.
     """
     if not examples:
         return []  # without a look at the adapter, which may be no part of this model
     prompts = [(at, Example(base.task.prompt(example), [])) for at, example in enumerate(examples)]
-    longest = min(LONGEST, max(examples[at].size - prompt.size for at, prompt in prompts))
+    if longest is None:
+        longest = min(LONGEST, max(examples[at].size - prompt.size for at, prompt in prompts))
     room = base.room
     ends = answer_ends(base)
     traits = base.traits if base.traits.prompts else replace(base.traits, limit=0)

@@ -44,6 +44,8 @@ def test_answers_are_those_of_plain_peft(zoo: Any, tmp_path: Path, name: str, to
     said = answer(base, Task(adapter), rows, tokens)
     assert said == [alone(base, model, row, longest) for row in rows]
     assert answer(base, Task(Adapter({})), rows, tokens) == bare
+    more = answer(base, Task(adapter), rows[:2], tokens, longest=longest + 6)
+    assert more == [alone(base, model, row, longest + 6) for row in rows[:2]]
     assert said != bare
     assert zoo.clean(base)
 

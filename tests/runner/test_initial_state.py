@@ -1,6 +1,7 @@
 """What a run begins with: `lora.init`, `lora.dora`, `lora.adapter`, and the pairings that are refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_a_start_that_cannot_be_is_refused_in_one_line(
 def test_an_adapter_of_dora_goes_on_as_one(no_run: Refuse, tmp_path: Path) -> None:
     first = job("lora.dora=true")
     extra = {n: t + 0.5 for n, t in first.start.adapter.extra.items()}
-    moved: Any = type(first.start.adapter)(first.start.adapter.pairs, extra)
+    moved = replace(first.start.adapter, extra=extra)
     save_adapter(moved, first.base, tmp_path / "saved")
     given = f"lora.adapter={tmp_path / 'saved'}"
     assert "is an adapter of DoRA; say lora.dora=true" in no_run(given)

@@ -70,7 +70,7 @@ def test_mixed_ranks_are_replayed(flex: Path, capsys: Any) -> None:
     [
         ("flex", ["strategy=fedit"], ["FedIT", "rank"]),
         ("fedit", ["strategy=ffalora"], ["FFALoRA", "B trained"]),
-        ("fedit", ["strategy=slora"], ["SLoRA", "SparseMask"]),
+        ("fedit", ["strategy=slora"], ["SLoRA", "Sparse"]),
         ("fedit", ["strategy=fedms"], ["FedMS", "no global model"]),
         ("fedit", ["strategy=privatelora"], ["PrivateLoRA", "A+B trained"]),
         ("fedit", ["strategy=flexlor"], ["flexlor"]),
