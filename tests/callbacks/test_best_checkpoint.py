@@ -1,4 +1,4 @@
-"""Which state is selected, by lists of scores; whole runs are in tests/integration/test_best_checkpoint.py."""
+"""Which state is selected, by lists of scores; whole runs are in tests/integration."""
 
 from pathlib import Path
 
