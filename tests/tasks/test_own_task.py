@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 import fedlora as fl
 from fedlora.data import Example, Row, text_in
 from fedlora.errors import ConfigError, DataError
+from fedlora.report import read_run
 from fedlora.tasks import LearningTask
 
 PLEASANT = {"sun": 2.0, "honey": 1.5, "home": 1.0, "rain": -1.0, "tax": -1.5, "mud": -2.0}
@@ -169,8 +170,6 @@ def test_a_run_of_an_own_task_goes_on_from_python_alone(run: Any, tmp_path: Path
 
 
 def test_a_report_knows_which_way_an_own_metric_is_better(run: Any) -> None:
-    from fedlora.report import read_run
-
     read = read_run(run.path)
     assert not read.more_is_better
     assert read.local_metric == "local_absolute_error"
@@ -206,6 +205,7 @@ def test_many_labels_a_row_are_one_task_more() -> None:
     assert run.summary["all_right"] == run.metrics[-1]["all_right"]
     assert run.summary["loss"] < run.summary["initial"]["loss"]
     assert all({*said} <= {"a", "b"} for said in run.predict(["ab", "c"]))
+    assert read_run(run.path).more_is_better
 
 
 def test_what_does_not_fit_an_own_task_is_refused_in_one_line() -> None:
