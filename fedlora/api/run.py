@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.instantiate import Trust, read
-from fedlora.config.resume import with_rounds
+from fedlora.config.resume import check_given, with_rounds
 from fedlora.config.translate import plain, run_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import State, Task
@@ -208,19 +208,17 @@ class Run:
         Args:
             rounds: in all.
             progress: whether to show a table of the rounds.
-            given: parts that config.yaml cannot name, such as strategy=MyStrategy().
+            given: parts that config.yaml cannot name, such as strategy=MyStrategy(), and callbacks.
 
         Raises:
-            FedLoraError: the run is finished, or something of it has changed.
+            FedLoraError: the run is finished, something of it has changed, or config.yaml names a given part.
         """
         from .simulate import carry_out
 
-        if unknown := given.keys() - {*PARTS, "callbacks"}:
-            raise ConfigError(
-                f"resume: expected parts of {', '.join(PARTS)}, callbacks, got {', '.join(sorted(unknown))}"
-            )
+        found = read(self.path, self._trust)
+        check_given(found, given, "resume")
         parts = self._given | given
-        config = with_rounds(read(self.path, self._trust), self.path, rounds)
+        config = with_rounds(found, self.path, rounds, parts)
         spec = run_spec(config, parts)
         if rounds is not None and spec.settings == "":
             raise CheckpointError("resume: the run has no settings to go on with")
@@ -234,9 +232,12 @@ def open_run(path: str | Path, allow: Sequence[str] = (), **given: Any) -> Run:
     Args:
         path: the folder.
         allow: modules of your own that its config.yaml may name.
-        given: parts that its config.yaml cannot name, such as strategy=MyStrategy().
+        given: parts that its config.yaml cannot name, such as strategy=MyStrategy(), and callbacks.
 
     Raises:
         CheckpointError: the folder holds no run.
+        ConfigError: config.yaml names a given part.
     """
-    return Run(path, given=given, trust=Trust(tuple(allow)))
+    trust = Trust(tuple(allow))
+    check_given(read(Path(path), trust), given, "open")
+    return Run(path, given=given, trust=trust)

@@ -175,7 +175,7 @@ def checked(config: DictConfig, key: str) -> Any:
         if isinstance(node, str) and "${" in node:  # a reference after all, resolved only when it is too late
             raise ConfigError(f"{place}: expected a plain value, got '{node}'; write it without ${{")
         if isinstance(node, dict) and "_target_" in node:
-            _check(place, node["_target_"], OURS.get(key.partition(".")[0], ()), allow)
+            _check(place, node["_target_"], key.partition(".")[0], allow)
     for place, node in _nodes(part, key):
         if isinstance(node, dict):
             _check_words(place, node, key, allow)
@@ -193,9 +193,21 @@ def make(config: DictConfig, key: str, kind: type = object) -> Any:
     Raises:
         FedLoraError: what the target itself raises, or a ConfigError in one line for anything else.
     """
+
+    def check(cls: type) -> None:
+        if not issubclass(cls, kind):
+            raise ConfigError(
+                f"{key}: expected a _target_ that makes a {kind.__name__}, got a {cls.__name__}"
+            )
+
     try:
+        part = checked(config, key)
+        found = _found(part["_target_"]) if isinstance(part, dict) and "_target_" in part else None
+        maker = found.__self__ if inspect.ismethod(found) else found
+        if inspect.isclass(maker):
+            check(maker)  # before it is made: to make the wrong thing could already do harm
         # Lists as they are: in Hydra's own a dataclass, such as a local rule, would become a configuration.
-        made = hydra.utils.instantiate(checked(config, key), _convert_="all")
+        made = hydra.utils.instantiate(part, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, FedLoraError):
@@ -203,10 +215,7 @@ def make(config: DictConfig, key: str, kind: type = object) -> Any:
         raise ConfigError(f"{key}: {' '.join(str(cause or error).split())}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from error
-    if not isinstance(made, kind):
-        raise ConfigError(
-            f"{key}: expected a _target_ that makes a {kind.__name__}, got a {type(made).__name__}"
-        )
+    check(type(made))
     return made
 
 
@@ -245,8 +254,12 @@ def _nodes(node: Any, place: str) -> Iterator[tuple[str, Any]]:
             yield from _nodes(value, f"{place}.{name}")
 
 
-def _check(place: str, target: Any, ours: Sequence[str], allow: Sequence[str]) -> None:
-    """Refuse a target that is not ours, torch's or allowed; nothing else is imported to find out."""
+def _check(place: str, target: Any, group: str, allow: Sequence[str]) -> None:
+    """Refuse a target that is not ours, torch's or allowed; nothing else is imported to find out.
+
+    Of ours it is a class or a class method; only rows and packaged models are made by plain functions.
+    """
+    ours, makers = OURS.get(group, ()), group in ("data", "model")
     if not isinstance(target, str):
         raise ConfigError(f"{place}: expected a dotted name under _target_, got {target!r}")
     public = not any(part.startswith("_") for part in target.split("."))
@@ -265,6 +278,8 @@ def _check(place: str, target: Any, ours: Sequence[str], allow: Sequence[str]) -
         torch_s = kind is not None and inspect.isclass(thing) and issubclass(thing, kind)
         if not (_within(home, (*ours, *allow)) or torch_s):
             raise _refusal(place, target, home)
+    if inspect.isfunction(found) and not makers and not _within(home, allow):
+        raise _refusal(place, target, home)
 
 
 def _found(target: str) -> Any:

@@ -1,6 +1,6 @@
 """From a composed configuration to the description of a run: the only reader of Hydra's configuration."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -63,12 +63,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     def part(name: str, made: Callable[[], Any]) -> Any:
         return given[name] if name in given else made()
 
-    if lacking := sorted({*(config.get("from_python") or ())} - given.keys()):
-        raise ConfigError(
-            f"this run was started from Python with objects that no configuration can name "
-            f"({', '.join(lacking)}); go on with it from Python: fedlora.open(DIR).resume("
-            f"{', '.join(f'{name}=...' for name in lacking)})"
-        )
+    check_lacking(config, given)
     privacy: Privacy | None = part("privacy", lambda: named(config, "privacy", Privacy))
     added = given.get("callbacks", ())
     return RunSpec(
@@ -98,6 +93,20 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         settings=kept(config),
         defaults=defaults,
     )
+
+
+def check_lacking(config: DictConfig, given: Collection[str]) -> None:
+    """Refuse a configuration without the objects that it could not name.
+
+    Raises:
+        ConfigError: which parts are lacking, and how to give them.
+    """
+    if lacking := sorted({*(config.get("from_python") or ())} - {*given}):
+        raise ConfigError(
+            f"this run was started from Python with objects that no configuration can name "
+            f"({', '.join(lacking)}); go on with it from Python: fedlora.open(DIR).resume("
+            f"{', '.join(f'{name}=...' for name in lacking)})"
+        )
 
 
 def kept_spec(config: DictConfig) -> RunSpec:

@@ -50,7 +50,7 @@ def site_parts(config: DictConfig, node: SiteConfig, invitation: Invitation) -> 
     """
     config = Trust(tuple(node.allow.replace(",", " ").split())).into(config)  # whatever the server granted it
     node.check(config, invitation)
-    spec = run_spec(config)
+    spec = run_spec(config, {"callbacks": None})  # trackers and rules to stop are the server's
     limits = node.limits
     if limits is not None:
         limits.accept(spec.privacy)

@@ -78,7 +78,6 @@ def test_python_and_the_command_line_give_one_adapter(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_the_command_line_goes_on_with_a_run_from_python(rounds: int, tmp_path: Path) -> None:
     whole = small(rounds=2, strategy="hetlora", ranks=[2, 4])
@@ -88,7 +87,6 @@ def test_the_command_line_goes_on_with_a_run_from_python(rounds: int, tmp_path: 
     assert sha(fl.open(tmp_path / "run")) == sha(whole)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_rows_in_memory_of_whatever_kind_are_one_run() -> None:
     frame = pytest.importorskip("pandas").DataFrame(ROWS)
@@ -127,7 +125,6 @@ def test_a_loaded_model_is_the_same_as_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_strategy_from_the_script_runs_and_is_named_when_it_is_missing(tmp_path: Path) -> None:
     own = small(strategy=Mean(), ranks=4, out=tmp_path / "own")
     assert sha(own) == sha(small(strategy="fedit", ranks=4))
@@ -139,6 +136,33 @@ def test_a_strategy_from_the_script_runs_and_is_named_when_it_is_missing(tmp_pat
     assert sha(more) == sha(small(strategy="fedit", ranks=4, rounds=2))
 
 
+@dataclass(frozen=True)
+class OwnPrivacy(fl.privacy.DPSGD):
+    """Privacy of the user's own, which no configuration can name."""
+
+
+def test_a_run_that_goes_on_keeps_the_parts_that_it_named(tmp_path: Path) -> None:
+    small(ranks=4, privacy=fl.privacy.DPSGD(epsilon=4, insecure_test_seed=1), out=tmp_path / "run")
+    weaker = fl.privacy.DPSGD(epsilon=999, insecure_test_seed=1)
+    found = fl.open(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"resume: expected only .* \(callbacks\), got privacy"):
+        found.resume(rounds=2, privacy=weaker)
+    with pytest.raises(ConfigError, match=r"open: expected only .* got client, privacy"):
+        fl.open(tmp_path / "run", privacy=weaker, client=fl.clients.LocalTraining(lr=0.1))
+    with pytest.raises(ConfigError, match=r"resume: expected only .* got privcy"):
+        found.resume(privcy=weaker)
+    assert len(found.metrics) == 1
+
+
+def test_more_rounds_than_the_noise_is_for_are_refused_whoever_names_the_privacy(tmp_path: Path) -> None:
+    own = OwnPrivacy(epsilon=4, insecure_test_seed=1)
+    small(ranks=4, privacy=own, out=tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"resume\(privacy=\.\.\.\)"):
+        fl.open(tmp_path / "run").resume(rounds=2)
+    with pytest.raises(ConfigError, match="the noise of this run is for 1 rounds"):
+        fl.open(tmp_path / "run").resume(rounds=2, privacy=own)
+
+
 def test_a_session_goes_round_by_round_to_the_same_end(tmp_path: Path) -> None:
     session = fl.Session("tiny", "tiny", clients=3, rounds=2, out=tmp_path / "run")
     seen = [(line["round"], session.state.round) for line in session]
@@ -146,7 +170,6 @@ def test_a_session_goes_round_by_round_to_the_same_end(tmp_path: Path) -> None:
     assert sha(session.run) == sha(small(rounds=2))
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_session_that_is_left_can_be_resumed(tmp_path: Path) -> None:
     session = fl.Session("tiny", "tiny", clients=3, rounds=2, out=tmp_path / "run")
@@ -177,7 +200,6 @@ def test_nothing_stays_on_disk_without_out(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_sweep_has_a_run_a_combination_and_goes_on(tmp_path: Path) -> None:
     words: dict[str, Any] = {"clients": 3, "rounds": 1, "ranks": fl.each(4, [2, 4]), "progress": False}
@@ -210,7 +232,6 @@ def test_what_cannot_be_is_said_in_a_line(settings: dict[str, Any], error: type,
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_python_s_defaults_are_those_of_the_command_line() -> None:
     """What YAML says of a class is what the class says of itself."""
