@@ -10,7 +10,7 @@ from typing import Any
 
 from fedlora.config.instantiate import Trust, read
 from fedlora.config.resume import check_given, with_rounds
-from fedlora.config.translate import plain, run_spec
+from fedlora.config.translate import kept_spec, plain, run_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import State, Task
 from fedlora.errors import CheckpointError, ConfigError
@@ -96,6 +96,11 @@ class Run:
         """
         return run_spec(read(self.path, self._trust), self._given)
 
+    @cached_property
+    def _read(self) -> RunSpec:
+        """The part of the description that is needed to read what the run has left."""
+        return kept_spec(read(self.path, self._trust), self._given)
+
     @property
     def summary(self) -> dict[str, Any]:
         """The content of summary.json.
@@ -132,7 +137,7 @@ class Run:
 
     def base(self, plain: bool = False) -> Base:
         """The base model, loaded anew; `plain` leaves it as transformers makes it."""
-        return self.task.load_base(self.spec, partial(load, plain=plain))
+        return self.task.load_base(self._read, partial(load, plain=plain))
 
     def model(self) -> Any:
         """The base with the adapter in it, as a PeftModel.
@@ -167,7 +172,7 @@ class Run:
         if isinstance(texts, str):
             raise ConfigError("predict: expected a list of texts, got one text; put it into a list")
         base, state = self.base(), self.state
-        examples = base.task.encode_sources(texts, base.tokenizer, self.spec.data.max_length)
+        examples = base.task.encode_sources(texts, base.tokenizer, self._read.data.max_length)
         task = Task(state.adapter, fold=state.fold)
         if base.task.generates:
             return [said.strip() for said in answer(base, task, examples, longest=longest)]
@@ -179,7 +184,7 @@ class Run:
         Raises:
             FedLoraError: the folder is there already, or there is no global adapter.
         """
-        export(self.path, Path(to), merge, self._trust, self.spec)
+        export(self.path, Path(to), merge, self._trust, self._read)
         return Path(to)
 
     def keep(self, to: str | Path) -> "Run":
@@ -200,7 +205,7 @@ class Run:
         Raises:
             CheckpointError: a hash, a logit or the accuracy differs.
         """
-        return verify(self.path, self._trust, self.spec)
+        return verify(self.path, self._trust, self._read)
 
     def resume(self, rounds: int | None = None, progress: bool = True, **given: Any) -> "Run":
         """Go on with the run, with more rounds if a number is given.

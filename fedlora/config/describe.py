@@ -127,7 +127,10 @@ def _object(thing: Any) -> tuple[dict[str, Any], bool]:
     good = cls.__module__.partition(".")[0] == "fedlora" and is_dataclass(thing)
     home = next((p for p in PUBLIC if cls.__module__.startswith(f"{p}.")), cls.__module__)
     found: dict[str, Any] = {"_target_": f"{home}.{cls.__qualname__}"}
-    for field in fields(thing) if is_dataclass(thing) else ():
+    shown = fields(thing) if is_dataclass(thing) else ()
+    if not good:  # it cannot be made again of these, and its texts may be anything: a token, somebody's rows
+        shown = tuple(f for f in shown if f.repr and isinstance(getattr(thing, f.name), int | float))
+    for field in shown:
         value, fine = _value(getattr(thing, field.name))
         if not (field.init and value == {}):
             found[field.name] = value

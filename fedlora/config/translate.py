@@ -109,13 +109,19 @@ def check_lacking(config: DictConfig, given: Collection[str]) -> None:
         )
 
 
-def kept_spec(config: DictConfig) -> RunSpec:
+def kept_spec(config: DictConfig, given: Mapping[str, Any] | None = None, strategy: bool = False) -> RunSpec:
     """The description of a run whose model and rows alone are wanted.
 
-    Its strategy, client, privacy, rules, scheduler and engine are None, and it has no steps and no
-    callbacks: to read what a run has left, no code of the user's is needed.
+    Its client, privacy, rules, scheduler and engine are None, and it has no steps and no callbacks: to read
+    what a run has left, no code of the user's is needed, and nothing that a stranger's folder names is made.
+
+    Args:
+        config: the run's.
+        given: as for `run_spec`.
+        strategy: whether the strategy is wanted too, which is None otherwise.
     """
-    return run_spec(config, dict.fromkeys((*CODE, "callbacks")))
+    left = [name for name in (*CODE, "callbacks") if not (strategy and name == "strategy")]
+    return run_spec(config, dict.fromkeys(left) | dict(given or {}))
 
 
 def model_spec(config: DictConfig) -> ModelSpec:
@@ -193,9 +199,10 @@ def _model_choices(config: DictConfig) -> list[DictConfig]:
 
 def _with_model(config: DictConfig, name: str) -> DictConfig:
     """The configuration with another model: a choice of the group `model`, or else a folder or hub name."""
-    file = resources.files("fedlora.config.conf") / "model" / f"{name}.yaml"
     found: Mapping[str, Any] = {"path": name, "source": None}
-    if file.is_file():
+    for file in (resources.files("fedlora.config.conf") / "model").iterdir():
+        if file.name != f"{name}.yaml":  # compared and not joined: a name could lead to any file
+            continue
         found = plain(OmegaConf.create(file.read_text(encoding="utf-8")))
     if found["path"] == "???":
         raise ConfigError(f"models: '{name}' is any model; say the folder or hub name itself in its place")

@@ -21,6 +21,14 @@ from fedlora.storage.client_state import ClientStore, DownloadCache
 from fedlora.tasks import learning_task
 from fedlora.training.client import Client
 
+OF_SERVER = (
+    "scheduler",
+    "engine",
+    "robust",
+    "steps",
+    "callbacks",
+)  # of a run, nothing that a site would make
+
 
 @dataclass(frozen=True)
 class SiteParts:
@@ -50,7 +58,7 @@ def site_parts(config: DictConfig, node: SiteConfig, invitation: Invitation) -> 
     """
     config = Trust(tuple(node.allow.replace(",", " ").split())).into(config)  # whatever the server granted it
     node.check(config, invitation)
-    spec = run_spec(config, {"callbacks": None})  # trackers and rules to stop are the server's
+    spec = run_spec(config, dict.fromkeys(OF_SERVER))
     limits = node.limits
     if limits is not None:
         limits.accept(spec.privacy)

@@ -252,6 +252,8 @@ BEFORE_LOADING = (
     privacy.client_level_updates,
     privacy.client_level_least,
     privacy.client_level_rounds,
+    privacy.client_level_scheduler,
+    privacy.privacy_of_client,
     plain_lora_of_own_client,
     form_of_pairs,
     form_without_pairs,

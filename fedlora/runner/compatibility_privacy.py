@@ -2,6 +2,7 @@
 
 from fedlora.core.strategy import named as strategies
 from fedlora.privacy import DPSGD, ClientLevel
+from fedlora.rounds.scheduling import Synchronous
 from fedlora.secure_aggregation.protocol import LEAST
 
 from .spec import Dealt, RunSpec
@@ -76,6 +77,27 @@ def client_level_rounds(spec: RunSpec) -> str | None:
         return (
             f"privacy.rounds: expected at least the run's {spec.rounds}, for which noise has to be enough, "
             f"got {spec.privacy.planned}; leave it out"
+        )
+    return None
+
+
+def client_level_scheduler(spec: RunSpec) -> str | None:
+    """Each client counts at most once in a release, and who is in it must not depend on who came first."""
+    if isinstance(spec.privacy, ClientLevel) and type(spec.scheduler) is not Synchronous:
+        return (
+            f"scheduler: under client-level privacy a client's change may be in a release once, and no "
+            f"client may push another out, which nothing shows of {type(spec.scheduler).__name__}; use "
+            "scheduler=synchronous, or privacy=dp_sgd"
+        )
+    return None
+
+
+def privacy_of_client(spec: RunSpec) -> str | None:
+    """Privacy that the client alone knows of, so that none of these rules would hold."""
+    if spec.client.private:
+        return (
+            f"client.privacy: {type(spec.client).__name__} brings differential privacy that the run would "
+            "know nothing of, and would account for nowhere; leave it out and say privacy=... of the run"
         )
     return None
 

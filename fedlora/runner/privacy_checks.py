@@ -48,9 +48,14 @@ def check_ledgers(privacy: Privacy | None, folder: RunFolder) -> None:
     """Refuse to go on with a run that has let out more than its ledgers say.
 
     Raises:
-        CheckpointError: a ledger was deleted or put back to an older one.
+        CheckpointError: a ledger was deleted or put back to an older one, or there is one and no privacy.
     """
     let_out: dict[int, float] = {}
+    if privacy is None and folder.ledgers():
+        raise CheckpointError(
+            "resume: this run was private, as its ledgers in checkpoint/ show, and would go on without "
+            "noise; put its config.yaml back"
+        )
     if isinstance(privacy, ClientLevel):
         # A round that released nothing, such as one whose sum was not known, has cost nothing.
         told = [0.0, *(line["epsilon"] for line in folder.rounds())]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.config.instantiate import Trust, read
-from fedlora.config.translate import kept_spec, run_spec
+from fedlora.config.translate import kept_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task, whole
 from fedlora.data import Example
@@ -81,7 +81,7 @@ def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
         ConfigError: the folder is there already, there is no such client, or it keeps no part of its own.
     """
     _check_new(to)
-    spec, learnt = run_spec(read(run, trust)), TaskFile.read(run)
+    spec, learnt = kept_spec(read(run, trust), strategy=True), TaskFile.read(run)
     if not 0 <= client < len(learnt.ranks):
         raise ConfigError(f"--client: expected 0 to {len(learnt.ranks) - 1}, got {client}")
     round, state = RunFolder(run).read_state()

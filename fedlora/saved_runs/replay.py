@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedlora.config import composition
 from fedlora.config.instantiate import Trust, make, read
-from fedlora.config.translate import run_spec
+from fedlora.config.translate import kept_spec
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.parametrization import LORA
 from fedlora.core.strategy import Strategy, next_state
@@ -52,7 +52,7 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         FedLoraError: nothing was recorded, or the strategy cannot combine what the clients sent.
     """
     config, folder, recording = read(run, trust), RunFolder(run), UpdateLog(run)
-    spec = run_spec(config)
+    spec = kept_spec(config, strategy=True)
     if not (rounds := recording.rounds()):
         raise CheckpointError(f"'{run}' has no recorded updates; run it with record_updates=true")
     name, chosen = _chosen(words)

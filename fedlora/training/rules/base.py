@@ -64,11 +64,21 @@ def check_private(rules: Iterable[LocalRule]) -> None:
     Raises:
         ConfigError: a rule that does not say that its term is independent of the rows.
     """
-    bad = sorted({type(rule).__name__ for rule in rules if not rule.independent_of_rows})
+    bad = sorted({type(rule).__name__ for rule in rules if not _independent(type(rule))})
     if bad:
         ours = [r for r in LocalRule.__subclasses__() if r.__module__.startswith("fedlora.")]
-        good = sorted(rule.__name__ for rule in ours if rule.independent_of_rows)
+        good = sorted(rule.__name__ for rule in ours if _independent(rule))
         raise ConfigError(
             f"privacy: the term that {', '.join(bad)} adds to a step may tell of the client's rows, which no "
             f"noise hides; use {' or '.join(good)}, set independent_of_rows where it is true, or privacy=none"
         )
+
+
+def _independent(rule: type[LocalRule]) -> bool:
+    """Whether a class says so of the methods that it has: what a parent says of its own does not count."""
+
+    def depth(name: str) -> int:
+        return next(at for at, cls in enumerate(rule.__mro__) if name in cls.__dict__)
+
+    declared = depth("independent_of_rows")
+    return rule.independent_of_rows and all(declared <= depth(name) for name in ("gradient", "finish"))
