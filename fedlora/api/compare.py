@@ -27,8 +27,8 @@ from fedlora.storage.atomic import write_whole
 from fedlora.storage.run_folder import RunFolder
 from fedlora.training.client import Client
 
+from .parts import client_of, model_of, strategy_of
 from .scratch import Scratch
-from .settings import client_of, model_of, strategy_of
 from .signature import takes_settings
 from .simulate import carry_out, make_spec
 

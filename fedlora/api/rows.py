@@ -50,15 +50,29 @@ def records_of(data: Any) -> list[Mapping[str, Any]]:
         DataError: something else.
     """
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
-        return list(data.to_dict("records"))
+        return list(data.astype(object).where(data.notna(), None).to_dict("records"))
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         found = list(data)
         if all(isinstance(record, Mapping) for record in found):
-            return found
+            return [_classes_named(record, data) for record in found]
     raise DataError(
         f"data: expected a preset, a path, a list of dicts, a frame, a set of the datasets library or "
         f"{{client: rows}}, got {type(data).__name__}"
     )
+
+
+def _classes_named(record: Mapping[str, Any], data: Any) -> Mapping[str, Any]:
+    """A record of the datasets library with the names of its classes for their numbers; None for no class."""
+    features = getattr(data, "features", None) or {}
+    named = {key: feature.names for key, feature in features.items() if hasattr(feature, "names")}
+    if not named:
+        return record
+    numbers = {key: record[key] for key in named}
+    known = {
+        key: named[key][n] if n is not None and 0 <= n < len(named[key]) else None
+        for key, n in numbers.items()
+    }
+    return {**record, **known}
 
 
 def rows_of(data: Any, columns: Columns, where: str = "data") -> tuple[list[Row], Fields]:

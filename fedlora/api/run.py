@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config.instantiate import Trust, read
-from fedlora.config.resume import check_given, with_rounds
+from fedlora.config.resume import with_rounds
 from fedlora.config.translate import kept_spec, plain, run_spec
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import State, Task
@@ -23,6 +23,7 @@ from fedlora.storage.run_folder import RunFolder
 from fedlora.training.evaluation import predictions
 from fedlora.training.generation import LONGEST, answer
 
+from .given import given_objects
 from .scratch import Scratch
 
 PARTS = (
@@ -171,6 +172,9 @@ class Run:
             )
         if isinstance(texts, str):
             raise ConfigError("predict: expected a list of texts, got one text; put it into a list")
+        for at, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ConfigError(f"predict: expected texts, got {text!r:.60} at position {at}")
         base, state = self.base(), self.state
         examples = base.task.encode_sources(texts, base.tokenizer, self._read.data.max_length)
         task = Task(state.adapter, fold=state.fold)
@@ -213,7 +217,8 @@ class Run:
         Args:
             rounds: in all.
             progress: whether to show a table of the rounds.
-            given: parts that config.yaml cannot name, such as strategy=MyStrategy(), and callbacks.
+            given: parts that config.yaml cannot name, such as strategy=MyStrategy() or data=rows with what
+                belongs to the rows, in the forms that `simulate` takes; and callbacks.
 
         Raises:
             FedLoraError: the run is finished, something of it has changed, or config.yaml names a given part.
@@ -221,8 +226,7 @@ class Run:
         from .simulate import carry_out
 
         found = read(self.path, self._trust)
-        check_given(found, given, "resume")
-        parts = self._given | given
+        parts = self._given | given_objects(found, given, "resume")
         config = with_rounds(found, self.path, rounds, parts)
         spec = run_spec(config, parts)
         if rounds is not None and spec.settings == "":
@@ -237,12 +241,12 @@ def open_run(path: str | Path, allow: Sequence[str] = (), **given: Any) -> Run:
     Args:
         path: the folder.
         allow: modules of your own that its config.yaml may name.
-        given: parts that its config.yaml cannot name, such as strategy=MyStrategy(), and callbacks.
+        given: parts that its config.yaml cannot name, such as strategy=MyStrategy() or data=rows with what
+            belongs to the rows, in the forms that `simulate` takes; and callbacks.
 
     Raises:
         CheckpointError: the folder holds no run.
         ConfigError: config.yaml names a given part.
     """
     trust = Trust(tuple(allow))
-    check_given(read(Path(path), trust), given, "open")
-    return Run(path, given=given, trust=trust)
+    return Run(path, given=given_objects(read(Path(path), trust), given, "open"), trust=trust)

@@ -1,17 +1,15 @@
 """From the arguments of `fedlora.simulate` to the description of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fedlora.clients
-import fedlora.strategies
 from fedlora.callbacks.base import Callback
 from fedlora.config.defaults import defaults
 from fedlora.config.describe import describe
-from fedlora.config.presets import data_preset, files_preset, model_preset, presets
+from fedlora.config.presets import data_preset, files_preset, presets
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import UpdateStep
 from fedlora.data.files import load
@@ -22,12 +20,16 @@ from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, ClientLevel, Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler, Synchronous
-from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
+from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, RunSpec
+from fedlora.runner.spec_checks import check_whole
 from fedlora.tasks import TASKS, LearningTask
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
+from .parts import client_of, model_of, strategy_of
 from .rows import Columns, dataset
+
+OPTIONS = {"partition", "alpha", "shards", "min_rows", "max_rows", "max_length"}
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ class Settings:
         Raises:
             FedLoraError: an argument that cannot be.
         """
+        check_whole("seed", self.seed, 0)  # which the rows are dealt by, before the rest is looked at
+        check_whole("rounds", self.rounds, 1)
         strategy = strategy_of(self.strategy)
         model, model_words = model_of(self.model)
         data, data_words = self.data_spec()
@@ -134,10 +138,10 @@ class Settings:
             privacy=self._privacy(),
             robust=self.robust,
             rule=self.rule,
-            steps=tuple(self.steps),
+            steps=_listed(self.steps, "steps"),
             scheduler=self.scheduler or Synchronous(),
             engine=self.engine or InProcess(),
-            callbacks=tuple(self.callbacks),
+            callbacks=_listed(self.callbacks, "callbacks"),
             clients=clients,
             clients_per_round=self.clients_per_round,
             rounds=self.rounds,
@@ -160,6 +164,10 @@ class Settings:
     def data_spec(self) -> tuple[DataSpec, dict[str, Any] | None]:
         """The rows, and their settings in plain values; None for rows in memory."""
         options, partition = dict(self.data_options), self.partition
+        if unknown := options.keys() - OPTIONS:
+            raise ConfigError(
+                f"data_options: expected {', '.join(sorted(OPTIONS))}, got {', '.join(sorted(unknown))}"
+            )
         if isinstance(partition, str):
             options["partition"] = partition
         spec, words = self._source(options)
@@ -229,54 +237,11 @@ def _same(made: Any) -> Any:
     return made
 
 
-def strategy_of(given: Strategy | str) -> Strategy:
-    """A strategy by its name on the command line, or as it is given.
-
-    Raises:
-        ConfigError: no such name.
-    """
-    if isinstance(given, Strategy):
-        return given
-    names = {name.lower(): name for name in fedlora.strategies.__all__}
-    if not isinstance(given, str) or given.lower() not in names:
-        raise ConfigError(f"strategy: expected an object or one of {', '.join(sorted(names))}, got {given!r}")
-    made: Strategy = getattr(fedlora.strategies, names[given.lower()])()
-    return made
-
-
-def model_of(given: Any) -> tuple[ModelSpec, dict[str, Any] | None]:
-    """A base model as `simulate` takes it, and its settings in plain values; None for one in memory.
-
-    Raises:
-        ConfigError: nothing of the kind.
-    """
-    if isinstance(given, ModelSpec):
-        words = {f.name: getattr(given, f.name) for f in fields(given) if f.name != "loaded"}
-        named = given.loaded is None and given.source is None
-        return given, (words | {"name": given.name or given.path}) if named else None
-    if isinstance(given, tuple) and len(given) == 2:
-        name = str(getattr(given[0], "name_or_path", "")) or type(given[0]).__name__
-        return ModelSpec(name=name, loaded=given), None
-    if isinstance(given, str | Path):
-        if str(given) in presets("model") and not Path(given).exists():
-            return model_preset(str(given))
-        path = str(Path(given).absolute()) if Path(given).exists() else str(given)
-        return model_of(ModelSpec(path=path, name=str(given)))
-    raise ConfigError(
-        f"model: expected {', '.join(presets('model'))}, a folder, a hub name, a ModelSpec or (model, "
-        f"tokenizer), got {type(given).__name__}"
-    )
-
-
-def client_of(strategy: Strategy, model: ModelSpec, lora: LoRASpec) -> Client:
-    """The client that a strategy is trained with where the caller names none."""
-    local: Client = fedlora.clients.LocalTraining(lr=model.lr * strategy.lr_factor)
-    if not strategy.client:
-        return local
-    made = getattr(fedlora.clients, strategy.client)
-    own = {"targets": lora.targets} if "targets" in {f.name for f in fields(made)} else {}
-    client: Client = made(local, **own)
-    return client
+def _listed(given: Any, name: str) -> tuple[Any, ...]:
+    """A list of parts, for which one part alone is easily given."""
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"{name}: expected a list, got {given!r:.60}; put it into a list")
+    return tuple(given)
 
 
 def _as(kind: Any, given: Any, name: str) -> Any:

@@ -68,6 +68,17 @@ def place_of(out: str | Path | None) -> tuple[Scratch | None, Path]:
     return scratch, scratch.path / "run"
 
 
+OF_CLIENT = "it is the client's: say client=fedlora.clients.LocalTraining({}=...)"
+OF_WATCH = "what watches a run is an object: say callbacks=[...]"
+# Words that users look for among the arguments, and where they are.
+ELSEWHERE = {
+    **{name: OF_CLIENT.format(name) for name in ("lr", "batch_size", "epochs", "optimizer")},
+    **dict.fromkeys(("stop", "keep", "track"), OF_WATCH),
+    "alpha": "it is the partition's: say data_options={'alpha': ...}",
+    "max_length": "it is the rows': say data_options={'max_length': ...}",
+}
+
+
 def make_spec(model: Any, data: Any, settings: dict[str, Any]) -> RunSpec:
     """The description of a run from keyword arguments.
 
@@ -78,6 +89,7 @@ def make_spec(model: Any, data: Any, settings: dict[str, Any]) -> RunSpec:
     for name in settings.keys() - {*known}:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        hint = ELSEWHERE.get(name, hint)
         raise ConfigError(f"unknown argument '{name}'; {hint}")
     return Settings(model=model, data=data, **settings).spec()
 
@@ -148,7 +160,13 @@ class Session:
 
     @property
     def run(self) -> Run:
-        """The run, as far as it has come."""
+        """The run, as far as it has come.
+
+        Raises:
+            ConfigError: no round has been asked for yet.
+        """
+        if self.open is None:
+            raise ConfigError("Session: there is no run before the first step; say next(session)")
         return Run(self.path, self._kept, given_parts(self.spec))
 
     def close(self) -> None:

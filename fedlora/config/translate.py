@@ -102,10 +102,11 @@ def check_lacking(config: DictConfig, given: Collection[str]) -> None:
         ConfigError: which parts are lacking, and how to give them.
     """
     if lacking := sorted({*(config.get("from_python") or ())} - {*given}):
+        objects = ", ".join(f"{name}=..." for name in lacking)
         raise ConfigError(
             f"this run was started from Python with objects that no configuration can name "
             f"({', '.join(lacking)}); go on with it from Python: fedlora.open(DIR).resume("
-            f"{', '.join(f'{name}=...' for name in lacking)})"
+            f"{objects}), or read it with fedlora.open(DIR, {objects})"
         )
 
 
@@ -121,7 +122,12 @@ def kept_spec(config: DictConfig, given: Mapping[str, Any] | None = None, strate
         strategy: whether the strategy is wanted too, which is None otherwise.
     """
     left = [name for name in (*CODE, "callbacks") if not (strategy and name == "strategy")]
-    return run_spec(config, dict.fromkeys(left) | dict(given or {}))
+    parts = dict.fromkeys(left) | dict(given or {})
+    if "data" in (config.get("from_python") or ()) and "data" not in parts:  # not everyone will read them
+        lacking: Any = partial(check_lacking, config, parts)
+        rows = DataSpec(source=lacking, name=config.data.name, max_length=config.data.max_length)
+        return run_spec(config, parts | {"data": rows})
+    return run_spec(config, parts)
 
 
 def model_spec(config: DictConfig) -> ModelSpec:

@@ -232,7 +232,14 @@ def columns_of(path: Path) -> list[str]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() in (".csv", ".tsv"):
                 return next(csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","), [])
-            found = json.loads(next((line for line in file if line.strip()), "{}"))
+            first = next((line for line in file if line.strip()), "{}")
+            try:
+                found = json.loads(first)
+            except ValueError:
+                found = None
+            if not isinstance(found, dict) and (whole := _whole(first + file.read())):
+                raise DataError(f"{path}: expected one JSON object a line, got {whole}")
+            found = json.loads(first)
     except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     return list(found) if isinstance(found, dict) else []

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.errors import ModelError
+from fedlora.models.attention import OURS, attend_plainly
 from fedlora.models.base import Base
 from fedlora.models.loading import finished
 from fedlora.tasks import LearningTask
@@ -12,7 +13,7 @@ from fedlora.tasks import LearningTask
 def load_given(
     model: Any, tokenizer: Any, task: LearningTask, labels: Sequence[str] = (), seed: int = 0, name: str = ""
 ) -> Base:
-    """The base of a model that the caller has loaded; the model is frozen and put into evaluation mode.
+    """The base of a model that the caller has loaded: frozen, in evaluation mode, perhaps with our attention.
 
     Args:
         model: a transformers model of the task's kind, with the outputs that the task needs.
@@ -34,4 +35,6 @@ def load_given(
     for key, value in task.options(labels).items():
         setattr(model.config, key, value)
     path = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
+    if getattr(model.config, "_attn_implementation", None) == OURS:
+        attend_plainly(model)  # a run before this one has left it so; each finds out for itself
     return finished(model, tokenizer, task, (), path, seed)

@@ -48,8 +48,8 @@ class RoundConfig:
         least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate.every": 0}
         for name, low in least.items():
             value = getattr(self, name.replace(".", "_"))
-            if value is not None and value < low:
-                raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value}")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value!r}")
         if self.weights not in ("examples", "uniform"):
             raise ConfigError(f"weights: expected examples or uniform, got '{self.weights}'")
         if self.timeout is not None and not self.timeout > 0:

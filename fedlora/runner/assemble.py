@@ -17,10 +17,11 @@ from fedlora.training.generation import Answer, answer, chosen
 
 from . import compatibility, privacy_checks
 from .assign_ranks import assign_ranks
+from .dealt import Dealt
 from .initial_state import initial_state
 from .load_data import encode_rows, load_dataset, partition_rows
 from .load_models import load_base, shared, trained_heads
-from .spec import Dealt, RunSpec
+from .spec import RunSpec
 
 
 @dataclass(frozen=True)

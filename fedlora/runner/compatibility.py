@@ -13,7 +13,8 @@ from fedlora.privacy import ClientLevel
 
 from . import compatibility_callbacks as callbacks
 from . import compatibility_privacy as privacy
-from .spec import Dealt, RunSpec
+from .dealt import Dealt
+from .spec import RunSpec
 
 
 def check(conditions: Sequence[Callable[..., str | None]], known: RunSpec | Dealt) -> None:

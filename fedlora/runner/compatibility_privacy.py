@@ -5,7 +5,8 @@ from fedlora.privacy import DPSGD, ClientLevel
 from fedlora.rounds.scheduling import Synchronous
 from fedlora.secure_aggregation.protocol import LEAST
 
-from .spec import Dealt, RunSpec
+from .dealt import Dealt
+from .spec import RunSpec
 
 LARGEST_SUM = 2.0**31  # what the fixed-point numbers of fedlora.secure_aggregation.crypto hold
 

@@ -60,6 +60,8 @@ def _own_partition(how: Partitioner, dataset: Dataset, clients: int | None, seed
             f"data.partition: expected parts of at least one row, each a position from 0 to "
             f"{len(dataset.train) - 1} in one part at most; '{getattr(how, '__name__', how)}' made others"
         )
+    if clients is not None and len(made) != clients:
+        raise DataError(f"data.partition: expected {clients} parts, one for each client, got {len(made)}")
     width = len(str(len(made) - 1))
     return [Part(f"client-{i:0{width}}", part) for i, part in enumerate(made)]
 

@@ -24,6 +24,8 @@ from fedlora.tasks import LearningTask
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
+from .spec_checks import check_parts
+
 Partitioner = Callable[[Sequence[Row], int | None, np.random.Generator], Sequence[Sequence[int]]]
 
 
@@ -227,6 +229,9 @@ class RunSpec:
     settings: str = ""
     defaults: Callable[[], Mapping[str, Any]] = dict
 
+    def __post_init__(self) -> None:
+        check_parts(self)
+
     @property
     def strategy_name(self) -> str:
         """The strategy's name as a run's files have it."""
@@ -279,22 +284,3 @@ class RunSpec:
             wait=self.engine.wait,
             clients=clients,
         )
-
-
-@dataclass(frozen=True)
-class Dealt:
-    """What is known once the rows are dealt.
-
-    Args:
-        spec: the run.
-        dataset: its rows.
-        clients: how many clients there are.
-        ranks: theirs.
-        apart: whether the clients share an adapter that is no part of the model; None before it is loaded.
-    """
-
-    spec: RunSpec
-    dataset: Dataset
-    clients: int
-    ranks: Sequence[int]
-    apart: bool | None = None

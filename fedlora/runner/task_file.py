@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -87,6 +88,8 @@ class TaskFile:
     def load_base(self, spec: RunSpec, loader: Callable[..., Base] = load) -> Base:
         """The base model, from where the run had it if that is still there, else as its settings say."""
         model = replace(spec.model, path=self.base) if Path(self.base).is_dir() else spec.model
+        if model.loaded is not None:  # the user's own object, and whoever merges an adapter changes the base
+            model = replace(model, loaded=(deepcopy(model.loaded[0]), model.loaded[1]))
         return load_base(model, Dataset("", self.task(spec), (), (), self.labels), spec.seed, loader)
 
     def tested(self, spec: RunSpec) -> Dataset:
