@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from fedlora.callbacks.base import RunHandle
 from fedlora.errors import ConfigError
 
-SMALLER_IS_BETTER = ("loss", "perplexity", "error", "mae", "rmse")  # ends of the names of such metrics
+SMALLER_IS_BETTER = ("loss", "perplexity", "error", "mae", "mse")  # ends of the names of such metrics
 
 
 def scores(run: RunHandle, metric: str | None = None) -> Iterator[tuple[int, float]]:

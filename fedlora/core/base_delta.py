@@ -29,9 +29,13 @@ class BaseDelta(Mapping[str, Pair]):
         return pairs if isinstance(pairs, cls) else cls(dict(pairs))
 
     def plus(self, increment: Mapping[str, Pair]) -> "BaseDelta":
-        """The base delta after one more round, a function of its bits alone (see `accumulate`)."""
-        grown = {module: accumulate(self.get(module), pair) for module, pair in increment.items()}
-        return BaseDelta({**self.pairs, **grown}, dict(increment))
+        """The base delta after one more round, a function of its bits alone (see `accumulate`).
+
+        The increment is kept in scale 1, as it is sent.
+        """
+        gained = {module: _in_scale_1(pair) for module, pair in increment.items()}
+        grown = {module: accumulate(self.get(module), pair) for module, pair in gained.items()}
+        return BaseDelta({**self.pairs, **grown}, gained)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -46,3 +50,7 @@ class BaseDelta(Mapping[str, Pair]):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+
+def _in_scale_1(pair: Pair) -> Pair:
+    return pair if pair.scale == 1.0 else Pair(pair.A, (pair.B.double() * pair.scale).to(pair.B.dtype), 1.0)

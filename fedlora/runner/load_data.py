@@ -50,9 +50,13 @@ def partition_rows(data: DataSpec, dataset: Dataset, clients: int | None, seed: 
 
 def _own_partition(how: Partitioner, dataset: Dataset, clients: int | None, seed: int) -> list[Part]:
     """The parts that a function of the user's makes, checked: positions of rows, each in one part at most."""
-    made = [
-        np.asarray(part, dtype=np.int64) for part in how(dataset.train, clients, generator(seed, "partition"))
-    ]
+    made = [np.asarray(part) for part in how(dataset.train, clients, generator(seed, "partition"))]
+    for part in made:
+        if part.ndim != 1 or (len(part) and not np.issubdtype(part.dtype, np.integer)):
+            raise DataError(
+                f"data.partition: expected whole numbers in each part, the positions of its rows, got one "
+                f"of shape {part.shape} of {part.dtype}"
+            )
     every = np.concatenate(made) if made else np.zeros(0, np.int64)
     inside = bool(((every >= 0) & (every < len(dataset.train))).all())
     if not made or not all(len(part) for part in made) or not inside or len(set(every)) < len(every):
@@ -63,7 +67,7 @@ def _own_partition(how: Partitioner, dataset: Dataset, clients: int | None, seed
     if clients is not None and len(made) != clients:
         raise DataError(f"data.partition: expected {clients} parts, one for each client, got {len(made)}")
     width = len(str(len(made) - 1))
-    return [Part(f"client-{i:0{width}}", part) for i, part in enumerate(made)]
+    return [Part(f"client-{i:0{width}}", part.astype(np.int64)) for i, part in enumerate(made)]
 
 
 @dataclass(frozen=True)

@@ -197,6 +197,6 @@ def _by_row(logits: Tensor, wanted: Tensor, rows: Tensor, count: int) -> tuple[T
     """Each row's mean of its tokens' cross-entropies, and its share of right ones; zeros without any."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     each, right = F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
-    share = 1 / rows.bincount(minlength=count).clamp_min(1).to(each.dtype)[rows]
+    share = 1 / rows.bincount(minlength=count).to(each.dtype)[rows]
     empty = logits.new_zeros(count)
     return empty.index_add(0, rows, each * share), empty.index_add(0, rows, right * share)

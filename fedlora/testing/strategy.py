@@ -20,6 +20,7 @@ from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import dense
 from fedlora.core.messages import State, Task, Update
 from fedlora.core.strategy import Strategy
+from fedlora.core.vectors import embed, form, scales, with_shared
 from fedlora.errors import IncompatibleUpdates
 
 from .federation import LAYERS, WEIGHTS, Round, federation
@@ -172,15 +173,20 @@ def exact_means_the_weighted_mean(one: Round) -> None:
 
 
 def linear_means_that_a_mean_is_enough(one: Round) -> None:
-    """With linear=True one update that is the clients' mean, of factors and head, gives the same state."""
-    if not one.strategy.linear or one.strategy.personal or len({peer.rank for peer in one.peers}) > 1:
+    """With linear=True one update that is the clients' mean, of factors and head, gives the same state.
+
+    The mean is that of a secure sum: what clients share, in the form of the largest ranks.
+    """
+    if not one.strategy.linear or one.strategy.personal:
         return
-    tensors = [dict(update.adapter.tensors()) for update in one.updates]
+    widest = max(one.peers, key=lambda peer: peer.rank)
+    wide = one.strategy.task(one.state, widest)
+    shared = [embed(update.adapter, form(wide), scales(wide)) for update in one.updates]
     shares = [weight / sum(WEIGHTS) for weight in WEIGHTS]
-    mean = {name: sum(w * t[name] for w, t in zip(shares, tensors, strict=True)) for name in tensors[0]}
-    first = one.updates[0].adapter
-    whole = first.with_tensors({name: _tensor(tensor) for name, tensor in mean.items()})
-    alone = Update(whole, 1.0, one.peers[0])
+    mean = {
+        name: _tensor(sum(w * t[name] for w, t in zip(shares, shared, strict=True))) for name in shared[0]
+    }
+    alone = Update(with_shared(wide, mean), 1.0, widest)
     _same(
         one.aggregate([alone]),
         one.aggregate(),

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedlora import Adapter, State
 from fedlora.callbacks import BestCheckpoint, RunHandle
 from fedlora.callbacks.base import Callbacks
+from fedlora.errors import CheckpointError
 from fedlora.storage.run_folder import RunFolder
 
 
@@ -40,6 +42,13 @@ def test_a_run_that_lost_its_last_rounds_selects_among_those_that_are_left(tmp_p
     assert (run.selected_round, run.result.digest()) == (1, after(1).digest())
     again = watched(folder.path, [0.5, 0.4, 0.6], done=2)  # and round 3 is done again
     assert (again.selected_round, again.result.digest()) == (3, after(3).digest())
+
+
+def test_a_best_state_that_was_not_kept_is_not_replaced_by_another(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", "a: 1\n")
+    watched(folder.path, [0.5])  # keeps round 1; the better round 2 ran without the callback
+    with pytest.raises(CheckpointError, match="the state after round 2, the best so far, was not kept"):
+        watched(folder.path, [0.5, 0.7, 0.6], done=3)
 
 
 def test_only_the_last_two_selected_states_are_kept(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import fedlora as fl
 from fedlora.callbacks import Callback, EarlyStopping, RunHandle
 from fedlora.callbacks.base import Callbacks
+from fedlora.callbacks.scores import scores
 from fedlora.config.composition import compose
 from fedlora.config.translate import run_spec
 from fedlora.errors import ConfigError
@@ -35,6 +36,8 @@ def accuracies(*values: float | None) -> list[dict[str, Any]]:
         (EarlyStopping(2), accuracies(0.1, 0.2, 0.2, 0.2, 0.9), 4),
         (EarlyStopping(2), accuracies(0.1, 0.2, 0.2, 0.3, 0.3), None),
         (EarlyStopping(3), accuracies(0.5, 0.4, 0.3, 0.2, 0.1), 4),
+        (EarlyStopping(2), accuracies(0.5, 0.3, 0.4), 3),  # better than the last, and not than the best
+        (EarlyStopping(1, "mse"), [{"loss": 0, "mse": x} for x in (3.0, 2.0, 2.5)], 3),
         (EarlyStopping(2, least_change=0.05), accuracies(0.50, 0.54, 0.55, 0.9), 3),
         (EarlyStopping(2), accuracies(0.5, None, 0.4, None, None, 0.3), 6),
         (EarlyStopping(1), accuracies(float("nan"), 0.1, float("nan")), 3),
@@ -47,6 +50,15 @@ def test_it_stops_after_so_many_evaluated_rounds_without_improvement(
     rule: EarlyStopping, lines: list[dict[str, Any]], wanted: int | None
 ) -> None:
     assert stopped_after(rule, lines) == wanted
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_the_headline_metric_is_better_as_its_task_says_whatever_its_name(more: bool) -> None:
+    lines = [{"round": k, "loss": 1.0, "distance": x} for k, x in enumerate((3.0, 2.0, 2.5), 1)]
+    run = RunHandle(
+        9, done=3, metrics=lines, validation=True, metric="distance", more_is_better=more, callbacks=[]
+    )
+    assert [score for _, score in scores(run)] == [x if more else -x for x in (3.0, 2.0, 2.5)]
 
 
 def test_a_resumed_run_knows_what_went_before_and_may_stop_at_once() -> None:

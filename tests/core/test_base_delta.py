@@ -1,10 +1,12 @@
 """What is added to the base: it grows alike on both sides, and is hashed once for all clients."""
 
+import numpy as np
 import pytest
 import torch
 
 from fedlora.core import base_delta
 from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.algebra import dense
 from fedlora.core.base_delta import BaseDelta
 from fedlora.core.messages import State, Task
 
@@ -54,3 +56,12 @@ def test_its_digests_are_those_of_its_tensors(factor):
     moved[factor] = 2 * moved[factor]
     other = BaseDelta({"m": Pair(**moved)}).digests
     assert {name for name in one if one[name] != other[name]} == {f"m.{factor}"}
+
+
+def test_an_increment_of_another_scale_is_kept_as_it_is_sent() -> None:
+    rng = np.random.default_rng(5)
+    A, B = (torch.from_numpy(rng.standard_normal(shape)).float() for shape in ((2, 8), (6, 2)))
+    grown = BaseDelta().plus({"m": Pair(A, B, 2.0)}).plus({"m": Pair(A, B, 0.5)})
+    assert grown.increment["m"].scale == 1.0
+    torch.testing.assert_close(dense(grown["m"]), 2.5 * B @ A, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dense(grown.increment["m"]), 0.5 * B @ A, rtol=1e-5, atol=1e-5)

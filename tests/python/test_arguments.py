@@ -148,6 +148,27 @@ def test_a_run_of_objects_goes_on_with_them_as_they_were_first_given(
     assert more.summary["adapter_sha256"] == whole.summary["adapter_sha256"]
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ([[-1], [0]], "each a position from 0 to 39"),
+        ([[40], [0]], "each a position from 0 to 39"),
+        ([[0], []], "at least one row"),
+        ([[0, 1], [1]], "in one part at most"),
+        ([[0.5, 1.9], [3]], "whole numbers in each part"),
+        ([[True, False], [3]], "whole numbers in each part"),
+        ([[[0, 1]], [3]], "whole numbers in each part"),
+        ([["a"], [3]], "whole numbers in each part"),
+    ],
+)
+def test_a_part_is_positions_of_rows(parts: Any, said: str) -> None:
+    with pytest.raises(DataError, match=f"partition: .*{said}"):
+        run(ROWS[:40], test=ROWS[40:], partition=lambda rows, clients, rng: parts)
+    good = [np.array([0, 39], dtype=np.int8), range(1, 5)]
+    made = run(ROWS[:40], test=ROWS[40:], partition=lambda rows, clients, rng: good)
+    assert [line["examples"] for line in made.clients] == [2, 4]
+
+
 def test_texts_to_predict_are_texts(tmp_path: Path) -> None:
     made = run()
     for wrong in ([{"text": "x"}], [3], ["x", None]):

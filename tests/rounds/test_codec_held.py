@@ -78,6 +78,16 @@ def test_a_factor_that_was_frozen_the_last_time_is_there_when_its_turn_comes() -
         assert node.send(task) == sent
 
 
+def test_a_factor_that_changed_while_the_other_was_trained_is_sent_again() -> None:
+    node, first, second = Node(), pair(1, 2), pair(2, 2)
+
+    def task(turn: str, A: torch.Tensor) -> Task:
+        return Task(Adapter({"m": Pair(A, first.B)}), frozenset(turn), frozenset(turn))
+
+    assert node.send(task("B", first.A)) == ["adapter/m.A", "adapter/m.B"]
+    assert node.send(task("A", second.A)) == ["adapter/m.A", "adapter/m.B"]
+
+
 def test_an_own_part_is_sent_once_as_where_it_began() -> None:
     def task(seed: int) -> Task:
         adapter = Adapter({"m": Pair(pair(seed, 2).A, pair(0, 2).B)}, {"head": torch.ones(3)})

@@ -8,6 +8,7 @@ from flwr.app import Message, MetricRecord
 from rich.console import Console
 
 from fedlora.rounds.codec import size
+from fedlora.rounds.totals import totals
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
 METRICS = {
@@ -124,6 +125,19 @@ def test_a_client_cannot_write_over_the_servers_fields(lab: Any, noise: Any) -> 
         assert row["rank"] == 4
         assert row["bytes_up"] > 0
         assert row["examples"] in (10, 20, 30)
+
+
+def test_a_round_counts_what_dropped_clients_sent_and_tells_own_losses_from_training_losses() -> None:
+    own = {"local_accuracy": 0.5, "bytes_down": 10, "bytes_up": 4, "status": "ok"}
+    lines = [
+        {"loss": 3.0, "local_loss": 1.0, "examples": 1, **own},
+        {"loss": 9.0, "local_loss": 2.0, "examples": 2, **own},
+        {"loss": 99.0, "examples": 7, "bytes_down": 10, "bytes_up": 5, "status": "dropped"},
+    ]
+    found = totals(1, lines, {}, 0.0, named=lambda loss, score: {"loss": loss, "accuracy": score})
+    wanted = {"train_loss": 7.0, "local_loss": 1.5, "loss": 1.5, "accuracy": 0.5}
+    wanted |= {"bytes_up": 13, "bytes_down": 30, "clients": 2, "dropped": 1}
+    assert {name: found[name] for name in wanted} == wanted
 
 
 def test_a_nan_loss_is_no_nan_in_the_logs(lab: Any, noise: Any) -> None:

@@ -6,6 +6,7 @@ from flwr.app import Message
 
 from fedlora.core.messages import Task
 from fedlora.errors import ConfigError
+from fedlora.rounds.aggregation.base import choose
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.strategies import FedIT, FFALoRA, FlexLoRA
 
@@ -18,6 +19,13 @@ def test_sampling_is_seeded_without_replacement_and_in_client_order(lab: Any) ->
     assert len({tuple(clients) for clients in rounds}) > 3
     assert {c for clients in rounds for c in clients} == set(range(10))
     assert rounds != lab.run(FedIT(), [4] * 10, rounds=6, clients_per_round=4, seed=1).sampled()
+
+
+def test_the_chosen_nodes_keep_their_order() -> None:
+    for round_number in range(1, 9):
+        found = choose(list(range(20)), 7, 3, round_number)
+        assert found == sorted(set(found))
+        assert len(found) == 7
 
 
 @pytest.mark.parametrize("wanted", [None, 3, 4, 1000])

@@ -5,6 +5,7 @@ So DoRA stretches the rows of whatever else changes a weight, as in DVoRA (Liu e
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +39,15 @@ class Composed(Parametrization):
         words = [word for part in self.parts for word in part.factors]
         if twice := sorted({word for word in words if words.count(word) > 1}):
             raise ConfigError(f"lora.parametrization: two of one layer name a factor '{twice[0]}'")
+        own = [part for part in self.parts if part.has_own_low_rank]
+        if len(own) > 1:
+            names = " and ".join(type(part).__name__ for part in own)
+            raise ConfigError(f"lora.parametrization: a layer has one low-rank term, which {names} both give")
+        bare = [type(part).__name__ for part in self.parts if not part.pairs]
+        if bare and any(part.pairs for part in own):
+            raise ConfigError(
+                f"lora.parametrization: {type(own[0]).__name__} needs A and B, and {bare[0]} leaves them out"
+            )
         object.__setattr__(self, "factors", tuple(words))
         object.__setattr__(self, "pairs", all(part.pairs for part in self.parts))
         for kind in ("peft_names", "peft_options"):
@@ -63,9 +73,14 @@ class Composed(Parametrization):
         return sum(found[1:], found[0]) if found else None
 
     def output(self, layer: Layer, output: Tensor, factors: Factors, change: Callable[[], Tensor]) -> Tensor:
-        """What each part makes of what the one before it has made."""
+        """What each part makes of what the one before it has made.
+
+        A part behind one that changes the output is told of that as a change of the weight.
+        """
         for part in self.parts:
             output = part.output(layer, output, factors, change)
+            if part.changes_output:
+                change = partial(_changed, part, layer, factors, change)
         return output
 
     def weight(self, layer: Layer, weight: Tensor, factors: Factors) -> Tensor:
@@ -105,3 +120,11 @@ class Composed(Parametrization):
     def _low(self) -> Parametrization:
         own = [part for part in self.parts if part.has_own_low_rank]
         return own[0] if own else LORA
+
+
+def _changed(part: Parametrization, layer: Layer, factors: Factors, change: Callable[[], Tensor]) -> Tensor:
+    """How far a layer's weight is from W₀ once a part has changed it; a constant to the gradient."""
+    assert layer.weight is not None
+    before = change()
+    base = layer.weight().to(before)
+    return (part.weight(layer, base + before, factors) - base).detach()

@@ -10,6 +10,7 @@ from outside_parametrizations import FourierFT, VeRA
 from torch import Tensor
 
 from fedlora.core.parametrization import LORA, Parametrization
+from fedlora.errors import ConfigError
 from fedlora.models.parametrizations import CoreMatrix, DoRA, Layer, Sparse, composed
 from fedlora.testing import check_parametrization
 from fedlora.testing.parametrization import broken
@@ -30,6 +31,13 @@ def name(form: Parametrization) -> str:
 @pytest.mark.parametrize("form", KEPT, ids=name)
 def test_ours_and_an_author_s_keep_every_promise(form: Parametrization) -> None:
     check_parametrization(form)
+
+
+@dataclass(frozen=True)
+class OtherVeRA(VeRA):
+    """VeRA with other words for its factors."""
+
+    factors = ("d2", "b2")
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,44 @@ class Opaque(VeRA):
     how: Any = object
 
 
+@dataclass(frozen=True)
+class Weak(VeRA):
+    """Has factors that do next to nothing."""
+
+    def low_rank(self, layer: Layer, factors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        A, B = super().low_rank(layer, factors)
+        return A, 1e-9 * B
+
+
+@dataclass(frozen=True)
+class Crowded(VeRA):
+    """Takes the size of the batch into the result."""
+
+    def output(self, layer: Layer, output: Tensor, factors: Any, change: Any) -> Tensor:
+        return output * (1 + 1e-2 * (len(output) - 6) ** 2)
+
+
+@dataclass(frozen=True)
+class Gain(Parametrization):
+    """Stretches the output of every row by a factor of its own."""
+
+    factors = ("gain",)
+
+    def start(self, layer: Layer, fresh: Any, rng: Any) -> dict[str, Tensor]:
+        return {"A": fresh.A, "B": fresh.B, "gain": torch.ones(layer.shape[0]).to(fresh.A)}
+
+    def output(self, layer: Layer, output: Tensor, factors: Any, change: Any) -> Tensor:
+        plain = output if layer.bias is None else output - layer.bias
+        stretched = factors["gain"] * plain
+        return stretched if layer.bias is None else stretched + layer.bias
+
+    def weight(self, layer: Layer, weight: Tensor, factors: Any) -> Tensor:
+        return factors["gain"][:, None] * weight
+
+
 BROKEN = {
+    Weak(): "its_start_changes_nothing",
+    Crowded(): "clients_at_once_are_each_alone",
     Jumps(): "its_start_changes_nothing",
     Idle(): "every_factor_learns",
     Stretches(): "a_merged_model_does_the_same",
@@ -106,6 +151,30 @@ def test_a_broken_promise_is_named(form: Parametrization, promise: str) -> None:
     assert promise in {which for which, _ in found}
     with pytest.raises(AssertionError, match=rf"{type(form).__name__} breaks [\s\S]*- {promise}: "):
         check_parametrization(form)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [Gain(), composed(DoRA(), Gain()), composed(Gain(), DoRA()), composed(VeRA(), Gain(), DoRA())],
+    ids=name,
+)
+def test_a_part_sees_what_the_one_before_it_has_made_of_the_weight(form: Parametrization) -> None:
+    check_parametrization(form)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ((VeRA(), OtherVeRA()), "one low-rank term, which VeRA and OtherVeRA both give"),
+        ((CoreMatrix(), Sparse()), "CoreMatrix needs A and B, and Sparse leaves them out"),
+        ((FourierFT(), CoreMatrix()), "CoreMatrix needs A and B, and FourierFT leaves them out"),
+        ((CoreMatrix(), OtherVeRA()), "both give"),
+    ],
+    ids=lambda x: None,
+)
+def test_parts_that_cannot_be_of_one_layer_are_refused(parts: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        composed(*parts)
 
 
 def test_a_start_without_a_factor_is_named() -> None:
