@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import DictConfig
-
 from fedlora.config.resume import check_given
 from fedlora.errors import ConfigError
 from fedlora.runner.spec import DataSpec
@@ -28,7 +26,7 @@ ROWS = (
 )
 
 
-def given_objects(config: DictConfig, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def given_objects(config: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The parts of a run as a caller gives them, in the forms that `simulate` takes.
 
     Args:
@@ -53,13 +51,13 @@ def given_objects(config: DictConfig, given: Mapping[str, Any], where: str) -> d
     return parts
 
 
-def _rows(config: DictConfig, data: Any, words: dict[str, Any], where: str) -> DataSpec:
+def _rows(config: Mapping[str, Any], data: Any, words: dict[str, Any], where: str) -> DataSpec:
     """Rows in memory, dealt and cut as the run had them."""
-    options = {name: config.data[name] for name in OPTIONS if name in config.data}
+    options = {name: config["data"][name] for name in OPTIONS if name in config["data"]}
     how = options.pop("partition", "iid")
     if how in ("iid", "dirichlet", "shards", "natural"):
         words = {"partition": how} | words
     elif "partition" not in words:
         raise ConfigError(f"{where}: the rows of this run were dealt by '{how}'; give partition={how} too")
-    spec, _ = Settings(data=data, seed=config.seed, data_options=options, **words).data_spec()
+    spec, _ = Settings(data=data, seed=config["seed"], data_options=options, **words).data_spec()
     return spec

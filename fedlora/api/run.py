@@ -226,7 +226,7 @@ class Run:
         from .simulate import carry_out
 
         found = read(self.path, self._trust)
-        parts = self._given | given_objects(found, given, "resume")
+        parts = self._given | given_objects(plain(found), given, "resume")
         config = with_rounds(found, self.path, rounds, parts)
         spec = run_spec(config, parts)
         if rounds is not None and spec.settings == "":
@@ -249,4 +249,4 @@ def open_run(path: str | Path, allow: Sequence[str] = (), **given: Any) -> Run:
         ConfigError: config.yaml names a given part.
     """
     trust = Trust(tuple(allow))
-    return Run(path, given=given_objects(read(Path(path), trust), given, "open"), trust=trust)
+    return Run(path, given=given_objects(plain(read(Path(path), trust)), given, "open"), trust=trust)

@@ -34,7 +34,7 @@ def continued(path: Path, overrides: Sequence[str]) -> DictConfig:
     return with_rounds(config, path, rounds)
 
 
-def check_given(config: DictConfig, given: Collection[str], where: str) -> None:
+def check_given(config: Mapping[str, Any], given: Collection[str], where: str) -> None:
     """Refuse objects in the place of what a run's configuration names, which would make it another run.
 
     Args:

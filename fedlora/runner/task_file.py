@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fedlora.data import Dataset
-from fedlora.errors import CheckpointError
+from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base, load
 from fedlora.runner.assemble import Assembly
 from fedlora.runner.load_data import load_dataset
 from fedlora.runner.load_models import load_base
 from fedlora.runner.spec import RunSpec
 from fedlora.storage.run_folder import RunFolder
-from fedlora.tasks import LearningTask, learning_task
+from fedlora.tasks import TASKS, LearningTask, learning_task
 
 FILE = "task.json"
 
@@ -76,10 +76,17 @@ class TaskFile:
             spec: the run's description, which has the task if it is the user's own.
 
         Raises:
-            ConfigError: there is no task of this name.
+            ConfigError: the task is the user's own, and was not given.
         """
         own = spec.data.task
-        return own if own is not None and own.name == self.kind else learning_task(self.kind)
+        if own is not None and own.name == self.kind:
+            return own
+        if self.kind not in {task.name for task in TASKS}:
+            raise ConfigError(
+                f"this run was started from Python with objects that no configuration can name (data): its "
+                f"task '{self.kind}' is the user's own; read it with fedlora.open(DIR, data=..., task=...)"
+            )
+        return learning_task(self.kind)
 
     def write(self, folder: RunFolder) -> None:
         """Write it into a run's folder."""

@@ -4,23 +4,16 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from functools import reduce
-from importlib import import_module
-from inspect import isfunction
 from pathlib import Path
-from pkgutil import walk_packages
 from typing import Any
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-import fedlora
 from fedlora.cli.main import main
-from fedlora.config.instantiate import OURS, Trust, kept, make, named, received
-from fedlora.core.strategy import Strategy
+from fedlora.config.instantiate import Trust, kept, make, received
 from fedlora.errors import ConfigError
-from fedlora.privacy import ClientLevel, Privacy
 from fedlora.training.client import Client
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -148,50 +141,6 @@ def test_no_word_of_hydras_changes_what_is_made(word: str, value: Any) -> None:
         text = said({"strategy": part})
         assert text.startswith("strategy")
         assert word in text
-
-
-def test_what_is_made_must_be_of_the_groups_kind() -> None:
-    wrong = {"strategy": {"_target_": "torch.nn.Identity"}, "client": {"_target_": STRATEGY}}
-    with pytest.raises(ConfigError, match="expected a _target_ that makes a Strategy, got a Identity"):
-        make(OmegaConf.create(wrong), "strategy", Strategy)
-    with pytest.raises(ConfigError, match="outside of what"):
-        make(OmegaConf.create(wrong), "client", Client)
-    for odd in ("dp_sgd", ["x"], 1):
-        with pytest.raises(ConfigError, match="privacy: expected keys and values"):
-            named(OmegaConf.create({"privacy": odd}), "privacy", Privacy)
-
-
-def test_the_wrong_kind_is_not_even_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedlora.privacy.DPSGD.__post_init__", lambda self: pytest.fail("it was made"))
-    with pytest.raises(ConfigError, match="expected a _target_ that makes a ClientLevel, got a DPSGD"):
-        make(OmegaConf.create({"privacy": {"_target_": "fedlora.privacy.DPSGD"}}), "privacy", ClientLevel)
-
-
-def functions(package: str) -> list[str]:
-    """The dotted names of the public functions of a package, or of a module."""
-    found = import_module(package)
-    names = [package, *(m.name for m in walk_packages(getattr(found, "__path__", []), f"{package}."))]
-    return [
-        f"{module}.{name}"
-        for module in names
-        for name, thing in vars(import_module(module)).items()
-        if isfunction(thing) and thing.__module__.startswith(package) and resolves(f"{module}.{name}", thing)
-    ]
-
-
-def resolves(target: str, thing: Any) -> bool:
-    """Whether a name is this thing's: a function may stand before the module that it is named like."""
-    with suppress(AttributeError):
-        return reduce(getattr, target.split(".")[1:], fedlora) is thing
-    return False
-
-
-@pytest.mark.parametrize("group", sorted({*OURS} - {"data", "model"}))
-def test_a_plain_function_of_ours_is_called_for_rows_and_models_alone(group: str) -> None:
-    for name in (name for package in OURS[group] for name in functions(package)):
-        for part in ({"_target_": name}, {"x": [{"_target_": name}]}):
-            assert f"'{name}' is outside" in said({group: part}, group)
-    assert "fedlora.engines.ray_actors.simulation" in functions("fedlora.engines")
 
 
 def test_a_local_run_cannot_be_left_without_its_privacy(no_run: Callable[..., str]) -> None:

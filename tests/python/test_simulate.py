@@ -106,6 +106,7 @@ def test_a_mapping_names_the_clients_and_a_function_deals_rows() -> None:
         ROWS,
         test=ROWS[:4],
         partition=lambda rows, clients, rng: [range(10), range(10, len(rows))],
+        clients=2,
         rounds=1,
         progress=False,
     )
