@@ -33,9 +33,9 @@ from fedlora.strategies import FedFold, FlexLoRA, FLoRA, HetLoRA, RaFLoRA
 
 ROUNDING = """\
 FedFold with an energy below 1 cuts at a threshold, which rounding can cross, so its last rounds differ
-between processors. One unit in the last place of the start moved its distance at round 150 to 0.065, 0.071, 0.065,
-0.073 and 0.069, and other kernels of the matrix library moved it to 0.068 and 0.070. One processor gives the
-same bits each time.
+between processors. One unit in the last place of the start moved its distance at round 150 to 0.065, 0.071,
+0.065, 0.073 and 0.069, and other kernels of the matrix library moved it to 0.068 and 0.070. One processor
+gives the same bits each time.
 """
 INTRODUCTION = """
 What happens to the directions of an update that only the clients of larger ranks can hold. A mean in which
