@@ -25,7 +25,8 @@ from fedlora.privacy import DPSGD, Plan, self_test
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.rules.base import LocalRule, check_private, rules_of
-from fedlora.training.trainer import FitJob, Parameters, descend, fit
+from fedlora.training.steps import FitJob, Parameters
+from fedlora.training.trainer import descend, fit
 
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)  # the default of `optimizer`
 

@@ -20,7 +20,8 @@ from fedlora.config.translate import run_spec
 from fedlora.privacy import Mechanism, Source
 from fedlora.runner.assemble import Assembly, assemble
 from fedlora.training.client import TrainRequest
-from fedlora.training.trainer import FitJob, fit
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import fit
 
 
 def work(built: Assembly, clients: int) -> list[TrainRequest]:

@@ -11,11 +11,31 @@ from fedlora.core.messages import Task
 from fedlora.core.parametrization import LORA, Parametrization
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
-from fedlora.models.lora import layer_of
+from fedlora.models.lora import layer_of, layer_shape
+from fedlora.models.stacks import Stacks
 
 
 def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=trained)
+
+
+def adapted(modules: Mapping[str, nn.Module], tasks: Sequence[Task]) -> list[str]:
+    """The layers that the tasks' pairs and folds change.
+
+    Args:
+        modules: of the model, by name.
+        tasks: one a slot.
+
+    Raises:
+        ModelError: the model has no such layer, or one of another shape.
+    """
+    named = [item for task in tasks for item in (*task.adapter.pairs.items(), *task.fold.items())]
+    for name, pair in named:
+        if name not in modules:
+            raise ModelError(f"the adapter has a pair for '{name}', a module that the model lacks")
+        if pair.shape != (expected := layer_shape(modules[name], name)):
+            raise ModelError(f"the adapter's update of '{name}' is {pair.shape}, the layer {expected}")
+    return list(dict.fromkeys(name for name, _ in named))
 
 
 def leaves(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, dict[str, nn.Parameter]]:
@@ -24,6 +44,17 @@ def leaves(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, 
         module: {f: _leaf(tensor, base.device, f"{module}.{f}" in trained) for f, tensor in factors.items()}
         for module, factors in adapter.factors().items()
     }
+
+
+def stacks(base: Base, tasks: Sequence[Task], trained: Collection[str]) -> Stacks | None:
+    """The tasks' factors in tensors of all, where the base computes so; None of another parametrization."""
+    adapters = [task.adapter for task in tasks]
+    if base.products is None or not adapters[0].pairs or any(a.parametrization != LORA for a in adapters):
+        return None
+    precise = next(iter(adapters[0].pairs.values())).A.dtype
+    short = base.model.dtype in (torch.bfloat16, torch.float16)
+    dtype = base.model.dtype if short else precise
+    return Stacks(adapters, trained, base.device, dtype, base.products)
 
 
 def constants(

@@ -1,5 +1,6 @@
 """A frozen pretrained model with its tokenizer and what it is trained for; loaded once a process."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from fedlora.core.adapter import digest
 from fedlora.data import Batch, Example
 from fedlora.errors import ConfigError
-from fedlora.models.attention import Pack
-from fedlora.models.packing import logits
+from fedlora.models.pack import upload
+from fedlora.models.packing import PackedOutputs, Packing
+from fedlora.models.products import Products
 from fedlora.models.state import put_back
 from fedlora.models.traits import Traits
 from fedlora.tasks import LearningTask
@@ -30,8 +32,10 @@ class Base:
             checkpoint did not hold and had to be made up.
         path: where the model came from.
         after: the module from which on the first token of a row is enough, if its head reads no other.
-        offset: the position of a row's first token, if the model can be fed rows end to end.
+        packing: how the model is fed rows end to end, if it can be.
         traits: how it must be fed.
+        products: how the low-rank terms of clients that train together are computed on a GPU; None where
+            each client has parameters of its own.
     """
 
     model: Any
@@ -40,8 +44,9 @@ class Base:
     heads: tuple[str, ...]
     path: str
     after: nn.Module | None = None
-    offset: int | None = None
+    packing: Packing | None = None
     traits: Traits = field(default_factory=Traits)
+    products: Products | None = None
 
     @property
     def device(self) -> torch.device:
@@ -120,20 +125,15 @@ class Base:
     def losses_unpadded(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """`losses` of rows that lie end to end; of a decoder, only the response's logits are ever made.
 
-        Not while a client's bank is open that wants padded batches, nor of a model without an `offset`.
+        Not while a client's bank is open that wants padded batches, nor of a model without a `packing`.
         """
+        assert self.packing is not None
         ids = torch.tensor([token for example in examples for token in example.input_ids])
-        pack = Pack([example.size for example in examples])
-
-        def logits_at(places: Tensor | None) -> Tensor:
-            return self._widened(self._packed(ids, pack, places))
-
-        return self.task.losses_unpadded(examples, pack.starts.tolist(), logits_at)
-
-    def _packed(self, ids: Tensor, pack: Pack, kept: Tensor | None) -> Tensor:
-        assert self.offset is not None
+        pack = self.packing.kind([example.size for example in examples], self.device)
+        outputs = PackedOutputs(self.model, self.packing, upload(ids, self.device), pack)
+        starts = list(itertools.accumulate([0, *(example.size for example in examples[:-1])]))
         with self.passing():
-            return logits(self.model, ids, pack, self.offset, kept)
+            return self.task.losses_unpadded(examples, starts, outputs)
 
     def _widened(self, logits: Tensor) -> Tensor:
         """Logits as the task takes them: those of rows in float32 at least, those of tokens as they are."""

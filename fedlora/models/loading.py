@@ -15,7 +15,8 @@ from fedlora.errors import ModelError
 from fedlora.models.attention import attend_our_way, attend_plainly, takes_our_attention
 from fedlora.models.base import Base
 from fedlora.models.first_token import only_first_token
-from fedlora.models.packing import offset_of
+from fedlora.models.packing import packing_of
+from fedlora.models.products import products_on
 from fedlora.models.quantized import quantized
 from fedlora.models.state import put_back
 from fedlora.models.trial import Trial
@@ -158,11 +159,12 @@ def _tried(base: Base) -> Base:
         not task.per_token and not traits.stateful
     ):  # such a model may do otherwise with rows longer than those tried
         after = only_first_token(model)
-    offset = None
+    packing = None
     if ours and traits.limit != 0 and traits.side == "right" and (task.generates or after is not None):
         with put_back(model):
-            offset = offset_of(model, after)
-    return replace(base, after=after, offset=offset, traits=traits)
+            packing = packing_of(model, after)
+    products = products_on(base.device, model.dtype)
+    return replace(base, after=after, packing=packing, traits=traits, products=products)
 
 
 def _attends_alike(trial: Trial) -> bool:

@@ -7,8 +7,6 @@ client's base has folded in, is done by forward hooks, and trained whole modules
 base's while the bank is open.
 """
 
-import itertools
-import threading
 from collections.abc import Sequence
 from functools import partial
 from types import TracebackType
@@ -21,13 +19,14 @@ from torch import Tensor, nn
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
 from fedlora.core.parametrization import LORA
-from fedlora.errors import ApartError, ModelError
+from fedlora.errors import ModelError
 from fedlora.models import adapter_parameters
 from fedlora.models.base import Base
 from fedlora.models.first_token import keep_first
-from fedlora.models.lora import layer_of, layer_shape
+from fedlora.models.lora import layer_of
 from fedlora.models.low_rank import add_low_rank
 from fedlora.models.per_row import Copies, call_rows
+from fedlora.models.routing import Routing
 
 
 class MultiAdapterModel:
@@ -39,9 +38,12 @@ class MultiAdapterModel:
         train: whether gradients reach what the tasks train.
         per_row: whether each row gets its own gradient, by differentiating by `leaves`.
         every_token: whether a classifier's last layer is wanted of every token, whatever its head reads.
+        stacked: whether the slots' factors may lie in tensors of all, if the base says so and their tasks are
+            alike; `gradients` then puts those of the factors into their place, where `Stacks` wants them.
 
     Attributes:
         unpadded: whether batches are to be fed by `Base.losses_unpadded`.
+        stacks: the factors of all slots, where they lie so; else None.
 
     Raises:
         ModelError: an adapter names a module that the model lacks, or of another shape; or per row, the
@@ -55,6 +57,7 @@ class MultiAdapterModel:
         train: bool = False,
         per_row: bool = False,
         every_token: bool = False,
+        stacked: bool = False,
     ) -> None:
         first = tasks[0].adapter
         for task in tasks:
@@ -65,12 +68,18 @@ class MultiAdapterModel:
             ):
                 raise ModelError("the adapters of one pass must have the same modules and the same heads")
         self._model, self._after = base.model, None if every_token else base.after
-        self.unpadded = base.offset is not None and not per_row and not every_token
-        self._batch = threading.local()  # batches may be on their way in several threads
+        self.unpadded = base.packing is not None and not per_row and not every_token
         self._tasks = tasks
         each = [(task, frozenset(task.trained() if train else ())) for task in tasks]
         self._forms = [task.adapter.parametrization for task in tasks]
-        self._factors = [adapter_parameters.leaves(base, task.adapter, trained) for task, trained in each]
+        alike = not per_row and len({trained for _, trained in each}) == 1
+        self.stacks = adapter_parameters.stacks(base, tasks, each[0][1]) if stacked and alike else None
+        self._factors = [
+            self.stacks.parameters(slot)
+            if self.stacks
+            else adapter_parameters.leaves(base, task.adapter, trained)
+            for slot, (task, trained) in enumerate(each)
+        ]
         self._constants = [
             adapter_parameters.constants(base, form, own)
             for form, own in zip(self._forms, self._factors, strict=True)
@@ -84,26 +93,17 @@ class MultiAdapterModel:
             )
         alone = range(len(tasks)) if per_row else ()
         self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in alone])
-        self._by_row = base.traits.by_row
+        self._routing = Routing(len(tasks), base.traits.by_row, base.device, self._rows.on)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> Self:
         modules = dict(self._model.named_modules())
-        named = [
-            (name, pair)
-            for task in self._tasks
-            for name, pair in (*task.adapter.pairs.items(), *task.fold.items())
-        ]
-        for name, pair in named:
-            if name not in modules:
-                raise ModelError(f"the adapter has a pair for '{name}', a module that the model lacks")
-            if pair.shape != (expected := layer_shape(modules[name], name)):
-                raise ModelError(f"the adapter's update of '{name}' is {pair.shape}, the layer {expected}")
+        named = adapter_parameters.adapted(modules, self._tasks)
         vocabulary = getattr(self._model, "get_output_embeddings", lambda: None)()
-        if vocabulary is not None and any(modules[name] is vocabulary for name, _ in named):
+        if vocabulary is not None and any(modules[name] is vocabulary for name in named):
             self.unpadded = False  # it is shown the tokens before a response's alone
-        for name in dict.fromkeys([*(name for name, _ in named), *self._factors[0]]):
+        for name in dict.fromkeys([*named, *self._factors[0]]):
             self._handles.append(modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
         if self._after is not None:
             self._handles.append(keep_first(self._after))
@@ -128,13 +128,26 @@ class MultiAdapterModel:
             counts: rows of each.
             tokens: tokens of each, where the rows lie end to end.
         """
-        self._batch.rows = _segments(counts)
-        self._batch.tokens = None if tokens is None else _segments(tokens)
+        self._routing.set(counts, tokens)
         self._rows.make(counts)
 
     def leaves(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """What this thread's batch is differentiated by: parameters, or per row their (rows, *shape)."""
         return [self._rows.of(parameter) for parameter in parameters]
+
+    def gradients(self, loss: Tensor, slots: Sequence[int]) -> list[tuple[nn.Parameter, Tensor | None]]:
+        """What these slots train, and its gradients in this thread's batch; per row (rows, *shape) each.
+
+        Without factors that lie in stacks: their gradients are then added to those that they have.
+        """
+        parameters = [p for slot in slots for p in self._differentiated(slot)]
+        anchor = [] if self.stacks is None else [self.stacks.anchor]
+        found = torch.autograd.grad(loss, [*self.leaves(parameters), *anchor], allow_unused=True)
+        return list(zip(parameters, found[: len(parameters)], strict=True))
+
+    def _differentiated(self, slot: int) -> list[nn.Parameter]:
+        groups = self.factors(slot)
+        return groups.get("head", []) if self.stacks else [p for found in groups.values() for p in found]
 
     def factors(self, slot: int) -> dict[str, list[nn.Parameter]]:
         """One slot's trainable parameters, in groups: "A", "B", the parametrization's words, and "head"."""
@@ -153,9 +166,10 @@ class MultiAdapterModel:
         return found
 
     def adapter(self, slot: int) -> Adapter:
-        """A copy of one slot's adapter as it now is."""
-        now = {name: p.detach().clone() for name, p in self.parameters(slot).items()}
-        return self._tasks[slot].adapter.with_tensors(now)
+        """A copy of one slot's adapter as it now is, on the CPU."""
+        stacked = self.stacks.tensors(slot) if self.stacks else {}
+        own = {n: p.detach().clone().cpu() for n, p in self.parameters(slot).items() if n not in stacked}
+        return self._tasks[slot].adapter.with_tensors(own | stacked)
 
     def _hook(self, name: str) -> Any:
         form, own = self._forms[0], name in self._factors[0]
@@ -168,10 +182,14 @@ class MultiAdapterModel:
             module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
         ) -> Tensor:
             x = args[0] if args else next(iter(named.values()))
-            segments = self._segments(x, name)
+            segments = self._routing.segments(x, name)
             units = segments[-1][1]
             live = [k for k, (start, stop) in enumerate(segments) if stop > start]
-            if low_rank:
+            if own and self.stacks:
+                output = self.stacks.add(
+                    output, x, name, self._routing.parts(segments, x.numel() // x.shape[-1])
+                )
+            elif low_rank:
                 factors = [f for k in live for f in self._low_rank(k, name)]
                 ends, s = [segments[k] for k in live], [scales[k] for k in live]
                 output = add_low_rank(output, x, units, ends, s, factors)
@@ -239,7 +257,7 @@ class MultiAdapterModel:
 
         def forward(x: Tensor, *rest: Any, **named: Any) -> Tensor:
             x = x.to(dtype)
-            rows = [(k, *ends) for k, ends in enumerate(self._segments(x, name)) if ends[1] > ends[0]]
+            rows = [(k, *ends) for k, ends in enumerate(self._routing.segments(x, name)) if ends[1] > ends[0]]
             if self._rows.on:
                 own = {
                     key: torch.cat([self._rows.of(parameters[k][key]) for k, _, _ in rows])
@@ -249,27 +267,3 @@ class MultiAdapterModel:
             return torch.cat([heads[k](x[start:stop], *rest, **named) for k, start, stop in rows])
 
         return forward
-
-    def _segments(self, x: Tensor, name: str) -> list[tuple[int, int]]:
-        """The rows (start, stop) of each slot; or the tokens, where rows lie end to end."""
-        tokens: list[tuple[int, int]] | None = getattr(self._batch, "tokens", None)
-        if tokens is not None and x.ndim == 3 and x.shape[:2] == (1, tokens[-1][1]):
-            return tokens
-        if len(self._tasks) == 1 and not self._rows.on:
-            return [(0, x.shape[0])]
-        rows: list[tuple[int, int]] = self._batch.rows
-        if x.shape[0] != rows[-1][1] or (self._by_row is not None and name not in self._by_row):
-            told = (
-                f"'{name}' is fed {tuple(x.shape)}, not one row for each of the {rows[-1][1]} rows of the "
-                "batch, so that they cannot be told apart by "
-            )
-            if self._rows.on:
-                raise ModelError(f"{told}record; leave it out of lora.targets, or use privacy=none")
-            raise ApartError(f"{told}client; train this model with engine.fuse=1")
-        return rows
-
-
-def _segments(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """Start and stop of parts of these lengths, one after the other."""
-    stops = list(itertools.accumulate(counts))
-    return list(zip([0, *stops], stops, strict=False))

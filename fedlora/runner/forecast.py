@@ -20,7 +20,8 @@ from fedlora.runner.assemble import Assembly, assemble
 from fedlora.runner.privacy_checks import planned
 from fedlora.runner.spec import RunSpec
 from fedlora.seeds import generator
-from fedlora.training.trainer import FitJob, fit
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import fit
 
 COMPARED = ("fedit", "ffalora", "fedsvd", "flexlora")
 ROUNDS = 3  # of nothing but noise; more grow alike and take longer

@@ -1,8 +1,8 @@
 """The interface of a learning task: what is learnt from a row, from its columns in a file to its metrics."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,22 @@ from torch import Tensor
 from fedlora.data.dataset import Row
 from fedlora.data.examples import Batch, Example, Side, Tokenizer, collate
 from fedlora.errors import ConfigError, DataError, ModelError
+
+
+class Outputs(Protocol):
+    """What a model says of rows that are fed end to end."""
+
+    def logits(self, places: Tensor | None) -> Tensor:
+        """The logits of tokens, by their places among all: (k,) to (k, outputs), in the model's dtype.
+
+        Of None the rows' logits, (n, outputs), in float32 at least.
+        """
+
+    def cross_entropy(self, places: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Each of these tokens' cross-entropy, and whether its likeliest output is the wanted one: (k,) both.
+
+        The logits are made in pieces where they are many.
+        """
 
 
 class LearningTask(ABC):
@@ -196,17 +212,18 @@ class LearningTask(ABC):
         """
 
     def losses_unpadded(
-        self, examples: Sequence[Example], starts: Sequence[int], logits: Callable[[Tensor | None], Tensor]
+        self, examples: Sequence[Example], starts: Sequence[int], outputs: Outputs
     ) -> tuple[Tensor, Tensor]:
         """`scores` of rows that are fed end to end, without padding.
 
         Args:
             examples: the rows.
             starts: the place of each row's first token among all tokens.
-            logits: from places among all tokens, (k,), to the model's logits there, (k, outputs); from None
-                to the rows' logits, (n, outputs). It is to be called once.
+            outputs: what the model says of them; to be asked once.
         """
-        return self.scores(logits(None), torch.tensor([example.target for example in examples]))
+        logits = outputs.logits(None)
+        target = torch.tensor([example.target for example in examples])
+        return self.scores(logits, target.to(logits.device))
 
     @abstractmethod
     def metrics(self, loss: float, score: float) -> dict[str, float]:

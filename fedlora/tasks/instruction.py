@@ -1,7 +1,7 @@
 """Instructions: write the response to a prompt."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from fedlora.data.cells import text_in
 from fedlora.data.dataset import Row
 from fedlora.data.examples import IGNORED, Example, Tokenizer
 from fedlora.errors import DataError, ModelError
-from fedlora.tasks.base import LearningTask, check_length
+from fedlora.tasks.base import LearningTask, Outputs, check_length
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,13 @@ class Instruction(LearningTask):
         """
         logits, target = logits[:, :-1], target[:, 1:]
         rows, places = (target != IGNORED).nonzero(as_tuple=True)
-        return _by_row(logits[rows, places], target[rows, places], rows, len(target))
+        found, wanted = logits[rows, places], target[rows, places]
+        found = found if found.dtype == torch.float64 else found.float()
+        losses = F.cross_entropy(found, wanted, reduction="none")
+        return _by_row(losses, found.argmax(-1) == wanted, rows, len(target))
 
     def losses_unpadded(
-        self, examples: Sequence[Example], starts: Sequence[int], logits: Callable[[Tensor | None], Tensor]
+        self, examples: Sequence[Example], starts: Sequence[int], outputs: Outputs
     ) -> tuple[Tensor, Tensor]:
         """`scores`; no logits but those of the response are ever made."""
         told = [
@@ -122,7 +125,7 @@ class Instruction(LearningTask):
             if at and token != IGNORED
         ]
         rows, places, wanted = torch.tensor(told, dtype=torch.long).view(-1, 3).T
-        return _by_row(logits(places), wanted, rows, len(examples))
+        return _by_row(*outputs.cross_entropy(places, wanted), rows, len(examples))
 
     def metrics(self, loss: float, score: float) -> dict[str, float]:
         """The loss, its exponential, and the share of right tokens."""
@@ -193,10 +196,15 @@ def _conversation(row: Row, tokenizer: Tokenizer, ends: Sequence[int]) -> tuple[
     return prompt, response[: last + 1]  # without what the template writes after the turn
 
 
-def _by_row(logits: Tensor, wanted: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Each row's mean of its tokens' cross-entropies, and its share of right ones; zeros without any."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    each, right = F.cross_entropy(logits, wanted, reduction="none"), logits.argmax(-1) == wanted
-    share = 1 / rows.bincount(minlength=count).to(each.dtype)[rows]
-    empty = logits.new_zeros(count)
-    return empty.index_add(0, rows, each * share), empty.index_add(0, rows, right * share)
+def _by_row(losses: Tensor, right: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each row's mean of its tokens' losses, and its share of right ones; zeros without any.
+
+    Args:
+        losses: (tokens,).
+        right: (tokens,).
+        rows: the row of each token, (tokens,); counted where it is, so best on the CPU.
+        count: of rows.
+    """
+    share = (1 / rows.bincount(minlength=count).to(losses.dtype)[rows]).to(losses.device)
+    rows, empty = rows.to(losses.device), losses.new_zeros(count)
+    return empty.index_add(0, rows, losses * share), empty.index_add(0, rows, right * share)

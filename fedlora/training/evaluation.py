@@ -64,7 +64,7 @@ def _together(
 ) -> list[tuple[float, float]]:
     totals = [[0.0, 0.0] for _ in tasks]
     pool = [(slot, row) for slot, own in enumerate(rows) for row in own]
-    with MultiAdapterModel(base, tasks) as bank, Workers(base) as workers:
+    with MultiAdapterModel(base, tasks, stacked=True) as bank, Workers(base) as workers:
         micros = micro_batches(pool, tokens, base.traits, not bank.unpadded)
 
         @torch.no_grad()

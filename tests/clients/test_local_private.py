@@ -15,7 +15,8 @@ from fedlora.errors import ConfigError
 from fedlora.models import LoRA, fresh_adapter, targets
 from fedlora.privacy import DPSGD, Entry, Ledger
 from fedlora.training.client import TrainRequest
-from fedlora.training.trainer import FitJob, FitResult
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import FitResult
 
 PRIVACY = DPSGD(epsilon=8.0, participations=2, accountant="rdp")
 CLIENT = LocalTraining(lr=0.1, batch_size=4, steps=200).privately(PRIVACY)

@@ -14,7 +14,8 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.models import Base, load_adapter, save_adapter
-from fedlora.training.trainer import FitJob, Parameters, fit
+from fedlora.training.steps import FitJob, Parameters
+from fedlora.training.trainer import fit
 
 # PEFT 0.21 asks transformers 5.23 for a property that it renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

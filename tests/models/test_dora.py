@@ -23,7 +23,8 @@ from fedlora.models import (
 from fedlora.models.lora import layer_weight
 from fedlora.models.parametrizations import DoRA, Sparse, composed
 from fedlora.models.parametrizations.sparse import places
-from fedlora.training.trainer import FitJob, fit
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import fit
 
 MAGNITUDE = ".magnitude"
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

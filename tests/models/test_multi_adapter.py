@@ -9,7 +9,8 @@ from fedlora.core.messages import Task
 from fedlora.data import collate
 from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel
-from fedlora.training.trainer import FitJob, fit
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import fit
 
 
 def seal(base: Base) -> str:

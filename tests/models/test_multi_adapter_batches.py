@@ -12,7 +12,8 @@ from fedlora.data import collate
 from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel, Traits, fresh_adapter, merge, targets
 from fedlora.models.lora import LoRA
-from fedlora.training.trainer import FitJob, fit
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import fit
 
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
@@ -65,7 +66,7 @@ class Crossed(nn.Module):
         return type("Output", (), {"logits": self.score(x.mean(1))})()
 
 
-PADDED: dict[str, Any] = {"after": None, "offset": None}  # a model of these tests knows no positions
+PADDED: dict[str, Any] = {"after": None, "packing": None}  # a model of these tests knows no positions
 
 
 def test_inputs_that_are_not_contiguous(zoo: Any) -> None:
@@ -75,7 +76,7 @@ def test_inputs_that_are_not_contiguous(zoo: Any) -> None:
         model=Crossed().double().requires_grad_(False),
         heads=("score",),
         after=None,
-        offset=None,
+        packing=None,
         traits=Traits(),
     )
     rows = [row for row in zoo.rows(real, 30, 0) if len(row.input_ids) > 3]
@@ -126,7 +127,7 @@ def test_rows_that_cannot_be_told_apart_are_refused_by_name_and_work_alone(zoo: 
         model=Relative(flat).requires_grad_(False),
         heads=("score",),
         after=None,
-        offset=None,
+        packing=None,
         traits=Traits(),
     )
     pair = Pair(torch.randn(2, 8), torch.randn(8, 2))

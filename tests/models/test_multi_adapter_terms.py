@@ -21,7 +21,8 @@ from fedlora.models.parametrizations import CoreMatrix, Sparse
 from fedlora.models.parametrizations.sparse import places, spread
 from fedlora.training.evaluation import evaluate
 from fedlora.training.expert import GlobalExpert
-from fedlora.training.trainer import FitJob, fit
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import fit
 
 NAMES = ["bert", "gpt2"]  # linear layers, and Conv1D, whose weight is transposed
 

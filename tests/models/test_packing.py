@@ -12,9 +12,10 @@ from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.models import Base, MultiAdapterModel, targets
-from fedlora.models.attention import OURS, Pack, attend_our_way
+from fedlora.models.attention import OURS, attend_our_way
 from fedlora.models.first_token import only_first_token
-from fedlora.models.packing import offset_of
+from fedlora.models.pack import Pack
+from fedlora.models.packing import packing_of
 from fedlora.models.parametrizations import Sparse
 from fedlora.tasks import Classification, Instruction
 from fedlora.training.evaluation import losses_of
@@ -50,10 +51,10 @@ def model_of(family: str, dtype: torch.dtype = torch.float64, **more: Any) -> An
 def base_of(family: str, dtype: torch.dtype = torch.float64) -> Base:
     model = model_of(family, dtype)
     if family not in ENCODERS:
-        return Base(model, None, Instruction(), (), family, None, offset_of(model, None))
+        return Base(model, None, Instruction(), (), family, None, packing_of(model, None))
     heads = tuple(n for n, m in model.named_children() if n != model.base_model_prefix and [*m.parameters()])
     after = only_first_token(model)
-    return Base(model, None, Classification(), heads, family, after, offset_of(model, after))
+    return Base(model, None, Classification(), heads, family, after, packing_of(model, after))
 
 
 def rows(kind: str, lengths: Sequence[int], seed: int = 0) -> list[Example]:
@@ -102,10 +103,11 @@ def test_losses_and_gradients_of_two_clients_are_those_of_the_padded_batch(
     family: str, lengths: list[int]
 ) -> None:
     base = base_of(family)
-    assert base.offset == (2 if "oberta" in family.lower() else 0)
+    assert base.packing is not None
+    assert base.packing.offset == (2 if "oberta" in family.lower() else 0)
     tasks = [task_of(base, 1, 1), task_of(base, 2, 3, fold=True)]
     micro = [(int(i >= len(lengths) / 2), row) for i, row in enumerate(rows(base.task.name, lengths))]
-    padded = results(dataclasses.replace(base, offset=None), tasks, micro)
+    padded = results(dataclasses.replace(base, packing=None), tasks, micro)
     unpadded = results(base, tasks, micro)
     assert len(padded) == len(unpadded) > 10
     for one, other in zip(unpadded, padded, strict=True):
@@ -118,7 +120,7 @@ def test_sparse_values_see_each_token_s_own_client() -> None:
     micro = [(i // 2, row) for i, row in enumerate(rows("classification", [5, 1, 7, 3]))]
     for one, other in zip(
         results(base, tasks, micro),
-        results(dataclasses.replace(base, offset=None), tasks, micro),
+        results(dataclasses.replace(base, packing=None), tasks, micro),
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
@@ -127,12 +129,15 @@ def test_sparse_values_see_each_token_s_own_client() -> None:
 @pytest.mark.parametrize("family", ["Bert", "Llama"])
 def test_in_bfloat16_too_up_to_its_rounding(family: str) -> None:
     base = base_of(family, torch.bfloat16)
-    assert base.offset == 0
+    assert base.packing is not None
+    assert base.packing.offset == 0
     batch = rows(base.task.name, [5, 1, 7, 3])
     micro = [(0, row) for row in batch]
     with torch.no_grad(), MultiAdapterModel(base, [Task(Adapter({}))]) as bank:
         unpadded, _ = losses_of(base, bank, micro, 1)
-        with MultiAdapterModel(other := dataclasses.replace(base, offset=None), [Task(Adapter({}))]) as plain:
+        with MultiAdapterModel(
+            other := dataclasses.replace(base, packing=None), [Task(Adapter({}))]
+        ) as plain:
             padded, _ = losses_of(other, plain, micro, 1)
     torch.testing.assert_close(unpadded, padded, rtol=2e-2, atol=2e-2)
 
@@ -153,13 +158,13 @@ def test_where_the_vocabulary_s_layer_is_adapted_batches_are_padded() -> None:
     micro = [(i // 2, row) for i, row in enumerate(rows("instruction", [5, 4, 7, 3]))]
     with MultiAdapterModel(base, tasks) as bank:
         assert not bank.unpadded
-    unpadded, padded = (results(b, tasks, micro) for b in (base, dataclasses.replace(base, offset=None)))
+    unpadded, padded = (results(b, tasks, micro) for b in (base, dataclasses.replace(base, packing=None)))
     for one, other in zip(unpadded, padded, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_models_that_would_say_something_else_are_padded() -> None:
-    assert offset_of(model_of("Qwen2", use_sliding_window=True, sliding_window=2), None) is None
+    assert packing_of(model_of("Qwen2", use_sliding_window=True, sliding_window=2), None) is None
     torch.manual_seed(0)
     plain = transformers.DistilBertForSequenceClassification(
         transformers.DistilBertConfig(vocab_size=60, dim=16, hidden_dim=24, n_layers=2, n_heads=4)
@@ -180,7 +185,7 @@ class Sized(torch.nn.Module):
 def test_a_layer_that_looks_beyond_a_token_is_found_out() -> None:
     model = model_of("Llama")
     model.model.norm = Sized()
-    assert offset_of(model, None) is None
+    assert packing_of(model, None) is None
 
 
 def test_rows_of_like_length_are_a_block_padded_with_zeros() -> None:

@@ -17,7 +17,8 @@ from fedlora.errors import ConfigError, ModelError
 from fedlora.models import Base
 from fedlora.privacy import Mechanism, Source
 from fedlora.training.rules import RankPruning
-from fedlora.training.trainer import FitJob, Parameters, fit
+from fedlora.training.steps import FitJob, Parameters
+from fedlora.training.trainer import fit
 
 from_sgd = partial(torch.optim.SGD, lr=1.0)
 

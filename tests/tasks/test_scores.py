@@ -9,6 +9,7 @@ from fedlora.data import Example, Row
 from fedlora.data.examples import IGNORED
 from fedlora.models import load
 from fedlora.models.packaged import tiny
+from fedlora.models.token_losses import cross_entropy
 from fedlora.tasks import Classification, Instruction
 
 
@@ -28,6 +29,19 @@ def test_perplexity_is_the_exponential_of_the_loss_and_always_a_number() -> None
     assert math.isfinite(Instruction().metrics(1e4, 0.0)["perplexity"])
 
 
+class Constant:
+    """A model to which all words are as likely."""
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+
+    def logits(self, places: torch.Tensor | None) -> torch.Tensor:
+        return torch.zeros(10 if places is None else len(places), self.words)
+
+    def cross_entropy(self, places: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return cross_entropy(self.logits(places), wanted)
+
+
 @pytest.mark.parametrize("padded", [True, False])
 def test_a_row_counts_once_however_many_tokens_it_has(padded: bool) -> None:
     words, task = 7, Instruction()
@@ -36,9 +50,7 @@ def test_a_row_counts_once_however_many_tokens_it_has(padded: bool) -> None:
         target = torch.tensor([[*r.target, *[IGNORED] * (7 - r.size)] for r in rows])
         losses, shares = task.scores(torch.zeros(2, 7, words), target)
     else:
-        losses, shares = task.losses_unpadded(
-            rows, [0, 3], lambda places: torch.zeros(10 if places is None else len(places), words)
-        )
+        losses, shares = task.losses_unpadded(rows, [0, 3], Constant(words))
     torch.testing.assert_close(losses, torch.full((2,), math.log(words)))
     assert shares.tolist() == [0.0, 0.0]
 

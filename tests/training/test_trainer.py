@@ -14,7 +14,8 @@ from fedlora.models.packaged import tiny
 from fedlora.training import evaluation, trainer
 from fedlora.training.batches import count, groups, micro_batches
 from fedlora.training.evaluation import evaluate
-from fedlora.training.trainer import FitJob, fit
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import fit
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from fedlora.privacy import self_test
 from fedlora.training.batches import micro_batches
 from fedlora.training.evaluation import evaluate
 from fedlora.training.generation import answer, answer_ends
-from fedlora.training.trainer import FitJob, fit
+from fedlora.training.steps import FitJob
+from fedlora.training.trainer import fit
 
 RATE = 0.1
 ANY = 10**6  # tokens of a micro-batch: whatever the model lets be together is

@@ -1,0 +1,189 @@
+"""The steps of local training: what moves a client's parameters by their gradients, each client by itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Task
+from fedlora.data import Example
+from fedlora.errors import ConfigError, ModelError
+from fedlora.models import MultiAdapterModel
+from fedlora.privacy import Mechanism
+from fedlora.training.rules.base import LocalRule, rules_of
+from fedlora.training.workers import Workers
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """One client's work: where it starts and what it trains, and its batches in order.
+
+    The task's local rules add their terms to every step. With a mechanism a step is the noised mean of the
+    clipped gradients of its rows, to which the terms are added; a batch may be empty.
+    """
+
+    task: Task
+    batches: Sequence[Sequence[Example]]
+    mechanism: Mechanism | None = None
+
+
+Gradients = list[tuple[nn.Parameter, Tensor | None]]
+Parameters = dict[str, list[nn.Parameter]]
+MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
+Schedule = Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class How:
+    """How a step moves: the optimizer, the largest norm of a client's gradient, the rate's factor."""
+
+    make_optimizer: MakeOptimizer
+    clip: float | None = None
+    schedule: Schedule | None = None
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the rates are multiplied with in a step, from 0, of so many."""
+        return 1.0 if self.schedule is None else self.schedule(step, steps)
+
+
+class Learner:
+    """What a client trains: its parameters, and where its rules measure from."""
+
+    def __init__(self, job: FitJob, bank: MultiAdapterModel, slot: int) -> None:
+        self.job = job
+        self.rules = rules_of(job.task)
+        self.named = {name: p for name, p in bank.parameters(slot).items() if p.requires_grad}
+        self.start = {name: p.detach().clone() for name, p in self.named.items() if self.rules}
+
+    @property
+    def steps(self) -> int:
+        """How many steps it takes."""
+        return len(self.job.batches)
+
+    def add_rules(self) -> None:
+        """Add the rules' terms to the gradients."""
+        for rule in self.rules:
+            _add(rule, self.named, self.start)
+
+
+class Apart:
+    """Each client has an optimizer of its own.
+
+    Args:
+        jobs: one a slot.
+        bank: holds what they train.
+        how: the steps.
+    """
+
+    lockstep = False
+
+    def __init__(self, jobs: Sequence[FitJob], bank: MultiAdapterModel, how: How) -> None:
+        self._bank, self._how = bank, how
+        self._learners = [Learner(job, bank, slot) for slot, job in enumerate(jobs)]
+        self._groups = [bank.factors(slot) for slot in range(len(jobs))]
+        self._optimizers = [how.make_optimizer(groups) for groups in self._groups]
+        self._rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in self._optimizers]
+        self._private = [
+            None if job.mechanism is None else job.mechanism.wrap(optimizer)
+            for job, optimizer in zip(jobs, self._optimizers, strict=True)
+        ]
+
+    def step(self, slots: Sequence[int], step: int, workers: Workers) -> None:
+        """Move these clients by the gradients that are there, noised ones under privacy.
+
+        Raises:
+            ModelError: in the first step, a parameter has no gradient.
+        """
+        workers.map(lambda slot: self._move(slot, step), slots)
+        if self._bank.stacks:
+            self._bank.stacks.moved()
+
+    def adapter(self, slot: int) -> Adapter:
+        """What a client has trained."""
+        return self._bank.adapter(slot)
+
+    def clipped(self, slot: int) -> float | None:
+        """The share of a client's rows whose gradient was longer than its mechanism's clip."""
+        private = self._private[slot]
+        return None if private is None else private.clipped / max(1, private.seen)
+
+    def _move(self, slot: int, step: int) -> None:
+        learner, private = self._learners[slot], self._private[slot]
+        if private is not None:
+            private.release(len(learner.job.batches[step]))
+        if step == 0:
+            check_called([p for found in self._groups[slot].values() for p in found])
+        learner.add_rules()
+        factor = self._how.factor(step, learner.steps)
+        keep = self._bank.stacks is not None  # windows on what is there for all
+        move(self._optimizers[slot], self._how.clip, self._rates[slot], factor, keep)
+
+
+def accumulate(grads: Gradients) -> None:
+    """Add gradients, in the order of micro-batches whichever was done first."""
+    for parameter, grad in grads:
+        if grad is not None:
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+
+def collect(grads: Gradients) -> None:
+    """Keep the rows' gradients of a micro-batch with their parameters, for the mechanism."""
+    for parameter, rows in grads:
+        if rows is not None:
+            held = getattr(parameter, "grad_sample", None)
+            parameter.grad_sample = [rows] if held is None else [*held, rows]  # type: ignore[attr-defined]
+
+
+def check_called(parameters: Sequence[nn.Parameter], silent: int = 0) -> None:
+    """Refuse a model that never calls the forward of a layer whose tensors are to be trained.
+
+    Args:
+        parameters: what has a gradient, unless the model is so.
+        silent: others that are known to have none.
+
+    Raises:
+        ModelError: a tensor to train got no gradient.
+    """
+    if silent := silent + sum(parameter.grad is None for parameter in parameters):
+        raise ModelError(
+            f"{silent} of the tensors to train got no gradient, since this model never calls their layers; "
+            "choose other lora.targets"
+        )
+
+
+def move(
+    optimizer: torch.optim.Optimizer,
+    clip: float | None,
+    rates: Sequence[float],
+    factor: float,
+    keep: bool = False,
+) -> None:
+    """One client's step: clip, set the rate of this step, move, forget the gradient.
+
+    Args:
+        optimizer: the client's.
+        clip: the largest norm of the gradient; None for any.
+        rates: of the optimizer's groups.
+        factor: what they are multiplied with.
+        keep: whether gradients become zeros where they are, and not nothing.
+    """
+    if clip is not None:
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * factor
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=not keep)
+
+
+def _add(rule: LocalRule, parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> None:
+    """Add a rule's term to the gradients of what a client trains."""
+    now = {name: parameter.detach() for name, parameter in parameters.items()}
+    for name, term in rule.gradient(now, start).items():
+        if name not in parameters or term.shape != parameters[name].shape:
+            raise ConfigError(
+                f"rule {type(rule).__name__}: expected terms for tensors that the client trains, in their "
+                f"shapes, got {tuple(term.shape)} for '{name}'"
+            )
+        accumulate([(parameters[name], term.to(parameters[name]))])
