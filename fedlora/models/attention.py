@@ -25,13 +25,13 @@ _here = threading.local()
 
 
 @contextmanager
-def end_to_end(pack: Pack) -> Iterator[None]:
-    """Within it, models of this thread are fed rows that lie as this pack says."""
-    _here.pack = pack
+def end_to_end(pack: Pack | None) -> Iterator[None]:
+    """Within it, models of this thread are fed rows that lie as this pack says; None for padded ones."""
+    before, _here.pack = packed(), pack
     try:
         yield
     finally:
-        _here.pack = None
+        _here.pack = before
 
 
 def packed() -> Pack | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedlora.core.adapter import digest
 from fedlora.data import Batch, Example
 from fedlora.errors import ConfigError
+from fedlora.models.memory import Memory
 from fedlora.models.pack import upload
 from fedlora.models.packing import PackedOutputs, Packing
 from fedlora.models.products import Products
@@ -36,6 +37,7 @@ class Base:
         traits: how it must be fed.
         products: how the low-rank terms of clients that train together are computed on a GPU; None where
             each client has parameters of its own.
+        memory: what fits beside the model on its device.
     """
 
     model: Any
@@ -47,6 +49,7 @@ class Base:
     packing: Packing | None = None
     traits: Traits = field(default_factory=Traits)
     products: Products | None = None
+    memory: Memory = field(default_factory=Memory, compare=False)
 
     @property
     def device(self) -> torch.device:

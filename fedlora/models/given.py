@@ -11,7 +11,13 @@ from fedlora.tasks import LearningTask
 
 
 def load_given(
-    model: Any, tokenizer: Any, task: LearningTask, labels: Sequence[str] = (), seed: int = 0, name: str = ""
+    model: Any,
+    tokenizer: Any,
+    task: LearningTask,
+    labels: Sequence[str] = (),
+    seed: int = 0,
+    name: str = "",
+    gradient_checkpointing: bool | None = None,
 ) -> Base:
     """The base of a model that the caller has loaded: frozen, in evaluation mode, perhaps with our attention.
 
@@ -22,6 +28,7 @@ def load_given(
         labels: the names of the model's outputs in their order, where they have some (`Dataset.labels`).
         seed: unused by a complete model.
         name: where it came from, for messages; empty takes the model's own.
+        gradient_checkpointing: as for `load`.
 
     Raises:
         ModelError: another number of outputs than labels, or a model that cannot do this.
@@ -37,4 +44,4 @@ def load_given(
     path = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
     if getattr(model.config, "_attn_implementation", None) == OURS:
         attend_plainly(model)  # a run before this one has left it so; each finds out for itself
-    return finished(model, tokenizer, task, (), path, seed)
+    return finished(model, tokenizer, task, (), path, seed, gradient_checkpointing=gradient_checkpointing)

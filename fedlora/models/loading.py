@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from fedlora.errors import ModelError
 from fedlora.models.attention import attend_our_way, attend_plainly, takes_our_attention
 from fedlora.models.base import Base
+from fedlora.models.checkpointing import checkpointed
 from fedlora.models.first_token import only_first_token
+from fedlora.models.memory import Memory
 from fedlora.models.packing import packing_of
 from fedlora.models.products import products_on
 from fedlora.models.quantized import quantized
@@ -35,6 +37,7 @@ def load(
     seed: int = 0,
     quantize: str | None = None,
     allow_pickle: bool = False,
+    gradient_checkpointing: bool | None = None,
     plain: bool = False,
 ) -> Base:
     """Load a transformers model from a folder or, by name, from the hub or its cache.
@@ -50,6 +53,8 @@ def load(
         seed: of made-up parameters.
         quantize: "4bit" or "8bit", on a GPU with bitsandbytes; heads and adapters stay as they are.
         allow_pickle: also load weights that are not safetensors; a pickle can hold more than weights.
+        gradient_checkpointing: whether layers are computed once more on the way back, which takes a third
+            more time and a fraction of the memory; None where a row does not fit a GPU otherwise.
         plain: leave the model as transformers makes it, its attention too, to compare ours with.
 
     Raises:
@@ -102,7 +107,8 @@ def load(
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one without files
         raise ModelError(NO_TOKENIZER.format(path))
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    return finished(model, tokenizer, task, missing, str(path), seed, None if bits else device, plain)
+    where = None if bits else device
+    return finished(model, tokenizer, task, missing, str(path), seed, where, gradient_checkpointing, plain)
 
 
 def finished(
@@ -113,6 +119,7 @@ def finished(
     path: str,
     seed: int = 0,
     device: str | None = None,
+    gradient_checkpointing: bool | None = None,
     plain: bool = False,
 ) -> Base:
     """The base of a model that transformers has made: padded, frozen, tried.
@@ -125,6 +132,7 @@ def finished(
         path: where the model came from.
         seed: of the missing parameters.
         device: where it goes; None leaves it where it is.
+        gradient_checkpointing: as for `load`.
         plain: leave the model as transformers makes it, its attention too.
 
     Raises:
@@ -143,11 +151,15 @@ def finished(
     if device is not None:  # a quantised model is there already, and bitsandbytes does not let it move
         model.to(device)
     base = Base(model, tokenizer, task, heads, path)
-    return base if plain else _tried(base)
+    return base if plain else _tried(base, gradient_checkpointing)
 
 
-def _tried(base: Base) -> Base:
-    """The base with what is found out about its model, and with our attention where that changes nothing."""
+def _tried(base: Base, gradient_checkpointing: bool | None) -> Base:
+    """The base with what is found out about its model, and with our attention where that changes nothing.
+
+    Raises:
+        ModelError: its layers are to be checkpointed, and cannot be.
+    """
     model, task = base.model, base.task
     trial = Trial(model, base.tokenizer, task, base.pad_id, base.room, base.path)
     traits = trial.traits()
@@ -163,8 +175,28 @@ def _tried(base: Base) -> Base:
     if ours and traits.limit != 0 and traits.side == "right" and (task.generates or after is not None):
         with put_back(model):
             packing = packing_of(model, after)
-    products = products_on(base.device, model.dtype)
-    return replace(base, after=after, packing=packing, traits=traits, products=products)
+    wanted = gradient_checkpointing or (gradient_checkpointing is None and base.device.type != "cpu")
+    able = bool(wanted) and _checkpoints_alike(trial)
+    if gradient_checkpointing and not able:
+        raise ModelError(
+            f"model.gradient_checkpointing=true: '{base.path}' has no layers that transformers can "
+            "checkpoint, or computes something else with them; use null"
+        )
+    return replace(
+        base,
+        after=after,
+        packing=packing,
+        traits=traits,
+        products=products_on(base.device, model.dtype),
+        memory=Memory(base.device, gradient_checkpointing, able),
+    )
+
+
+def _checkpoints_alike(trial: Trial) -> bool:
+    """Whether the model's layers can be checkpointed, its logits and gradients staying what they are."""
+    before = trial.answers()
+    with checkpointed(trial.model) as layers:
+        return layers > 0 and trial.same(trial.answers(), before)
 
 
 def _attends_alike(trial: Trial) -> bool:

@@ -65,8 +65,8 @@ class _LowRank(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         K, grad = len(ctx.segments), grads[0]
-        x, inner = ctx.saved_tensors[0], ctx.saved_tensors[1 : K + 1]
-        factors, wanted = ctx.saved_tensors[K + 1 :], ctx.needs_input_grad[5:]
+        x, *saved = ctx.saved_tensors  # once: they may be computed again for it
+        inner, factors, wanted = saved[:K], saved[K:], ctx.needs_input_grad[5:]
         flat_x, flat_grad = _flat(x, factors[0].dtype), _flat(grad, factors[0].dtype)
         grad_x = torch.empty_like(flat_x) if ctx.needs_input_grad[1] else None
         grad_factors: list[Tensor | None] = [None] * len(factors)

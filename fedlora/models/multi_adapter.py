@@ -7,7 +7,8 @@ client's base has folded in, is done by forward hooks, and trained whole modules
 base's while the bank is open.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,9 @@ from fedlora.core.messages import Task
 from fedlora.core.parametrization import LORA
 from fedlora.errors import ModelError
 from fedlora.models import adapter_parameters
+from fedlora.models.attention import end_to_end, packed
 from fedlora.models.base import Base
+from fedlora.models.checkpointing import checkpointed
 from fedlora.models.first_token import keep_first
 from fedlora.models.lora import layer_of
 from fedlora.models.low_rank import add_low_rank
@@ -94,6 +97,7 @@ class MultiAdapterModel:
         alone = range(len(tasks)) if per_row else ()
         self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in alone])
         self._routing = Routing(len(tasks), base.traits.by_row, base.device, self._rows.on)
+        self._memory, self._checkpointing = base.memory if train else None, ExitStack()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
 
@@ -110,16 +114,40 @@ class MultiAdapterModel:
         for name in self._heads[0]:
             modules[name].forward = self._stand_in(name)
             self._replaced.append(modules[name])
+        self.checkpoint()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._checkpointing.close()
         for handle in self._handles:
             handle.remove()
         for module in self._replaced:
             del module.forward
         self._handles, self._replaced = [], []
+
+    def checkpoint(self) -> None:
+        """Checkpoint the layers from now on, if memory asks for it."""
+        self._checkpointing.close()
+        if self._memory and self._memory.checkpointing:
+            self._checkpointing.enter_context(checkpointed(self._model, self._again))
+
+    def _again(self) -> AbstractContextManager[None]:
+        """This thread's batch, for a layer that is computed once more, maybe in another thread."""
+        pack, mine = packed(), (self._routing.batch, self._rows.batch)
+
+        @contextmanager
+        def there() -> Iterator[None]:
+            before = self._routing.batch, self._rows.batch
+            self._routing.batch, self._rows.batch = mine
+            try:
+                with end_to_end(pack):
+                    yield
+            finally:
+                self._routing.batch, self._rows.batch = before
+
+        return there()
 
     def route(self, counts: Sequence[int], tokens: Sequence[int] | None = None) -> None:
         """Say what each slot has in this thread's next batch, which holds the slots one after the other.

@@ -23,11 +23,20 @@ class Copies:
 
     def __init__(self, trained: Sequence[Sequence[nn.Parameter]]) -> None:
         self.on = any(trained)
-        self._trained, self._batch = trained, threading.local()
+        self._trained, self._here = trained, threading.local()
+
+    @property
+    def batch(self) -> dict[nn.Parameter, Tensor]:
+        """The copies of this thread's batch, to be put into another thread that computes the same."""
+        return getattr(self._here, "copies", {})
+
+    @batch.setter
+    def batch(self, copies: dict[nn.Parameter, Tensor]) -> None:
+        self._here.copies = copies
 
     def make(self, counts: Sequence[int]) -> None:
         """Copies for this thread's next batch, of so many rows a slot."""
-        self._batch.copies = {
+        self.batch = {
             parameter: parameter.detach().expand(count, *parameter.shape).requires_grad_()
             for count, trained in zip(counts, self._trained, strict=False)
             for parameter in (trained if count else ())
@@ -35,8 +44,7 @@ class Copies:
 
     def of(self, parameter: nn.Parameter) -> Tensor:
         """A parameter's copies, (rows, *shape); the parameter itself where it has none."""
-        copies: dict[nn.Parameter, Tensor] = getattr(self._batch, "copies", {})
-        return copies.get(parameter, parameter)
+        return self.batch.get(parameter, parameter)
 
 
 def call_rows(

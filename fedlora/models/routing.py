@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,15 @@ class Routing:
         self._slots, self._by_row, self._device, self._alone = slots, by_row, device, alone
         self._here = threading.local()
 
+    @property
+    def batch(self) -> Any:
+        """This thread's batch, for another thread that computes the same; None before the first."""
+        return getattr(self._here, "batch", None)
+
+    @batch.setter
+    def batch(self, batch: Any) -> None:
+        self._here.batch = batch
+
     def set(self, counts: Sequence[int], tokens: Sequence[int] | None = None) -> None:
         """Say what each slot has in this thread's next batch: rows, and tokens where rows lie end to end."""
         self._here.batch = _Batch(_segments(counts), None if tokens is None else _segments(tokens))
@@ -50,7 +60,7 @@ class Routing:
             ApartError: the clients of several slots cannot be told apart there.
             ModelError: single rows cannot.
         """
-        batch: _Batch | None = getattr(self._here, "batch", None)
+        batch: _Batch | None = self.batch
         tokens = batch.tokens if batch else None
         if tokens is not None and x.ndim == 3 and x.shape[:2] == (1, tokens[-1][1]):
             return tokens
@@ -69,7 +79,7 @@ class Routing:
 
     def parts(self, segments: Segments, rows: int) -> Parts:
         """How the rows of a layer's input are dealt, each segment having its share; made once a batch."""
-        batch: _Batch | None = getattr(self._here, "batch", None)
+        batch: _Batch | None = self.batch
         key = (len(segments), segments[-1][1], rows)
         kept = batch.parts if batch else {}
         if key not in kept:

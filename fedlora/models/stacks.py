@@ -121,11 +121,16 @@ class Stacks:
     @torch.no_grad()
     def moved(self) -> None:
         """To be called when the factors have moved: forget the gradients, renew what products are made of."""
+        self.forget()
         for name, parameter in self.values.items():
-            assert parameter.grad is not None
-            parameter.grad.zero_()
             if self._compute[name].dtype != parameter.dtype:  # else they are one tensor
                 self._compute[name].copy_(parameter)
+
+    def forget(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.values.values():
+            assert parameter.grad is not None
+            parameter.grad.zero_()
 
     @torch.no_grad()
     def tensors(self, slot: int) -> dict[str, Tensor]:

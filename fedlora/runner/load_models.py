@@ -37,7 +37,8 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
     """
     seed = seed if dataset.task.new_head else 0  # only a new head is drawn from it
     if model.loaded is not None:
-        return load_given(*model.loaded, dataset.task, dataset.labels, seed, model.name)
+        given, checkpointing = model.loaded, model.gradient_checkpointing
+        return load_given(*given, dataset.task, dataset.labels, seed, model.name, checkpointing)
     path = model.path or (model.source() if model.source is not None else None)
     if not path:
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
@@ -48,7 +49,7 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
             stacklevel=2,
         )
     where = (model.dtype, model.device, seed, model.quantize, model.allow_pickle)
-    return loader(path, dataset.task, dataset.labels, *where)
+    return loader(path, dataset.task, dataset.labels, *where, model.gradient_checkpointing)
 
 
 def _lacks_bfloat16() -> bool:

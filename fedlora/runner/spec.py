@@ -40,6 +40,8 @@ class ModelSpec:
         dtype: of the frozen weights: float32, bfloat16 or float64; adapters are float32.
         device: cpu, cuda, cuda:1 or mps.
         quantize: 4bit or 8bit, on a GPU with bitsandbytes.
+        gradient_checkpointing: compute layers once more on the way back, for less memory; None where a row
+            does not fit a GPU otherwise.
         allow_pickle: load weights that are not safetensors; only who starts the run can allow it.
         loaded: a transformers model and its tokenizer that are in memory already.
         lora_targets: the modules that get an adapter where the run names none.
@@ -52,6 +54,7 @@ class ModelSpec:
     dtype: str = "float32"
     device: str = "cpu"
     quantize: str | None = None
+    gradient_checkpointing: bool | None = None
     allow_pickle: bool = False
     loaded: tuple[Any, Any] | None = None
     lora_targets: Any = "all-linear"

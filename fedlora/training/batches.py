@@ -19,19 +19,8 @@ Micro = list[tuple[int, Example]]
 
 TOGETHER = 512  # tokens of a step of clients that train together, on a CPU
 MANY = 8  # groups of clients from which on a micro-batch holds as many tokens as a group's step
-ON_A_GPU = 4096  # tokens of a micro-batch there; each is one pass, and nothing else runs beside it
 LARGEST = 1024  # tokens of a micro-batch on a CPU, on the average over a step's: larger ones gain no more
 SMALLEST_SPLIT = 64  # tokens of a step below which a second micro-batch costs more than a second core saves
-
-
-def budget(tokens: int | None, device: str) -> int | None:
-    """The tokens that a micro-batch holds at most; None on a CPU where nobody says so, for `count` to choose.
-
-    Args:
-        tokens: what the user says, if anything.
-        device: the kind of device that the model is on, such as "cpu".
-    """
-    return ON_A_GPU if tokens is None and device != "cpu" else tokens
 
 
 def count(tokens: int) -> int:

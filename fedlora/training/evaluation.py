@@ -12,7 +12,7 @@ from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ApartError
 from fedlora.models import Base, MultiAdapterModel
-from fedlora.training.batches import Micro, budget, micro_batches
+from fedlora.training.batches import Micro, micro_batches
 from fedlora.training.workers import Workers
 
 
@@ -28,7 +28,7 @@ def evaluate(
         tokens: a micro-batch holds at most, padding included where the model needs it; None chooses by the
             rows.
     """
-    tokens = budget(tokens, base.device.type)
+    tokens = base.memory.limit(tokens)
     try:
         return _together(base, tasks, rows, tokens)
     except ApartError:
@@ -50,7 +50,7 @@ def predictions(
         tokens: as for `evaluate`.
     """
     found: dict[int, Any] = {}
-    micros = micro_batches(list(enumerate(rows)), budget(tokens, base.device.type), base.traits)
+    micros = micro_batches(list(enumerate(rows)), base.memory.limit(tokens), base.traits)
     with MultiAdapterModel(base, [task], every_token=True) as bank:
         for micro in micros:
             bank.route([len(micro)])
@@ -96,7 +96,7 @@ def measure(
         rows: all rows.
         tokens: padded tokens a micro-batch holds at most; None chooses by the rows.
     """
-    tokens = budget(tokens, base.device.type)
+    tokens = base.memory.limit(tokens)
 
     @torch.no_grad()
     def sums(micro: Micro) -> list[float]:

@@ -17,9 +17,8 @@ from fedlora.core.adapter import Adapter
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base, MultiAdapterModel
-from fedlora.models.pack import upload
-from fedlora.training.batches import MANY, TOGETHER, Micro, budget, groups, micro_batches
-from fedlora.training.evaluation import losses_of
+from fedlora.training.batches import MANY, TOGETHER, Micro, groups, micro_batches
+from fedlora.training.passes import Passes
 from fedlora.training.steps import (
     FitJob,
     Gradients,
@@ -74,7 +73,6 @@ def fit(
 
     A client that diverges ends in non-finite tensors of its own; the others do not notice.
     """
-    tokens = budget(tokens, base.device.type)
     mechanisms = [job.mechanism for job in jobs if job.mechanism is not None]
     if mechanisms and (clip is not None or len(mechanisms) < len(jobs)):
         raise ConfigError("private and other clients cannot train in one pass, nor with a second clip")
@@ -84,44 +82,39 @@ def fit(
         Workers(base) as workers,
     ):
         team = steps_of(jobs, bank, How(make_optimizer, clip, schedule))
+        passes = Passes(base, bank, len(jobs), bool(mechanisms), workers)
+        passes.measure([(slot, row) for slot, job in enumerate(jobs) for row in next(iter(job.batches), ())])
 
         def train(slots: Sequence[int]) -> list[tuple[int, float]]:
             """All steps of clients that share micro-batches, and wait for nobody else: their rows' losses."""
-            told: list[tuple[list[int], Tensor]] = []
+            owners: list[int] = []
+            told: list[Tensor] = []
             for step in range(max(len(jobs[slot].batches) for slot in slots)):
                 live = {slot: jobs[slot].batches[step] for slot in slots if step < len(jobs[slot].batches)}
-                shares = {slot: 1 / max(1, len(batch)) for slot, batch in live.items()}
-
-                def backward(micro: Micro, shares: dict[int, float] = shares) -> tuple[Gradients, Tensor]:
-                    each, _ = losses_of(base, bank, micro, len(jobs))
-                    share = torch.tensor([shares[slot] for slot, _ in micro], dtype=each.dtype)
-                    weighted = each * upload(share, each.device)
-                    loss = each.sum() if mechanisms else weighted.sum()
-                    return bank.gradients(loss, sorted({slot for slot, _ in micro})), weighted.detach()
-
                 rows = [(slot, row) for slot, batch in live.items() for row in batch]
-                micros = micro_batches(rows, room, base.traits, not bank.unpadded)
-                for micro, (grads, losses) in zip(micros, workers.map(backward, micros), strict=True):
+                shares = {slot: 1 / max(1, len(batch)) for slot, batch in live.items()}
+                for micro, grads, losses in passes.gradients(rows, shares, room):
                     (collect if mechanisms else accumulate)(grads)
-                    told.append(([slot for slot, _ in micro], losses))
+                    owners += [slot for slot, _ in micro]
+                    told.append(losses)
                 team.step(list(live), step, workers)
             # Looked at here and not before: a GPU would have to be waited for at each step.
-            values = torch.cat([losses for _, losses in told]).tolist() if told else []
-            return list(zip([slot for owners, _ in told for slot in owners], values, strict=True))
+            return list(zip(owners, torch.cat(told).tolist() if told else [], strict=True))
 
-        cut = (
-            [[*range(len(jobs))]]
-            if team.lockstep
-            else groups([job.batches for job in jobs], tokens or TOGETHER)
-        )
+        cut = [list(range(len(jobs)))]
+        if not team.lockstep:
+            cut = groups([job.batches for job in jobs], base.memory.limit(tokens) or TOGETHER)
         # So many groups keep the cores busy by themselves, and need not be cut further for that.
-        room = TOGETHER if tokens is None and len(cut) >= MANY else tokens
+        room = TOGETHER if base.memory.limit(tokens) is None and len(cut) >= MANY else tokens
         totals = [0.0] * len(jobs)
         for slot, loss in (item for found in workers.map(train, cut) for item in found):
             totals[slot] += loss
         return [
             FitResult(
-                team.adapter(slot), total / max(1, len(job.batches)), len(job.batches), team.clipped(slot)
+                adapter=team.adapter(slot),
+                loss=total / max(1, len(job.batches)),
+                steps=len(job.batches),
+                clipped=team.clipped(slot),
             )
             for slot, (job, total) in enumerate(zip(jobs, totals, strict=True))
         ]
@@ -149,7 +142,7 @@ def descend(
         clip: as for `fit`.
         tokens: as for `fit`.
     """
-    tokens = budget(tokens, base.device.type)
+    tokens = base.memory.limit(tokens)
     how, leaves = How(make_optimizer, clip, schedule), [p for found in parameters.values() for p in found]
     optimizer, total = make_optimizer(parameters), 0.0
     rates = [group["lr"] for group in optimizer.param_groups]
