@@ -35,8 +35,8 @@ def checkpointed(model: Any, again: Callable[[], AbstractContextManager[Any]] = 
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = run
-    config = model.config.get_text_config() if layers else None
-    cache = getattr(config, "use_cache", None)
+    config: Any = model.config.get_text_config() if layers else object()
+    cache = getattr(config, "use_cache", False)
     if cache:
         config.use_cache = False  # else transformers says that it does so by itself
     try:
