@@ -20,7 +20,7 @@ class Clip(UpdateStep):
     Δ is the change of all shared tensors together, A, B and heads as they are, the norm that `privacy.clip`
     bounds, too. It holds an honest client whose training has gone astray, above all under secure_sum, where
     nobody could find that client out. It does not hold a client that lies: that takes a rule at the server,
-    such as `NormBound`. A change that is not finite is left as it is, and is refused further on.
+    such as `NormBound`. A change that is not finite stays so, and is refused further on.
 
     Args:
         bound: the largest norm.
@@ -36,6 +36,6 @@ class Clip(UpdateStep):
         """The update with its change shortened."""
         change = given.change
         norm = float(flat(change).norm())
-        if not norm > self.bound:
+        if norm <= self.bound:
             return given
         return given.moved({name: moved * (self.bound / norm) for name, moved in change.items()})

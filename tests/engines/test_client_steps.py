@@ -65,15 +65,18 @@ class Watch(UpdateStep):
 
 @dataclass(frozen=True)
 class Counts(UpdateStep):
-    """Keeps how often it was asked, and the round in which it was."""
+    """Keeps the sum of `by` over the rounds in which it was asked, and the last of them."""
 
+    by: float
     seen: list[tuple[int, float, float]]
 
     def on_client(self, given: ClientUpdate) -> ClientUpdate:
-        times = given.memory.get("times", torch.zeros(()))
+        total = given.memory.get("total", torch.zeros(()))
         last = given.memory.get("last", torch.zeros(()))
-        self.seen.append((given.round, float(times), float(last)))
-        return given.become(given.adapter, {"times": times + 1, "last": torch.tensor(float(given.round))})
+        self.seen.append((given.round, float(total), float(last)))
+        return given.become(
+            given.adapter, {"total": total + self.by, "last": torch.tensor(float(given.round))}
+        )
 
 
 def adapters(ran: Any) -> dict[str, torch.Tensor]:
@@ -174,11 +177,12 @@ def test_each_step_remembers_by_itself_and_a_repeated_round_starts_from_the_same
     one: list[tuple[int, float, float]] = []
     other: list[tuple[int, float, float]] = []
     store = ClientStore(tmp_path / "clients")
-    steps = [Counts(one), Counts(other)]
+    steps = [Counts(1.0, one), Counts(10.0, other)]
     lab.run(FedSALoRA(), (4,), rounds=3, site={"steps": steps, "memory": store})
-    assert one == other == [(1, 0, 0), (2, 1, 1), (3, 2, 2)]
+    assert one == [(1, 0, 0), (2, 1, 1), (3, 2, 2)]
+    assert other == [(1, 0, 0), (2, 10, 1), (3, 20, 2)]
     assert not [name for name in store.read(0, 4) if "/" in name]  # the client's own part is apart
-    assert store.steps.read(0, 4).keys() == {"0/times", "0/last", "1/times", "1/last"}
+    assert store.steps.read(0, 4).keys() == {"0/total", "0/last", "1/total", "1/last"}
     again = lab.site(lab.run(FedIT(), rounds=1).client, memory=ClientStore(tmp_path / "clients"), steps=steps)
     again.train(*asked(lab, 2))  # in a process of its own, after a crash in round 3
     assert one[-1] == (2, 1, 1)
@@ -186,7 +190,7 @@ def test_each_step_remembers_by_itself_and_a_repeated_round_starts_from_the_same
 
 def test_a_step_that_would_remember_says_so_where_there_is_nowhere_to(lab: Any, noise: Any) -> None:
     with pytest.raises(ConfigError, match="nowhere to keep it"):
-        lab.site(noise(), steps=[Counts([])]).train(*asked(lab, 1))
+        lab.site(noise(), steps=[Counts(1.0, [])]).train(*asked(lab, 1))
 
 
 def asked(lab: Any, round: int) -> tuple[list[Message], list[Context]]:
