@@ -196,11 +196,10 @@ def _steps(config: DictConfig) -> list[UpdateStep]:
         ConfigError: no list, or something in it that makes no step.
     """
     given = config.get("steps")
-    if not isinstance(given, ListConfig | None) or not all(
-        isinstance(one, DictConfig) for one in given or ()
-    ):
+    listed = () if given is None else given
+    if not isinstance(listed, ListConfig | tuple) or not all(isinstance(one, DictConfig) for one in listed):
         raise ConfigError(f"steps: expected a list such as [{{_target_: my_steps.Mine}}], got {given!s:.60}")
-    return [make(config, f"steps.{at}", UpdateStep) for at in range(len(given or ()))]
+    return [make(config, f"steps.{at}", UpdateStep) for at in range(len(listed))]
 
 
 def _tested(config: DictConfig, labels: Sequence[str]) -> Dataset:

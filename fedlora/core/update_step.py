@@ -143,10 +143,10 @@ class UpdateStep:
     """One step between a client's training and the strategy, such as a bound, a code or a filter.
 
     A step has a half at the client, a half at the server, or both. A run has a list of steps, which is read
-    from the training to the message: clients apply their halves in its order, to what training gave and
-    before anything is written or masked; the server applies its halves in the reverse order, and a robust
-    rule after the first step's. So what a client half does last is undone first, and of a pair that encodes
-    and decodes all steps before it in the list see the decoded update.
+    from the training to the message. Clients apply their halves in its order, to what training gave and
+    before anything is written or masked. The server applies its halves in the reverse order, and a robust
+    rule last. So the code that a client puts on last is undone first, and at the server a step sees updates
+    from which the codes of all later steps are off.
 
     Subclasses are frozen dataclasses of their settings, and both halves are pure: the result depends on the
     arguments and on the fields alone. A subclass overrides at least one half.

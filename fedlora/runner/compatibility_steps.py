@@ -17,7 +17,7 @@ def steps_without_updates(spec: RunSpec) -> str | None:
         what = "secure_sum" if spec.secure_sum else "privacy=client_level"
         return (
             f"steps: under {what} the strategy is shown a sum, and at the server there is no single update "
-            f"for {named[0]} to work on; leave it out (steps with an on_client alone are good)"
+            f"for {named[0]} to work on; leave it out (steps with an on_client alone may stay)"
         )
     return None
 
