@@ -17,10 +17,10 @@ class Clip(UpdateStep):
 
         Δ min(1, bound / ‖Δ‖)
 
-    Δ is the change of all shared tensors together, of A, of B and of the head. The clip holds an honest client
-    whose training has gone astray, above all under secure_sum, where nobody could find that client out. It
-    does not hold a client that lies: that takes a rule at the server, such as `NormBound`. A change that is
-    not finite stays so, and is refused further on.
+    Δ is the change of all shared tensors together, of A, of B and of the head. The clip holds an honest
+    client whose training has gone astray, above all under secure_sum, where nobody could find it out. It does
+    not hold a client that lies: that takes a rule at the server, such as `NormBound`. A change that is not
+    finite stays so, and is refused further on.
 
     Args:
         bound: the largest norm.
