@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedlora.core.adapter import Adapter, Pair
     from fedlora.core.messages import Peer, State, Task, Update
     from fedlora.core.strategy import Strategy
-    from fedlora.core.update_step import RoundUpdates, UpdateStep
+    from fedlora.core.update_step import ClientUpdate, RoundUpdates, UpdateStep
     from fedlora.rounds.scheduling import Scheduler
     from fedlora.runner.spec import EvaluationSpec, LoRASpec, ModelSpec
     from fedlora.tasks import LearningTask
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _HOMES = {  # public name -> where it is
     "Adapter": "core.adapter",
     "Client": "training.client",
+    "ClientUpdate": "core.update_step",
     "EvaluationSpec": "runner.spec",
     "LearningTask": "tasks",
     "LoRASpec": "runner.spec",
@@ -56,6 +57,7 @@ _NAMED = {"open": "open_run"}  # what would hide a builtin in its own module
 __all__ = [
     "Adapter",
     "Client",
+    "ClientUpdate",
     "EvaluationSpec",
     "LearningTask",
     "LoRASpec",

@@ -39,5 +39,15 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_pages_to_extend_fedlora_are_short() -> None:
-    for name in ("strategy", "engine", "python", "rule", "parametrization", "scheduler", "callback", "task"):
+    for name in (
+        "strategy",
+        "engine",
+        "python",
+        "rule",
+        "parametrization",
+        "scheduler",
+        "callback",
+        "task",
+        "step",
+    ):
         assert len((DOCS / f"{name}.md").read_text("utf-8").splitlines()) <= 100

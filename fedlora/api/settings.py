@@ -69,7 +69,8 @@ class Settings:
         privacy: a DPSGD or a ClientLevel; None without.
         robust: a rule against poisoned updates; None without.
         rule: what bends local training, such as FedProx(mu=0.01); None without.
-        steps: what changes updates before the strategy combines them, in this order: UpdateSteps.
+        steps: UpdateSteps, what changes an update on its way from the training to the strategy: in this order
+            at the clients, in the reverse order at the server.
         scheduler: when clients are asked and updates aggregated; None waits for all that a round asks.
         engine: where clients run; None takes this process.
         callbacks: what watches the run, such as [EarlyStopping(patience=3)], or objects of your own classes.

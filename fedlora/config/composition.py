@@ -72,6 +72,7 @@ class Schema:
     privacy: dict[str, Any] = field(default_factory=dict)
     robust: dict[str, Any] = field(default_factory=dict)
     rule: dict[str, Any] = field(default_factory=dict)
+    steps: list[Any] = field(default_factory=list)
     scheduler: dict[str, Any] = field(default_factory=dict)
     track: dict[str, Any] = field(default_factory=dict)
     stop: dict[str, Any] = field(default_factory=dict)

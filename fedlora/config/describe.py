@@ -41,8 +41,8 @@ def describe(
     strategy, client = part("strategy", spec.strategy), part("client", spec.client)
     privacy, robust = part("privacy", spec.privacy), part("robust", spec.robust)
     scheduler, engine = part("scheduler", spec.scheduler), part("engine", spec.engine)
-    if spec.steps:
-        unnamed.append("steps")
+    steps = [_object(step) for step in spec.steps]
+    unnamed += [] if all(good for _, good in steps) else ["steps"]
     lora = {name: _listed(value) for name, value in asdict(spec.lora).items()}
     if spec.lora.parametrization == LORA:
         lora["parametrization"] = None
@@ -62,6 +62,7 @@ def describe(
         "privacy": privacy,
         "robust": robust,
         "rule": part("rule", spec.rule),
+        "steps": [made for made, _ in steps],
         "scheduler": scheduler,
         "track": {"name": "none", "clients": False},
         "stop": {"name": "none"},

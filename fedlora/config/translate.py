@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from fedlora.callbacks.base import Callback
 from fedlora.callbacks.csv import CSV
@@ -16,6 +16,7 @@ from fedlora.callbacks.tracker import Tracker
 from fedlora.callbacks.wandb import WandB
 from fedlora.core.parametrization import LORA
 from fedlora.core.strategy import Strategy
+from fedlora.core.update_step import UpdateStep
 from fedlora.data import Dataset
 from fedlora.engines.base import Engine
 from fedlora.errors import ConfigError
@@ -77,7 +78,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         privacy=privacy,
         robust=part("robust", lambda: named(config, "robust", Robust)),
         rule=part("rule", lambda: named(config, "rule", LocalRule)),
-        steps=tuple(part("steps", tuple) or ()),
+        steps=tuple(part("steps", lambda: _steps(config)) or ()),
         scheduler=part("scheduler", lambda: make(config, "scheduler", Scheduler)),
         engine=part("engine", lambda: make(config, "engine", Engine)),
         callbacks=() if added is None else (*_callbacks(config), *added),
@@ -187,6 +188,19 @@ def lora_spec(config: DictConfig) -> LoRASpec:
 def plain(value: Any) -> Any:
     """A part of a configuration as ordinary lists and dictionaries."""
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _steps(config: DictConfig) -> list[UpdateStep]:
+    """The update steps that a configuration lists; a run of before there were any lists none.
+
+    Raises:
+        ConfigError: no list, or something in it that makes no step.
+    """
+    given = config.get("steps")
+    listed = () if given is None else given
+    if not isinstance(listed, ListConfig | tuple) or not all(isinstance(one, DictConfig) for one in listed):
+        raise ConfigError(f"steps: expected a list such as [{{_target_: my_steps.Mine}}], got {given!s:.60}")
+    return [make(config, f"steps.{at}", UpdateStep) for at in range(len(listed))]
 
 
 def _tested(config: DictConfig, labels: Sequence[str]) -> Dataset:

@@ -1,7 +1,8 @@
 """The client side of a run: from Flower messages to trained updates, for one client or many at once."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -9,13 +10,15 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedlora.core.update_step import UpdateStep
 from fedlora.data import Example
-from fedlora.errors import CheckpointError, ConfigError, IncompatibleUpdates, PrivacyError
+from fedlora.engines.replies import client_halves, draft
+from fedlora.errors import CheckpointError, ConfigError, PrivacyError
 from fedlora.models import Base
 from fedlora.privacy import Ledger
-from fedlora.rounds.codec import FAILED, REFUSED, read_task, write_update
+from fedlora.rounds.codec import REFUSED, read_task
 from fedlora.secure_aggregation import protocol
-from fedlora.secure_aggregation.masked_round import SUM, write_masked
+from fedlora.secure_aggregation.masked_round import SUM
 from fedlora.storage.client_state import ClientStore, DownloadCache
 from fedlora.training.client import Client, TrainRequest, TrainResult
 
@@ -43,6 +46,7 @@ class ClientRuntime:
         most: trainings of this run that a client answers, those of earlier processes included; None for any
             number. A round that is asked for again counts again.
         masked: whether a client trains only where its update leaves under the masks of a secure sum.
+        steps: whose client halves make of what training gave what is sent, in this order.
     """
 
     base: Base
@@ -54,6 +58,7 @@ class ClientRuntime:
     bases: Sequence[Base] = ()
     most: int | None = None
     masked: bool = False
+    steps: Sequence[UpdateStep] = ()
 
     def __post_init__(self) -> None:
         if self.held_out and self.client.private:
@@ -87,17 +92,15 @@ class ClientRuntime:
         if self.held_out:
             told = self._told([_own(a, o) for a, o in zip(assignments, outcomes, strict=True)])
         outcomes = [replace(o, metrics=o.metrics | more) for o, more in zip(outcomes, told, strict=True)]
-        plain = [_reply(m, a, o) for m, a, o in zip(messages, assignments, outcomes, strict=True)]
-        for a, outcome in zip(assignments, outcomes, strict=True):
-            self._remember(a, outcome)
+        sent = [self._sent(a, outcome) for a, outcome in zip(assignments, outcomes, strict=True)]
+        drafts = [draft(m, a, o) for m, a, (o, _) in zip(messages, assignments, sent, strict=True)]
+        for a, (outcome, of_steps) in zip(assignments, sent, strict=True):
+            self._remember(a, outcome, of_steps)
         self._spend(assignments, outcomes, contexts)
         for m, (a, held) in zip(messages, read, strict=True):
             # Once nothing can fail any more: a second try starts from what was held before.
             self.shelf.hold(a.client, held, _version(m))
-        return [
-            _masked(m, a, o, c) if reply is None else reply
-            for reply, m, a, o, c in zip(plain, messages, assignments, outcomes, contexts, strict=True)
-        ]
+        return [finish(context) for finish, context in zip(drafts, contexts, strict=True)]
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """The client's model on the rows that it keeps back, without training."""
@@ -134,18 +137,35 @@ class ClientRuntime:
         return app
 
     def _trained(self, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
-        """What training makes of the assignments.
+        """What training makes of the assignments."""
+        with self._discreet("private training"):
+            return self._each_base(self.client.train, assignments)
+
+    def _sent(
+        self, assignment: TrainRequest, outcome: TrainResult
+    ) -> tuple[TrainResult, Mapping[str, Tensor]]:
+        """The outcome with the adapter that is to be sent, and what the steps keep for the next time."""
+        if not any(step.at_client for step in self.steps):
+            return outcome, {}
+        before = {} if self.memory is None else self.memory.steps.read(assignment.client, assignment.round)
+        with self._discreet("a step on a private update"):
+            adapter, kept = client_halves(self.steps, assignment, outcome, before)
+        return replace(outcome, adapter=adapter), kept
+
+    @contextmanager
+    def _discreet(self, what: str) -> Iterator[None]:
+        """Keep the words of an error at the client under privacy, where they may tell of the rows.
 
         Raises:
-            PrivacyError: it failed under privacy; an error's own words may tell of the rows.
+            PrivacyError: something failed in the block, under privacy.
         """
         try:
-            return self._each_base(self.client.train, assignments)
+            yield
         except Exception:
             if not self.client.private:
                 raise
-            logging.getLogger("fedlora").exception("private training failed")
-            raise PrivacyError("private training failed; the reason is in the client's own log") from None
+            logging.getLogger("fedlora").exception("%s failed", what)
+            raise PrivacyError(f"{what} failed; the reason is in the client's own log") from None
 
     def _each_base(
         self,
@@ -241,11 +261,14 @@ class ClientRuntime:
             )
         return outcome.ledger
 
-    def _remember(self, assignment: TrainRequest, outcome: TrainResult) -> None:
-        if outcome.memory and self.memory is None:
+    def _remember(
+        self, assignment: TrainRequest, outcome: TrainResult, of_steps: Mapping[str, Tensor]
+    ) -> None:
+        if (outcome.memory or of_steps) and self.memory is None:
             raise ConfigError("a client has a part of its own to keep, and its site has nowhere to keep it")
         if self.memory is not None:
             self.memory.write(assignment.client, assignment.round, outcome.memory)
+            self.memory.steps.write(assignment.client, assignment.round, of_steps)
 
     def _told(self, assignments: Sequence[TrainRequest]) -> list[dict[str, float]]:
         """Each client's own evaluation; empty where it keeps no rows back."""
@@ -258,32 +281,10 @@ class ClientRuntime:
         ]
 
 
-def _reply(message: Message, assignment: TrainRequest, outcome: TrainResult) -> Message | None:
-    """The reply in the clear; None where the server is to see no more than a sum."""
-    if SUM in message.content:
-        return None
-    content = write_update(outcome, assignment.task, assignment.round, _examples(assignment, outcome))
-    return Message(content, reply_to=message)
-
-
-def _masked(message: Message, assignment: TrainRequest, outcome: TrainResult, context: Context) -> Message:
-    """The reply under masks, which are used once: what goes wrong now is this client's alone."""
-    try:
-        examples = _examples(assignment, outcome)
-        content = write_masked(message, assignment.task, outcome, examples, context)
-    except IncompatibleUpdates as error:
-        return Message(Error(FAILED, str(error)), reply_to=message)
-    return Message(content, reply_to=message)
-
-
 def _version(message: Message) -> int | None:
     """The state that a task comes from; None where the server counts on nothing from before."""
     version = int(message.content.config_records["config"].get("version", -1))  # type: ignore[arg-type]
     return None if version < 0 else version
-
-
-def _examples(assignment: TrainRequest, outcome: TrainResult) -> int:
-    return len(assignment.rows) if outcome.examples is None else outcome.examples
 
 
 def _own(assignment: TrainRequest, outcome: TrainResult) -> TrainRequest:

@@ -6,25 +6,30 @@ against one another. Under every rule a number of examples counts no more than t
 clients none weighs over 2/n, whatever it says it has.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median_low
 
 from fedlora.core.messages import Task, Update
 from fedlora.core.strategy import Strategy
-from fedlora.core.update_step import UpdateStep
+from fedlora.core.update_step import RoundUpdates, UpdateStep
 from fedlora.errors import ConfigError
 from fedlora.privacy import ClientLevel, Privacy
 from fedlora.rounds.round_config import RoundConfig
 
 
-class Robust(UpdateStep):
-    """A robust rule: an update step that needs every client's own update."""
+class Robust(UpdateStep, ABC):
+    """A robust rule: an update step at the server, which needs every client's own update."""
 
     @property
     def least(self) -> int:
         """With fewer updates the rule cannot tell good from bad, and the round changes nothing."""
         return 3
+
+    @abstractmethod
+    def on_server(self, given: RoundUpdates) -> RoundUpdates:
+        """The updates that may count, and in what form; raises as in `UpdateStep`."""
 
     def check(self, strategy: Strategy, rules: RoundConfig, privacy: Privacy | None) -> None:
         """Refuse what the rule cannot work with.

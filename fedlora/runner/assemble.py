@@ -193,6 +193,7 @@ def client_runtime(
         bases=bases,
         most=most,
         masked=masked,
+        steps=spec.steps,
     )
 
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 
 from fedlora.errors import ConfigError
 from fedlora.models.parametrizations import LORA
-from fedlora.privacy import ClientLevel
 
 from . import compatibility_callbacks as callbacks
 from . import compatibility_privacy as privacy
+from . import compatibility_steps as steps
 from .dealt import Dealt
 from .spec import RunSpec
 
@@ -145,18 +145,6 @@ def recorded_updates(spec: RunSpec) -> str | None:
     return None
 
 
-def steps_without_updates(spec: RunSpec) -> str | None:
-    """Steps over single updates, where the server combines none."""
-    hidden = spec.secure_sum or isinstance(spec.privacy, ClientLevel)
-    if spec.steps and hidden:
-        what = "secure_sum" if spec.secure_sum else "privacy=client_level"
-        return (
-            f"steps: under {what} the strategy is shown a sum, and there is no update for "
-            f"{type(spec.steps[0]).__name__} to work on; leave steps out"
-        )
-    return None
-
-
 def answers_of_labels(known: Dealt) -> str | None:
     """A classifier writes no text."""
     task = known.dataset.task
@@ -177,18 +165,6 @@ def robust_rule(known: Dealt) -> str | None:
             )
         except ConfigError as error:
             return str(error)
-    return None
-
-
-def least_for_steps(known: Dealt) -> str | None:
-    """A step that needs more updates than a round has clients."""
-    most = known.spec.round_config(known.clients).enough(known.clients)
-    for step in known.spec.steps:
-        if step.least > most:
-            return (
-                f"steps: {type(step).__name__} needs at least {step.least} clients a round, got {most}; "
-                "raise clients and clients_per_round"
-            )
     return None
 
 
@@ -263,7 +239,8 @@ BEFORE_LOADING = (
     callbacks.metrics_of_callbacks,
     callbacks.selected_rounds,
     callbacks.tracked_clients,
-    steps_without_updates,
+    steps.steps_without_updates,
+    steps.updates_in_code,
 )
 WITH_DATA = (
     privacy.cut_private_rows,
@@ -275,7 +252,7 @@ WITH_DATA = (
     privacy.secure_few,
     privacy.secure_clip,
     least_updates,
-    least_for_steps,
+    steps.least_for_steps,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

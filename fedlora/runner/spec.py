@@ -188,8 +188,8 @@ class RunSpec:
         privacy: differential privacy of records or of clients; None without.
         robust: a rule against poisoned updates; None without.
         rule: what bends local training, beside the rules of the strategy; None without.
-        steps: what changes the clients' updates before the strategy combines them, in this order, after the
-            robust rule.
+        steps: what changes an update on its way from the training to the strategy: in this order at the
+            clients, in the reverse order at the server, and there before the robust rule.
         scheduler: when clients are sent tasks, and when their updates are aggregated.
         engine: where the clients run.
         callbacks: what watches the run, in the order in which they are called.

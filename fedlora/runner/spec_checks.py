@@ -42,6 +42,16 @@ def check_parts(spec: "RunSpec") -> None:
     for name, kind in {"steps": UpdateStep, "callbacks": Callback}.items():
         for at, part in enumerate(getattr(spec, name)):
             _check(f"{name}[{at}]", part, kind)
+    for at, step in enumerate(spec.steps):
+        if not (step.at_client or step.at_server):
+            raise ConfigError(
+                f"steps[{at}]: {type(step).__name__} has no half; write its on_client, its on_server or both"
+            )
+    if spec.robust is not None and spec.robust.at_client:
+        raise ConfigError(
+            f"robust: a rule works at the server alone, and {type(spec.robust).__name__} has an on_client, "
+            "which nobody would apply; give it in steps=[...]"
+        )
     if spec.strategy is not None and (lacking := [f for f in FACTS if not hasattr(spec.strategy, f)]):
         raise ConfigError(
             f"strategy: expected {', '.join(FACTS)} to be True or False in {type(spec.strategy).__name__}, "

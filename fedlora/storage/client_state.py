@@ -16,6 +16,7 @@ from fedlora.storage.tensors import digest_of, read_tensors, write_tensors
 
 FOLD = "fold/"  # prefix of the names of fold tensors in a packed task
 ANSWERED = "answered"  # the file that counts a client's trainings
+STEPS = "steps"  # the folder of what update steps keep, beside those of the clients
 LOCKS = 64  # lock files that all clients share
 KEPT = 3  # versions: of an interrupted round, of the last checkpoint's round, and of the one before
 
@@ -55,6 +56,11 @@ class ClientStore:
         write_tensors(self._folder / f"client-{client}" / f"round-{round:06d}.safetensors", tensors)
         for _, old in [v for v in self._versions(client) if v[0] <= round][:-KEPT]:
             old.unlink()
+
+    @property
+    def steps(self) -> "ClientStore":
+        """What the update steps of each client keep, likewise a file for each client and round."""
+        return ClientStore(self._folder / STEPS)
 
     def ledger(self, client: int) -> Ledger | None:
         """A client's privacy ledger of this run; None if it has released nothing.

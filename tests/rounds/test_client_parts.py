@@ -10,6 +10,7 @@ import torch
 from flwr.app import Message
 
 import fedlora.engines.client_runtime as site_module
+import fedlora.engines.replies as replies_module
 import fedlora.rounds.exchange as inbox_module
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Peer
@@ -163,7 +164,7 @@ def test_a_group_that_is_tried_again_adds_nothing_twice(
 
     client = watched(fails=once) if when == "training" else watched()
     if when == "writing":
-        write = site_module.write_update
+        write = replies_module.write_update
 
         def write_update(outcome: TrainResult, task: Any, round: int, examples: int) -> Any:
             if examples == 30 and round > 1 and round not in broken:
@@ -171,14 +172,14 @@ def test_a_group_that_is_tried_again_adds_nothing_twice(
                 raise OSError("no memory")
             return write(outcome, task, round, examples)
 
-        monkeypatch.setattr(site_module, "write_update", write_update)
+        monkeypatch.setattr(replies_module, "write_update", write_update)
     if when == "remembering":
         remember = site_module.ClientRuntime._remember
 
-        def _remember(self: Any, a: TrainRequest, outcome: TrainResult) -> None:
+        def _remember(self: Any, a: TrainRequest, *kept: Any) -> None:
             if once(a):
                 raise OSError("disk full")
-            remember(self, a, outcome)
+            remember(self, a, *kept)
 
         monkeypatch.setattr(site_module.ClientRuntime, "_remember", _remember)
     got = lab.run(strategy, RANKS, rounds=4, fuse=3, client=client, site=site(tmp_path, "b"))

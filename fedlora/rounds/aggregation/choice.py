@@ -19,7 +19,7 @@ def aggregation_for(
     Args:
         config: says whether clients send under masks, and what they count.
         mechanism: of client-level privacy; None without it.
-        steps: between the updates and the strategy; only plain aggregation has any.
+        steps: whose server halves stand between the updates and the strategy; only plain aggregation has any.
     """
     uniform = config.weights == "uniform"
     if config.secure_sum:

@@ -16,7 +16,8 @@ class PlainAggregation(Aggregation):
     """The strategy combines the clients' updates, after each step has made of them what it makes of them.
 
     Args:
-        steps: applied in their order, such as a robust rule.
+        steps: in their order at the clients; so the last of them is applied first here, and a robust rule,
+            which stands before all others, is applied last.
         uniform: whether clients count alike, instead of by their numbers of examples.
     """
 
@@ -31,11 +32,20 @@ class PlainAggregation(Aggregation):
         """Steps, strategy, and the checks of both ends."""
         if self.uniform:
             given = given.become([replace(update, weight=1.0) for update in given.updates])
-        odd = [*check_updates(given.updates, given.tasks)]
-        for step in self.steps:
-            given = step.on_server(given)
+        coded = [at for at, step in enumerate(self.steps) if step.at_client and step.at_server]
+        first = min(coded, default=len(self.steps))
+        given = _applied(self.steps[first:], given)
+        odd = [*check_updates(given.updates, given.tasks)]  # of the updates, not of a code for them
+        given = _applied(self.steps[:first], given)
         before = given.state
         state = next_state(given.strategy, before, given.updates, rng)
         numbers, wrong = check_state(given.strategy, before, state, given.updates, given.tasks)
         metrics = {**state.metrics, **given.metrics, **numbers}
         return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates)
+
+
+def _applied(steps: Sequence[UpdateStep], given: RoundUpdates) -> RoundUpdates:
+    """What the server halves of these steps make of a round's updates, the last one first."""
+    for step in reversed(steps):
+        given = step.on_server(given)
+    return given
