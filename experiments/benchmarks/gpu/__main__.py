@@ -40,7 +40,6 @@ import argparse
 import os
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 STARTED = time.monotonic()
@@ -50,7 +49,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
-from .bench import GRACE, Bench, broken_off  # noqa: E402
+from .bench import Bench  # noqa: E402
 from .card import card  # noqa: E402
 from .flower import flower  # noqa: E402
 from .memory import memory  # noqa: E402
@@ -58,10 +57,11 @@ from .one_step import one_step  # noqa: E402
 from .parity import parity  # noqa: E402
 from .private import private  # noqa: E402
 from .report import Report  # noqa: E402
+from .sections import Section, run  # noqa: E402
 from .throughput import clients_1b, clients_8b, speed_1b, speed_8b  # noqa: E402
 
-# In order, with the share of the minutes; a section that needs less leaves the rest to those that follow.
-SECTIONS: dict[str, tuple[Callable[[Bench], None], float]] = {
+# In order, with the share of the minutes.
+SECTIONS: dict[str, tuple[Section, float]] = {
     "card": (card, 0.03),
     "parity": (parity, 0.13),
     "speed-1b": (speed_1b, 0.14),
@@ -92,25 +92,7 @@ def main() -> None:
     report = Report(given.out, about)
     bench = Bench(device, given.tiny or device == "cpu", report)
     chosen = {name: SECTIONS[name] for name in SECTIONS if name in {"card", *given.section}}
-    whole, end = sum(share for _, share in chosen.values()), STARTED + 60 * given.minutes
-    due = STARTED
-    for name, (section, share) in chosen.items():
-        seconds = 60 * given.minutes * share / whole
-        due += seconds
-        report.begin(name)
-        if time.monotonic() >= end:
-            report.note(f"{name}: left out, the time is up")
-            report.end()
-            continue
-        # One that begins late has half its share all the same.
-        bench.until = min(end, max(due, time.monotonic() + seconds / 2))
-        try:
-            with broken_off(bench.left + GRACE):
-                section(bench)
-            report.end()
-        except Exception as error:
-            report.end(error)
-        bench.free()
+    run(bench, chosen, STARTED, STARTED + 60 * given.minutes)
     report.say(f"\n{time.monotonic() - STARTED:.0f} s in all; see {given.out}/gpu.json")
 
 

@@ -21,7 +21,7 @@ from .throughput import MOST_TELLING, TIMES, Cell
 ROOT = Path(__file__).parents[3]
 ROUNDS = 3  # of each size of a step; the first warms up
 SIZES = (FIXED, CHAT_1K)
-ACTORS = 4  # processes that share the GPU
+ACTORS = min(4, os.cpu_count() or 1)  # processes that share the GPU
 COLUMNS = ["clients", "a step", "Flower, tokens/s", "fedlora, tokens/s", "times", "Flower, GB", "fedlora, GB"]
 
 
