@@ -88,6 +88,8 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of transformers and peft about each other
     torch.set_float32_matmul_precision("highest")  # no TF32, also where a release makes it the default
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)  # a profile sees the main thread alone
     about = {"minutes": given.minutes, "device": device, "tiny": given.tiny or device == "cpu"}
     report = Report(given.out, about)
     bench = Bench(device, given.tiny or device == "cpu", report)

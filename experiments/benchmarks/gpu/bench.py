@@ -1,6 +1,7 @@
 """What all sections share: the device, the time that is left, the large model in memory, taking turns."""
 
 import gc
+import re
 import signal
 import statistics
 import time
@@ -12,9 +13,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fedlora.core.adapter import Adapter
-from fedlora.models import Base
+from fedlora.core.messages import Task
+from fedlora.models import Base, MultiAdapterModel
+from fedlora.training.evaluation import evaluate
 
 from .report import Report
 from .shapes import LLAMAS, TINY, llama_base, start
@@ -68,7 +72,7 @@ class Bench:
             self.free()
             base = llama_base((TINY if self.tiny else LLAMAS)[name], self.device, self.dtype)
             self._held[name] = (base, start(base, RANK))
-            self.report.note(f"{name}: {way(base)}")
+            self.report.note(f"{name}: {way(*self._held[name])}")
         return self._held[name]
 
     @property
@@ -164,8 +168,21 @@ def broken_off(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def way(base: Base) -> str:
-    """How fedlora feeds a model: packed or padded rows, which attention, and what is peculiar to it."""
-    rows = "padded rows" if base.offset is None else "packed rows"
-    told = [rows, f"attention '{base.model.config._attn_implementation}'"]
-    return ", ".join([*told, *(line.partition("' ")[2] for line in base.traits.notices(base.path))])
+def way(base: Base, adapter: Adapter) -> str:
+    """How fedlora feeds a model: packed or padded rows, and the operations that attend, as they were seen.
+
+    Args:
+        base: the model.
+        adapter: one of its clients'.
+    """
+    rows = [base.task.probe([*range(2, 2 + size)], at) for at, size in enumerate((9, 5, 7))]
+    with MultiAdapterModel(base, [Task(adapter)]) as bank:
+        fed = "packed rows" if bank.unpadded else "padded rows"
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        evaluate(base, [Task(adapter)], [rows])
+    names = {
+        one.key.partition("::")[2] for one in seen.key_averages() if re.search("attention|varlen", one.key)
+    }
+    inner = sorted(name for name in names if name.startswith("_")) or sorted(names)
+    peculiar = [line.partition("' ")[2] for line in base.traits.notices(base.path)]
+    return ", ".join([fed, *inner, *peculiar])

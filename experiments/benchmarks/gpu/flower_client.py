@@ -15,7 +15,7 @@ from .flower import ROUNDS, SIZES, Job
 from .peft_loop import PeftLoop, Work
 from .rows import Batches, ordinary, round_of
 from .shapes import LLAMAS, TINY, llama_base, start
-from .throughput import STEPS
+from .throughput import steps_of
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,8 +33,10 @@ def kept(folder: Path) -> tuple[Any, Adapter, PeftLoop]:
 def work(folder: Path, batches: Batches, client: int) -> Work:
     """A client's rows in their batches, the same every round; the way to attend is chosen for them."""
     job, (base, adapter, loop) = Job.read(folder), kept(folder)
-    request = round_of(base, [adapter] * job.clients, batches, STEPS[batches], job.device == "cpu")[client]
-    found = Work(adapter, ordinary(batches, STEPS[batches]).batches(request))
+    on_gpu = job.device == "cuda"
+    steps = steps_of(batches, "1B", on_gpu and not job.tiny)
+    request = round_of(base, [adapter] * job.clients, batches, steps, not on_gpu)[client]
+    found = Work(adapter, ordinary(batches, steps).batches(request))
     loop.choose(found)
     return found
 

@@ -5,7 +5,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +61,7 @@ def parity(bench: Bench) -> None:
         }
         same = _hashes(device) == _hashes(_trained(base, requests, client))
         same16 = _hashes(fused16) == _hashes(_trained(half, requests, client))
-        table.row(name, way(base), *gaps.values(), same, same16)
+        table.row(name, way(base, requests[0].task.adapter), *gaps.values(), same, same16)
         judged = {
             f"float32 on the device equals the CPU's to {shown(TIGHT)}": gaps["device"] <= TIGHT,
             "clients together equal one by one in float32": gaps["fused"] <= TIGHT,
@@ -102,7 +101,12 @@ def _round(base: Base) -> tuple[list[TrainRequest], LocalTraining]:
     """The clients' work: rows of the model's kind, ranks that differ, plain SGD."""
     batches = Batches("parity", 4, short if base.task.per_token else questions)
     client = LocalTraining(
-        lr=0.1, head_lr=None, batch_size=batches.rows, steps=STEPS, optimizer=partial(torch.optim.SGD)
+        lr=0.1,
+        head_lr=None,
+        batch_size=batches.rows,
+        steps=STEPS,
+        optimizer=torch.optim.SGD,
+        micro_tokens=2048,  # one micro-batch a step, on a CPU as on a GPU
     )
     return round_of(base, [start(base, rank, SPREAD) for rank in RANKS], batches, 2), client
 
