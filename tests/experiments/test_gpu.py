@@ -6,11 +6,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from fedlora.clients import LocalTraining
 from fedlora.experiments.benchmarks.gpu.bench import Bench
+from fedlora.experiments.benchmarks.gpu.peft_loop import PeftLoop, Work
 from fedlora.experiments.benchmarks.gpu.report import Report
+from fedlora.experiments.benchmarks.gpu.rows import Batches, Lengths, chats, questions, round_of
 from fedlora.experiments.benchmarks.gpu.sections import run
+from fedlora.experiments.benchmarks.gpu.shapes import TINY, llama_base, start
+from fedlora.seeds import generator
 
 ROOT = Path(__file__).parents[2]
 SECTIONS = ["parity", "speed-1b", "memory", "step", "private"]
@@ -79,6 +86,33 @@ def test_every_section_ends_well_and_what_is_printed_is_kept(found: Path, sectio
     operations = next(rows for title, rows in sections["step"]["tables"].items() if "operations" in title)
     assert len(operations) == 25
     assert any(row["operation"] == "aten::mm" for row in operations)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [None, 150])
+def test_the_loop_and_fedlora_end_in_the_same_adapters(room: int | None) -> None:
+    base = llama_base(TINY["1B"], "cpu", torch.float32)
+    adapter = start(base, 4)
+    client = LocalTraining(lr=1e-2, batch_size=32, steps=3)
+    requests = round_of(base, [adapter] * 2, Batches("", 32, questions), 3)
+    loop = PeftLoop(base.model, adapter, rate=1e-2)
+    loop.room = room  # None takes a step in one pass for each length of rows
+    ended, _ = loop.round([Work(adapter, client.batches(request)) for request in requests])
+    for result, factors in zip(client.train(base, requests), ended, strict=True):
+        wanted = dict(result.adapter.tensors())
+        assert factors.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert float((factors[name] - tensor).norm()) <= 1e-3 * float(tensor.norm())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "median", "mean", "most"), [(questions, 9, 10, 37), (chats, 180, 250, 1024)]
+)
+def test_rows_are_as_long_as_real_ones(lengths: Lengths, median: float, mean: float, most: int) -> None:
+    found = lengths(generator(0, "lengths"), 20000)
+    assert np.median(found) == pytest.approx(median, rel=0.05)
+    assert found.mean() == pytest.approx(mean, rel=0.05)
+    assert found.max() == most
 
 
 def test_a_section_that_fails_or_overruns_harms_no_other(

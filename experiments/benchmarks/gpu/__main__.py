@@ -39,7 +39,6 @@ judged then, too; speed and memory are not.
 import argparse
 import os
 import time
-import warnings
 from pathlib import Path
 
 STARTED = time.monotonic()
@@ -85,7 +84,6 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a GPU, too")
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     given = parser.parse_args()
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers and peft about each other
     torch.set_float32_matmul_precision("highest")  # no TF32, also where a release makes it the default
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

@@ -13,6 +13,7 @@ import copy
 import inspect
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -75,7 +76,9 @@ class PeftLoop:
             target_modules=list(adapter.pairs),
             task_type="CAUSAL_LM",
         )
-        self.model = get_peft_model(twin, config, autocast_adapter_dtype=False).get_base_model()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers
+            self.model = get_peft_model(twin, config, autocast_adapter_dtype=False).get_base_model()
         found = dict(self.model.named_parameters())
         self._factors: dict[str, nn.Parameter] = {
             f"{name}.{factor}": found[f"{name}.lora_{factor}.default.weight"]
