@@ -18,7 +18,7 @@ from fedlora.models import Base, MultiAdapterModel, Traits, by_peft, save_adapte
 from fedlora.training.client import TrainRequest
 
 from .bench import Bench, way
-from .report import shown
+from .report import Table, shown
 from .rows import Batches, questions, round_of, short
 from .shapes import SMALL_MODELS, small_base, start
 
@@ -35,48 +35,55 @@ def parity(bench: Bench) -> None:
     title = f"Parity: {len(RANKS)} clients of ranks {RANKS}, {STEPS} SGD steps, largest relative differences"
     table = bench.report.table(title, COLUMNS)
     goals: dict[str, list[bool]] = {}
-    for name in SMALL_MODELS:
-        if bench.left <= 0:
-            bench.report.note(f"{name}: left out, the time is up")
-            continue
-        base = small_base(name, bench.device, "float32")
-        requests, client = _round(base)
-        device = _trained(base, requests, client)
-        cpu = _trained(small_base(name, "cpu", "float32"), requests, client)
-        exact = _trained(small_base(name, "cpu", "float64"), requests, client)
-        alone = _alone(base, requests, client)
-        plain = small_base(name, bench.device, "float32", plain=True)
-        half, wide = (small_base(name, bench.device, dtype, True) for dtype in ("bfloat16", "float32"))
-        truth = _trained(wide, requests, client)
-        fused16, alone16 = _trained(half, requests, client), _alone(half, requests, client)
-        begun = [request.task.adapter for request in requests]
-        gaps = {
-            "device": gap(device, cpu, begun),
-            "exact": gap(cpu, exact, begun),
-            "fused": gap(device, alone, begun),
-            "alone16": gap(alone16, truth, begun),
-            "fused16": gap(fused16, truth, begun),
-            "between16": gap(fused16, alone16, begun),
-            "peft": _peft(base, plain, requests[-1], device[-1]),
-        }
-        same = _hashes(device) == _hashes(_trained(base, requests, client))
-        same16 = _hashes(fused16) == _hashes(_trained(half, requests, client))
-        table.row(name, way(base, requests[0].task.adapter), *gaps.values(), same, same16)
-        judged = {
-            f"float32 on the device equals the CPU's to {shown(TIGHT)}": gaps["device"] <= TIGHT,
-            "clients together equal one by one in float32": gaps["fused"] <= TIGHT,
-            "in bfloat16 clients together are as near to float32 as one by one": gaps["fused16"]
-            <= 1.25 * gaps["alone16"],
-            "plain PEFT gives the exported adapter's logits": gaps["peft"] <= TIGHT,
-            "a repeated round has the same hash": same and same16,
-        }
-        for what, met in judged.items():
-            goals.setdefault(what, []).append(met)
-        if not (same and same16):
-            named = ", ".join(_forbidding(half if same else base, requests, client)) or "torch names none"
-            bench.report.note(f"{name}: operations that are not deterministic: {named}")
-    for what, each in goals.items():
-        bench.report.goal(4, f"{what} ({sum(each)} of {len(each)} models)", all(each))
+    try:
+        for name in SMALL_MODELS:
+            if bench.left <= 0:
+                bench.report.note(f"{name}: left out, the time is up")
+                continue
+            for what, met in _judged(bench, table, name).items():
+                goals.setdefault(what, []).append(met)
+    finally:  # what was judged before the time was up
+        for what, each in goals.items():
+            bench.report.goal(4, f"{what} ({sum(each)} of {len(each)} models)", all(each))
+
+
+def _judged(bench: Bench, table: Table, name: str) -> dict[str, bool]:
+    """Try one model, add its row, and return what it says of the goals."""
+    base = small_base(name, bench.device, "float32")
+    requests, client = _round(base)
+    device = _trained(base, requests, client)
+    cpu = _trained(small_base(name, "cpu", "float32"), requests, client)
+    exact = _trained(small_base(name, "cpu", "float64"), requests, client)
+    alone = _alone(base, requests, client)
+    plain = small_base(name, bench.device, "float32", plain=True)
+    half, wide = (small_base(name, bench.device, dtype, True) for dtype in ("bfloat16", "float32"))
+    truth = _trained(wide, requests, client)
+    fused16, alone16 = _trained(half, requests, client), _alone(half, requests, client)
+    begun = [request.task.adapter for request in requests]
+    gaps = {
+        "device": gap(device, cpu, begun),
+        "exact": gap(cpu, exact, begun),
+        "fused": gap(device, alone, begun),
+        "alone16": gap(alone16, truth, begun),
+        "fused16": gap(fused16, truth, begun),
+        "between16": gap(fused16, alone16, begun),
+        "peft": _peft(base, plain, requests[-1], device[-1]),
+    }
+    same = _hashes(device) == _hashes(_trained(base, requests, client))
+    same16 = _hashes(fused16) == _hashes(_trained(half, requests, client))
+    table.row(name, way(base, requests[0].task.adapter), *gaps.values(), same, same16)
+    judged = {
+        f"float32 on the device equals the CPU's to {shown(TIGHT)}": gaps["device"] <= TIGHT,
+        "clients together equal one by one in float32": gaps["fused"] <= TIGHT,
+        "in bfloat16 clients together are as near to float32 as one by one": gaps["fused16"]
+        <= 1.25 * gaps["alone16"],
+        "plain PEFT gives the exported adapter's logits": gaps["peft"] <= TIGHT,
+        "a repeated round has the same hash": same and same16,
+    }
+    if not (same and same16):
+        named = ", ".join(_forbidding(half if same else base, requests, client)) or "torch names none"
+        bench.report.note(f"{name}: operations that are not deterministic: {named}")
+    return judged
 
 
 def gap(found: Sequence[Adapter], wanted: Sequence[Adapter], begun: Sequence[Adapter]) -> float:
