@@ -1,6 +1,7 @@
 """The benchmark of a GPU: what it claims holds on a CPU, and a section that fails harms no other."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from fedlora.clients import LocalTraining
+from fedlora.core.adapter import Adapter, Pair
 from fedlora.experiments.benchmarks.gpu.bench import Bench
+from fedlora.experiments.benchmarks.gpu.parity import gap
 from fedlora.experiments.benchmarks.gpu.peft_loop import PeftLoop, Work
 from fedlora.experiments.benchmarks.gpu.report import Report
 from fedlora.experiments.benchmarks.gpu.rows import Batches, Lengths, chats, questions, round_of
@@ -113,6 +116,14 @@ def test_rows_are_as_long_as_real_ones(lengths: Lengths, median: float, mean: fl
     assert np.median(found) == pytest.approx(median, rel=0.05)
     assert found.mean() == pytest.approx(mean, rel=0.05)
     assert found.max() == most
+
+
+def test_a_result_that_is_no_number_is_seen_as_a_difference() -> None:
+    def adapter(value: float) -> Adapter:
+        return Adapter({"q": Pair(torch.tensor([[value, 1.0]]), torch.ones(3, 1))}, {"z": torch.ones(1)})
+
+    assert gap([adapter(2.2)], [adapter(2.0)], [adapter(1.0)]) == pytest.approx(0.2, rel=1e-5)
+    assert math.isnan(gap([adapter(math.nan)], [adapter(2.0)], [adapter(1.0)]))
 
 
 def test_a_section_that_fails_or_overruns_harms_no_other(

@@ -100,7 +100,10 @@ def gap(found: Sequence[Adapter], wanted: Sequence[Adapter], begun: Sequence[Ada
         least = max(1e-12, 0.01 * math.hypot(*moved.values()))
         for name, tensor in one.tensors():
             off = float((tensor.double().cpu() - ends[name]).norm())
-            worst = max(worst, off / max(least, moved[name]))
+            share = off / max(least, moved[name])
+            worst = worst if share <= worst else share  # also where it is no number
+            if math.isnan(worst):
+                return worst
     return worst
 
 
