@@ -151,10 +151,10 @@ def finished(
     if device is not None:  # a quantised model is there already, and bitsandbytes does not let it move
         model.to(device)
     base = Base(model, tokenizer, task, heads, path)
-    return base if plain else _tried(base, gradient_checkpointing)
+    return base if plain else tried(base, gradient_checkpointing)
 
 
-def _tried(base: Base, gradient_checkpointing: bool | None) -> Base:
+def tried(base: Base, gradient_checkpointing: bool | None) -> Base:
     """The base with what is found out about its model, and with our attention where that changes nothing.
 
     Raises:
