@@ -108,7 +108,13 @@ class PackedOutputs:
 
 
 def _inputs(ids: Tensor, pack: Pack, offset: int) -> dict[str, Tensor]:
-    return {"input_ids": ids[None], "position_ids": pack.positions[None] + offset}
+    # Without a mask, transformers looks into the positions for rows end to end, and waits for the device.
+    everything = torch.ones_like(ids)[None]
+    return {
+        "input_ids": ids[None],
+        "position_ids": pack.positions[None] + offset,
+        "attention_mask": everything,
+    }
 
 
 def _logits(model: Any, ids: Tensor, pack: Pack, offset: int, kept: Tensor | None) -> Tensor:
