@@ -64,7 +64,9 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
         The parameters of a micro-batch lie side by side in one matrix. A few large operations are faster than
         many small ones, for which the threads of several clients would wait for each other.
         """
-        self._total = torch.zeros(sum(p.numel() for p in self.params), dtype=torch.float64)
+        where = self.params[0].device
+        where = where if where.type == "cuda" else torch.device("cpu")  # others may have no float64
+        self._total = torch.zeros(sum(p.numel() for p in self.params), dtype=torch.float64, device=where)
         for chunk in zip(*(p.grad_sample or [] for p in self.params), strict=True):
             rows = torch.cat([g.reshape(len(g), -1) for g in chunk], dim=1)
             norms = _norms(rows)
@@ -80,7 +82,8 @@ class PrivateOptimizer(DPOptimizer):  # type: ignore[misc]
     def add_noise(self) -> None:
         """Add Gaussian noise of standard deviation σ · clip to every number of the sum."""
         noise = self._source.normals(len(self._total)).mul_(self.noise_multiplier * self.max_grad_norm)
-        noised = torch.split(noise.add_(self._total), [p.numel() for p in self.params])
+        noise = noise.to(self._total.device).add_(self._total)
+        noised = torch.split(noise, [p.numel() for p in self.params])
         for p, own in zip(self.params, noised, strict=True):
             p.grad = own.view(p.shape).to(p)
 
