@@ -6,7 +6,7 @@ from typing import Any
 
 from fedlora.callbacks.base import Callback, RunHandle
 from fedlora.callbacks.scores import scores
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,8 @@ class EarlyStopping(Callback):
     least_change: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.patience, int) or self.patience < 1:
-            raise ConfigError(f"stop.patience: expected a whole number of at least 1, got {self.patience!r}")
-        if not self.least_change >= 0:
-            raise ConfigError(f"stop.least_change: expected a number of at least 0, got {self.least_change}")
+        check_whole("stop.patience", self.patience)
+        check_number("stop.least_change", self.least_change, least=0)
 
     @property
     def reads_metric(self) -> bool:  # type: ignore[override]
