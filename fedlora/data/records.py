@@ -145,8 +145,8 @@ def _table_records(
                 lacking = ", ".join(map(repr, header[len(cells) :]))
                 raise DataError(
                     f"{where}: expected {len(header)} cells as in the header, got {len(cells)} and none for "
-                    f"{lacking}; write the missing ones (an empty cell keeps its {separator!r}), or remove the "
-                    "row"
+                    f"{lacking}; write the missing ones (an empty cell keeps its {separator!r}), or remove "
+                    "the row"
                 )
             if len(cells) > len(header):
                 advice = (
