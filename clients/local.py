@@ -22,6 +22,7 @@ from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base
 from fedlora.privacy import DPSGD, Plan, self_test
+from fedlora.ranges import check_number, check_whole
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.rules.base import LocalRule, check_private, rules_of
@@ -71,17 +72,12 @@ class LocalTraining(Client):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         for name in ("batch_size", "epochs", "steps", "micro_tokens"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ConfigError(f"client.{name}: expected a whole number of at least 1, got {value!r}")
+            check_whole(f"client.{name}", getattr(self, name), none=name in ("steps", "micro_tokens"))
         for name in ("lr", "lr_ratio", "head_lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ConfigError(f"client.{name}: expected a number above 0, got {value!r}")
+            check_number(f"client.{name}", getattr(self, name), above=0, none=name in ("head_lr", "clip"))
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ConfigError(f"client.schedule: expected constant, linear or cosine, got '{self.schedule}'")
-        if not 0 <= self.warmup <= 1:
-            raise ConfigError(f"client.warmup: expected a share from 0 to 1, got {self.warmup}")
+        check_number("client.warmup", self.warmup, least=0, most=1, what="share")
         for rule in self.rules:
             if not isinstance(rule, LocalRule):
                 raise ConfigError(f"client.rules: expected local rules, got a {type(rule).__name__}")

@@ -12,7 +12,6 @@ Robust Federated Learning", 2020, https://arxiv.org/abs/2002.00211.
 Attackers who know the defence do better than these: a rule that withstands them is not thereby safe.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -24,6 +23,7 @@ from fedlora.core.adapter import Adapter
 from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base
+from fedlora.ranges import check_number
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.rules.base import LocalRule
@@ -52,14 +52,12 @@ class PoisonedTraining(Client):
     def __post_init__(self) -> None:
         if self.kind not in ("labels", "sign", "noise"):
             raise ConfigError(f"client.kind: expected labels, sign or noise, got '{self.kind}'")
-        if not 0 <= self.share <= 1:
-            raise ConfigError(f"client.share: expected a number from 0 to 1, got {self.share}")
+        check_number("client.share", self.share, least=0, most=1)
         if not (isinstance(self.clients, int) and self.clients >= 1):
             raise ConfigError(
                 f"client.clients: expected how many there are, got {self.clients}; say clients=N"
             )
-        if not 0 < self.boost < math.inf:
-            raise ConfigError(f"client.boost: expected a number above 0, got {self.boost}")
+        check_number("client.boost", self.boost, above=0)
 
     @classmethod
     def of(

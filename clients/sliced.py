@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedlora.data import Example
-from fedlora.errors import ConfigError, ModelError
+from fedlora.errors import ModelError
 from fedlora.models import Base
+from fedlora.ranges import check_whole
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.rules.base import LocalRule
 
@@ -58,8 +59,7 @@ class SlicedTraining(Client):
     cut: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.cut, int) and self.cut >= 1):
-            raise ConfigError(f"client.cut: expected a whole number of at least 1, got {self.cut!r}")
+        check_whole("client.cut", self.cut)
 
     @classmethod
     def of(cls, cut: int, **local: Any) -> "SlicedTraining":

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
 from fedlora.data import Example
-from fedlora.errors import ConfigError, ModelError
+from fedlora.errors import ModelError
 from fedlora.models import Base, HiddenStateHook, LoRA, MultiAdapterModel, fresh_adapter, targets
+from fedlora.ranges import check_number, check_whole
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.evaluation import measure
@@ -63,11 +64,9 @@ class TwoPhase(Client):
     targets: Sequence[str] | str = "all-linear"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mu <= 1:
-            raise ConfigError(f"client.mu: expected a share from 0 to 1, got {self.mu}")
-        for name in ("width", "rank"):
-            if not (isinstance(value := getattr(self, name), int) and value >= 1):
-                raise ConfigError(f"client.{name}: expected a whole number of at least 1, got {value!r}")
+        check_number("client.mu", self.mu, least=0, most=1, what="share")
+        check_whole("client.width", self.width)
+        check_whole("client.rank", self.rank)
 
     @classmethod
     def of(cls, mu: float, width: int, rank: int, targets: Any, **local: Any) -> "TwoPhase":

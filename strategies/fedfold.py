@@ -49,7 +49,7 @@ from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import accumulate, beyond, compress, held, mean_extras, truncate, weighted_sum
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class FedFold(Strategy):
 
     def __post_init__(self) -> None:
         for name in ("fresh", "energy"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"FedFold.{name}: expected a number from 0 to 1, got {getattr(self, name)}")
+            check_number(f"FedFold.{name}", getattr(self, name), least=0, most=1)
         if self.energy < 1:  # a client then starts from less than D*, and the mean is not of where it ends
             object.__setattr__(self, "exact", False)
 

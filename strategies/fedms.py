@@ -37,6 +37,7 @@ from fedlora.core.algebra import mean_extras, mean_factors, normalised
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.errors import ConfigError
+from fedlora.ranges import check_whole
 from fedlora.seeds import generator
 from fedlora.training.expert import GlobalExpert
 
@@ -70,10 +71,7 @@ class FedMS(Strategy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "capacity", tuple(self.capacity))
         for name, least in (("global_rounds", 0), ("active", 1), ("gate_rank", 1)):
-            if not (isinstance(value := getattr(self, name), int) and value >= least):
-                raise ConfigError(
-                    f"strategy.{name}: expected a whole number of at least {least}, got {value!r}"
-                )
+            check_whole(f"strategy.{name}", getattr(self, name), least)
         if not all(isinstance(c, int) and c >= 1 for c in self.capacity):
             raise ConfigError(
                 f"strategy.capacity: expected whole numbers of at least 1, one a client in turn, got "

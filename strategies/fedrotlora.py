@@ -30,7 +30,7 @@ from fedlora.core.algebra import mean_extras, mean_factors
 from fedlora.core.messages import State, Update
 from fedlora.core.strategy import Strategy
 from fedlora.core.threads import one_thread
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class FedRotLoRA(Strategy):
     blend: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.blend <= 1:
-            raise ConfigError(f"strategy.blend: expected a share from 0 to 1, got {self.blend}")
+        check_number("strategy.blend", self.blend, least=0, most=1, what="share")
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Rotate each client's pair towards the reference, then average A and B, each by itself."""

@@ -27,7 +27,7 @@ import numpy as np
 from fedlora.core.algebra import compress, mean_extras, refill
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_whole
 from fedlora.seeds import generator
 
 
@@ -47,8 +47,7 @@ class FedSVD(Strategy):
     period: int = 1
 
     def __post_init__(self) -> None:
-        if self.period < 0:
-            raise ConfigError(f"strategy.period: expected a whole number of at least 0, got {self.period}")
+        check_whole("strategy.period", self.period, 0)
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""

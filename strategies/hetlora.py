@@ -44,6 +44,7 @@ from fedlora.core.algebra import (
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
+from fedlora.ranges import check_number, check_whole
 from fedlora.training.rules import RankPruning
 
 
@@ -71,12 +72,9 @@ class HetLoRA(Strategy):
     exact = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.gamma < 1:
-            raise ConfigError(f"HetLoRA.gamma: expected a number above 0 and below 1, got {self.gamma}")
-        if not 0 <= self.penalty < math.inf:
-            raise ConfigError(f"HetLoRA.penalty: expected a number of at least 0, got {self.penalty}")
-        if self.least_rank < 1:
-            raise ConfigError(f"HetLoRA.least_rank: expected at least 1, got {self.least_rank}")
+        check_number("HetLoRA.gamma", self.gamma, above=0, below=1)
+        check_number("HetLoRA.penalty", self.penalty, least=0)
+        check_whole("HetLoRA.least_rank", self.least_rank)
         if self.weight_scope not in ("model", "module"):
             raise ConfigError(f"HetLoRA.weight_scope: expected model or module, got '{self.weight_scope}'")
         if self.mean_over not in ("all", "holders"):

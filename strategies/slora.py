@@ -42,6 +42,7 @@ from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
 from fedlora.models.parametrizations import Sparse, composed
 from fedlora.models.parametrizations.sparse import places, spread
+from fedlora.ranges import check_number, check_whole
 from fedlora.seeds import generator
 
 
@@ -71,10 +72,8 @@ class SLoRA(Strategy):
     second: Literal["fedit", "flexlora"] = "fedit"
 
     def __post_init__(self) -> None:
-        if self.sparse_rounds < 0:
-            raise ConfigError(f"strategy.sparse_rounds: expected 0 or more, got {self.sparse_rounds}")
-        if self.density is not None and not 0 < self.density <= 1:
-            raise ConfigError(f"strategy.density: expected a share above 0, 1 at most, got {self.density}")
+        check_whole("strategy.sparse_rounds", self.sparse_rounds, 0)
+        check_number("strategy.density", self.density, above=0, most=1, none=True, what="share")
         if self.second not in ("fedit", "flexlora"):
             raise ConfigError(f"strategy.second: expected fedit or flexlora, got '{self.second}'")
         if self.second == "flexlora":

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import yaml
 from hydra.utils import get_object
+from omegaconf import OmegaConf
 
 import fedlora.strategies
+from fedlora.config import class_fields
 from fedlora.config.composition import choices, compose
 
 ROOT = Path(__file__).parents[1]
@@ -80,8 +82,6 @@ def test_the_command_of_a_config_composes(
 
 @names
 def test_a_config_composes_and_its_targets_take_its_keys(path: Path) -> None:
-    from omegaconf import OmegaConf
-
     config = OmegaConf.to_container(compose(choice(path)), resolve=True)
     assert isinstance(config, dict)
     alone = path.parent != CONF and not is_global(path)
@@ -90,6 +90,38 @@ def test_a_config_composes_and_its_targets_take_its_keys(path: Path) -> None:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for key in node:
             assert key.startswith("_") or key in parameters or takes_any, f"{path}: {key}"
+
+
+@names
+def test_a_default_is_written_once_in_its_class(path: Path) -> None:
+    """A key without a value has the default of the class's field, and no file says that default again."""
+    for node in targets(yaml.safe_load(path.read_text(encoding="utf-8"))):
+        made = get_object(node["_target_"])
+        cls = getattr(made, "__self__", made)
+        if not dataclasses.is_dataclass(cls):
+            continue  # a function that loads something
+        defaults = {
+            field.name: [*field.default] if isinstance(field.default, tuple) else field.default
+            for field in dataclasses.fields(cls)
+        }
+        filled = class_fields.filled(node)
+        said = OmegaConf.to_container(OmegaConf.create(yaml.safe_dump(node)))  # which reads 1e-2 as a number
+        for key, value in said.items():
+            default = defaults.get(key, dataclasses.MISSING)
+            if value is None:
+                assert (key, filled[key], type(filled[key])) == (key, default, type(default))
+            else:
+                assert value != default, f"{path}: {key}"
+
+
+def test_only_a_key_without_a_value_is_filled_and_only_of_ours() -> None:
+    node = {"_target_": "fedlora.clients.LocalTraining", "lr": "${model.lr}", "clip": None, "steps": None}
+    node["optimizer"] = {"_target_": "torch.optim.AdamW", "eps": None}
+    assert class_fields.filled(node) == {**node, "clip": 1.0}
+    private = {"_target_": "fedlora.privacy.DPSGD", "epsilon": None, "public_counts": None}
+    assert class_fields.filled([private]) == [{**private, "epsilon": 8.0, "public_counts": True}]
+    loader = {"_target_": "fedlora.data.files.load", "test": None}
+    assert class_fields.filled(loader) == loader
 
 
 @names

@@ -1,8 +1,10 @@
 """Every Python block of the pages runs as it is printed, in the order of its page, on the tiny model."""
 
 import re
+import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,11 +18,12 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    module: dict[str, object] = {"__name__": "page"}
+    module = ModuleType("page")  # as a reader's own file, whose classes can be named
+    monkeypatch.setitem(sys.modules, "page", module)
     for block in re.findall(
         r"^```python\n(.*?)^```", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
     ):
-        exec(compile(block, str(page), "exec"), module)
+        exec(compile(block, str(page), "exec"), vars(module))
 
 
 @pytest.mark.slow

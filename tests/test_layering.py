@@ -8,7 +8,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # low to high: a module imports from its own layer or a lower one, at any depth of the code
-    {"fedlora.errors", "fedlora.seeds", "fedlora.core.natural_order", "fedlora.core.threads"},
+    {
+        "fedlora.errors",
+        "fedlora.ranges",
+        "fedlora.seeds",
+        "fedlora.core.natural_order",
+        "fedlora.core.threads",
+    },
     {"fedlora.core", "fedlora.storage.atomic"},
     {"fedlora"},  # fedlora/__init__.py itself
     {"fedlora.data", "fedlora.tasks", "fedlora.models", "fedlora.privacy"},

@@ -96,7 +96,7 @@ def rows_of(data: Any, columns: Columns, where: str = "data") -> tuple[list[Row]
     fields.warn_of_halves(records[0].keys(), where)
     rows = []
     for number, record in enumerate(records):
-        fields.check(record.keys(), f"{where}[{number}]")
+        fields.check(record.keys(), f"{where}[{number}]", before=number > 0)
         rows.append(fields.row(record, f"{where}[{number}]"))
     return rows, fields
 

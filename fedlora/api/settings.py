@@ -18,10 +18,10 @@ from fedlora.engines.base import Engine
 from fedlora.engines.in_process import InProcess
 from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, ClientLevel, Privacy
+from fedlora.ranges import check_whole
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, RunSpec
-from fedlora.runner.spec_checks import check_whole
 from fedlora.tasks import TASKS, LearningTask
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule

@@ -1,17 +1,28 @@
-"""Keyword arguments that stand for the fields of `Settings`, shown where a notebook looks for them."""
+"""Keyword arguments that stand for the fields of `Settings`: shown in notebooks, and named in messages."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 from .settings import Settings
+from .words import in_python
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def takes_settings(function: Function) -> Function:
-    """Show the fields of `Settings` in the place of `**settings`, in the signature and in the help text."""
+    """Show the fields of `Settings` in the place of `**settings`, in the signature and in the help text.
+
+    What the function raises names its arguments, where the command line would name keys.
+    """
+
+    @wraps(function)
+    def called(*given: Any, **settings: Any) -> Any:
+        with in_python():
+            return function(*given, **settings)
+
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     defaults = Settings()
@@ -26,7 +37,7 @@ def takes_settings(function: Function) -> Function:
         for field in fields(Settings)
         if field.name not in named
     ]
-    function.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+    called.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
     _, _, said = (Settings.__doc__ or "").partition("Args:\n")
-    function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nSettings:\n{said.rstrip()}\n"
-    return function
+    called.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nSettings:\n{said.rstrip()}\n"
+    return cast(Function, called)

@@ -21,6 +21,7 @@ from .run import PARTS, Run
 from .scratch import Scratch
 from .settings import Settings
 from .signature import takes_settings
+from .words import in_python
 
 
 @takes_settings
@@ -177,5 +178,5 @@ class Session:
         engine = self.spec.engine
         assert isinstance(engine, InProcess)
         started = runner.Run(self.spec, self.path, False)
-        with started.begin() as self.open:
+        with in_python(), started.begin() as self.open:
             yield from self.open.rounds(engine.grid(self.open))

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedlora.callbacks.base import Callback, RunHandle
 from fedlora.callbacks.scores import scores
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,8 @@ class EarlyStopping(Callback):
     least_change: float = 0.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.patience, int) or self.patience < 1:
-            raise ConfigError(f"stop.patience: expected a whole number of at least 1, got {self.patience!r}")
-        if not self.least_change >= 0:
-            raise ConfigError(f"stop.least_change: expected a number of at least 0, got {self.least_change}")
+        check_whole("stop.patience", self.patience)
+        check_number("stop.least_change", self.least_change, least=0)
 
     @property
     def reads_metric(self) -> bool:  # type: ignore[override]
@@ -45,16 +43,28 @@ class EarlyStopping(Callback):
                 "stop=early decides by the test rows, so that the result looks a little better than it is; "
                 "evaluate.rows=validation decides by rows that are no test rows"
             )
-        self._decide(run)
+        self.decide(run)
 
     def on_round_end(self, run: RunHandle, metrics: Mapping[str, Any]) -> None:
         """Stop if the last rounds have brought nothing."""
-        self._decide(run)
+        self.decide(run)
 
-    def _decide(self, run: RunHandle) -> None:
+    def decide(self, run: RunHandle) -> None:
+        """Stop the run if the last of its finished rounds have brought nothing."""
         metric, best, since = self.metric or run.metric, None, 0
         for _, score in scores(run, self.metric):
             improved = best is None or score > best + self.least_change
             best, since = (score, 0) if improved else (best, since + 1)
         if since >= self.patience:
             run.stop(f"{metric} has not improved in {since} evaluated rounds")
+
+
+def stopped_before(run: RunHandle) -> str | None:
+    """Why a run that is to go on has come to its end already, by its finished rounds; None where it has not.
+
+    Only `EarlyStopping` among its callbacks decides by those alone.
+    """
+    for callback in run.callbacks:
+        if isinstance(callback, EarlyStopping):
+            callback.decide(run)
+    return run.stopped

@@ -3,26 +3,21 @@
 import difflib
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from fedlora.errors import ConfigError
 
-from . import strategies
+from .sources import hydra_here, know_choices
 
 PATHS = ("out", "resume", "data.train", "data.test", "data.path", "model.path", "lora.adapter")
 COLUMNS = tuple(f"data.{role}" for role in ("text", "label", "prompt", "response", "client"))  # 1 is a name
@@ -96,28 +91,6 @@ class Schema:
     resume: str | None = None
 
 
-class _Studies(SearchPathPlugin):
-    """The settings of the studies, `experiment=NAME`, which lie beside the studies themselves."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("fedlora", "pkg://fedlora.experiments.conf")
-
-
-def hydra_here() -> AbstractContextManager[Any]:
-    """Hydra, while it stands at our configuration groups."""
-    _know_choices()
-    return hydra.initialize_config_module("fedlora.config.conf", version_base="1.3")
-
-
-def _know_choices() -> None:
-    """Tell Hydra of the choices that are no file of our own folder: studies, and most strategies."""
-    Plugins.instance().register(_Studies)
-    written = {file.name for file in (resources.files("fedlora.config.conf") / "strategy").iterdir()}
-    for name, choice in strategies.choices().items():
-        if f"{name}.yaml" not in written:
-            ConfigStore.instance().store(group="strategy", name=name, node=choice.node)
-
-
 def register() -> None:
     """Make known the schema, and what its YAML calls.
 
@@ -127,7 +100,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("times", lambda a, b: float(a) * float(b), replace=True)
     OmegaConf.register_new_resolver("dealt", lambda n, how: None if how == "natural" else n, replace=True)
     ConfigStore.instance().store(name="schema", node=Schema)
-    _know_choices()
+    know_choices()
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:

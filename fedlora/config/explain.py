@@ -10,8 +10,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlora.config import composition, strategies
+from fedlora.config import class_fields, composition
 from fedlora.errors import ConfigError
+
+from .sources import hydra_here
 
 LINE = re.compile(r"^( *)(\w+):(.*)$")
 WIDTH = 44  # columns before a comment
@@ -68,7 +70,7 @@ def explained(words: Sequence[str] = ()) -> str:
     """
     composition.register()
     try:
-        with composition.hydra_here():
+        with hydra_here():
             groups = composition.groups()
             whole = hydra.compose("config", list(words), return_hydra_config=True)
             chosen = dict(whole.hydra.runtime.choices)
@@ -78,7 +80,7 @@ def explained(words: Sequence[str] = ()) -> str:
     said = comments()
     for group in groups.keys() - {"experiment"}:  # says why a study sets what, and not what a key means
         said |= comments(group, chosen.get(group))
-    own = strategies.choices().get(str(chosen.get("strategy")))
+    own = class_fields.choices().get(str(chosen.get("strategy")))
     said |= {f"strategy.{name}": words for name, words in own.comments.items()} if own else {}
     lines = ["fedlora run [GROUP=CHOICE] [KEY=VALUE] ...", "", "Groups:"]
     lines += [f"  {group}={'|'.join(found)}" for group, found in groups.items()]

@@ -79,12 +79,30 @@ class Fields:
         """Whether all parts but the client have their columns here."""
         return {*self.columns.values()} <= {*there}
 
-    def check(self, there: Collection[str], where: str) -> None:
-        """Refuse a record or a table that lacks a column."""
+    def check(self, there: Collection[str], where: str, before: bool = False) -> None:
+        """Refuse a record or a table that lacks a column.
+
+        Args:
+            there: the names of all its columns.
+            where: file and line, which open the message.
+            before: whether records before this one have them all, so that this one is to be corrected.
+
+        Raises:
+            ColumnError: the first record or the table lacks a column, which may have another name.
+            DataError: a later record lacks one.
+        """
         client = {} if self.optional or self.client is None else {"client": self.client}
         for role, column in {**self.columns, **client}.items():
-            if column not in there:
+            if column in there:
+                continue
+            if not before:
                 raise ColumnError(where, role, column, there)
+            near = difflib.get_close_matches(column, there, n=1)
+            hint = f"rename {near[0]!r} in this row" if near else "add it to this row"
+            raise DataError(
+                f"{where}: expected the key {column!r}, which the rows before have, got "
+                f"{', '.join(map(repr, there))}; {hint}, or remove the row"
+            )
 
     def row(self, record: Mapping[str, object], where: str) -> Row:
         """The row of one record; `where` (file and line) opens the message if it cannot be used."""
@@ -123,6 +141,13 @@ def choose(
     holder = _column("client", client)
     found = task_of_columns(names) if task is None else learning_task(task)
     came = " and ".join(names) or "none of them"
+    if found is None and (known := next((t for t in TASKS if names and {*names} < {*t.columns}), None)):
+        lacking = next(role for role in known.columns if role not in names)
+        beside = " and ".join(f"data.{role}={name}" for role, name in names.items())
+        raise ConfigError(
+            f"data.{lacking}: expected the column of the {lacking} beside {beside}, got none; say "
+            f"data.{lacking}=COLUMN too"
+        )
     if found is None:
         pairs = (f"{' and '.join(known.columns)} ({known.name})" for known in TASKS)
         raise ConfigError(

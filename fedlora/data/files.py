@@ -12,7 +12,7 @@ from fedlora.core.natural_order import natural
 from fedlora.data.cells import as_text
 from fedlora.data.dataset import Dataset, Row, hold_out
 from fedlora.data.fields import Fields, choose
-from fedlora.data.records import ENDINGS, records
+from fedlora.data.records import ENDINGS, check_there, records
 from fedlora.errors import ConfigError, DataError
 from fedlora.tasks import LearningTask
 
@@ -43,8 +43,11 @@ def load(
         task: what is learnt; None takes the task whose columns are named.
         columns: the column of each role of the task: `text` and `label`, or `prompt` and `response`.
     """
-    fields = choose(columns, client, task)
     path = Path(train)
+    check_there(path)  # before the columns, which a wrong path makes no better
+    if test is not None:
+        check_there(Path(test))
+    fields = choose(columns, client, task)
     rows = _gather(path, fields, quotes)
     if test is None:
         kept, held = hold_out(rows, fields.task, test_rows, seed)
@@ -70,6 +73,7 @@ def held_out(
         task: as in `load`.
         columns: as in `load`.
     """
+    check_there(Path(test))
     fields = choose(columns, None, task)
     rows = _gather(Path(test), fields, quotes)
     declared = None if labels is None else [as_text(name) for name in labels]

@@ -47,11 +47,16 @@ def records(path: Path, fields: Fields, quotes: bool | None = None) -> Iterator[
     return _table_records(path, content, "," if ending == ".csv" else "\t", quoted, fields)
 
 
+def check_there(path: Path) -> None:
+    """Raise DataError where there is neither a file nor a folder."""
+    if not path.exists():
+        raise DataError(f"{path}: expected a data file, got none; check the path")
+
+
 def _decode(path: Path) -> str:
+    check_there(path)
     try:
         content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: expected a data file, got none; check the path") from error
     except OSError as error:
         raise DataError(f"{path}: expected a readable file, got {error.strerror}; check the path") from error
     wide = content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:4096]
@@ -70,6 +75,7 @@ def _decode(path: Path) -> str:
 
 
 def _json_records(path: Path, content: str, fields: Fields) -> Iterator[Record]:
+    before = False  # whether a record was good
     for number, line in enumerate(content.split("\n"), 1):  # splitlines() would cut inside strings
         if not line.strip():
             continue
@@ -93,7 +99,8 @@ def _json_records(path: Path, content: str, fields: Fields) -> Iterator[Record]:
                 f"{where}: expected a JSON object, got the JSON {type(record).__name__}; write "
                 f"one object a line, such as {{{object_}}}"
             )
-        fields.check(record.keys(), where)
+        fields.check(record.keys(), where, before)
+        before = True
         yield where, record
 
 
@@ -134,7 +141,14 @@ def _table_records(
                 header = [cell.strip() for cell in cells]
                 _check_header(header, separator, where, fields)
                 continue
-            if len(cells) != len(header):
+            if len(cells) < len(header):
+                lacking = ", ".join(map(repr, header[len(cells) :]))
+                raise DataError(
+                    f"{where}: expected {len(header)} cells as in the header, got {len(cells)} and none for "
+                    f"{lacking}; write the missing ones (an empty cell keeps its {separator!r}), or remove "
+                    "the row"
+                )
+            if len(cells) > len(header):
                 advice = (
                     "put quotes around a cell that holds a separator or a line break"
                     if quoted

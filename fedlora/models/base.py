@@ -81,6 +81,16 @@ class Base:
         # RoBERTa and its like begin behind the padding.
         return most if table.padding_idx is None else most - table.padding_idx - 1
 
+    @property
+    def positions(self) -> int | None:
+        """How many tokens a prompt and its answer may have: `room`, or as many as a decoder was trained for.
+
+        A decoder that computes its positions, as Llama does, goes on beyond those without a sign, and says
+        less and less. None where its configuration tells nothing of it.
+        """
+        trained = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return trained if self.room is None else self.room
+
     def check_lengths(self, examples: Sequence[Example]) -> None:
         """Raise ConfigError where a row is longer than the model has positions."""
         longest = max((example.size for example in examples), default=0)

@@ -15,6 +15,7 @@ from fedlora.core.messages import Peer
 from fedlora.core.parametrization import Layer, Parametrization
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models.base import Base
+from fedlora.ranges import check_number
 from fedlora.seeds import generator
 
 
@@ -40,9 +41,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.alpha is None and (self.use_rslora or self.alpha_pattern):
             raise ConfigError("lora: use_rslora and alpha_pattern need lora.alpha; without it s = lora.scale")
-        for name, value in (("scale", self.scale), ("alpha", self.alpha)):
-            if value is not None and not value > 0:
-                raise ConfigError(f"lora.{name}: expected a number above 0, got {value}")
+        check_number("lora.scale", self.scale, above=0)
+        check_number("lora.alpha", self.alpha, above=0, none=True)
         for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern, value in patterns.items():
                 try:

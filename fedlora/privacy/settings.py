@@ -6,6 +6,7 @@ from typing import ClassVar
 from fedlora.errors import ConfigError
 from fedlora.privacy.ledger import Accountant, Ledger, Unit
 from fedlora.privacy.plan import Plan, calibrate
+from fedlora.ranges import check_number, check_whole
 
 # The range in which float32 represents a clipped gradient. Far below it, numbers are rounded to the smallest
 # that float32 has and their squares vanish from the norm; far above it, they are infinite. Both would break
@@ -39,15 +40,9 @@ class Privacy:
     insecure_test_seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, top in (("epsilon", LARGEST), ("delta", 1.0)):
-            value = getattr(self, name)
-            if value is None and name == "delta":
-                continue
-            if not (_number(value) and 0 < value < top):
-                raise ConfigError(f"privacy.{name}: expected a number between 0 and {top:g}, got {value!r}")
-        low, high = CLIPS
-        if not (_number(self.clip) and low <= self.clip <= high):
-            raise ConfigError(f"privacy.clip: expected a number from {low:g} to {high:g}, got {self.clip!r}")
+        check_number("privacy.epsilon", self.epsilon, above=0, below=LARGEST)
+        check_number("privacy.delta", self.delta, above=0, below=1, none=True)
+        check_number("privacy.clip", self.clip, least=CLIPS[0], most=CLIPS[1])
         seed = self.insecure_test_seed
         if seed is not None and type(seed) is not int:
             raise ConfigError(f"privacy.insecure_test_seed: expected a whole number or null, got {seed!r}")
@@ -63,11 +58,6 @@ class Privacy:
     def hides_counts(self) -> bool:
         """Whether the number of records, or of clients, must not appear in any message."""
         return False
-
-    def _whole(self, name: str, none: bool = False) -> None:
-        value = getattr(self, name)
-        if not (none and value is None) and not (type(value) is int and value >= 1):
-            raise ConfigError(f"privacy.{name}: expected a whole number of at least 1, got {value!r}")
 
     def _delta(self, count: int, whose: str) -> float:
         """The configured delta, or min(1e-5, 1 / (10 count)); refused unless it is below 1 / count."""
@@ -121,7 +111,7 @@ class DPSGD(Privacy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole("participations", none=True)
+        check_whole("privacy.participations", self.participations, none=True)
         for name in ("public_counts", "public_metrics"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"privacy.{name}: expected true or false, got {getattr(self, name)!r}")
@@ -203,8 +193,8 @@ class ClientLevel(Privacy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._whole("rounds", none=True)
-        self._whole("example_cap", none=True)
+        check_whole("privacy.rounds", self.rounds, none=True)
+        check_whole("privacy.example_cap", self.example_cap, none=True)
 
     def plan(self, clients: int, sampled: int, masked: bool = False) -> Plan:
         """The plan of the server: q = sampled / clients, and the σ for the whole run.
@@ -250,7 +240,3 @@ def _said(name: str, rounds: int | None) -> int:
             f"privacy.{name}: expected the number of rounds for which sigma is chosen, got none"
         )
     return rounds
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -25,6 +25,7 @@ from fedlora.core.update_step import RoundUpdates
 from fedlora.core.vectors import factor_change, form, moved_factors, moved_products
 from fedlora.errors import ConfigError
 from fedlora.privacy import Privacy
+from fedlora.ranges import check_number
 from fedlora.robust.base import Robust
 from fedlora.robust.geometry import change
 from fedlora.rounds.round_config import RoundConfig
@@ -94,8 +95,7 @@ class TrimmedMean(ByCoordinate):
     share: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 0.5:
-            raise ConfigError(f"robust.share: expected a number above 0 and below 0.5, got {self.share}")
+        check_number("robust.share", self.share, above=0, below=0.5)
 
 
 def middle(values: Tensor, share: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core.update_step import RoundUpdates
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_whole
 from fedlora.robust.base import Robust, averages_both, capped
 from fedlora.robust.geometry import distances, factor_distances
 
@@ -35,10 +35,8 @@ class Krum(Robust):
     select: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("malicious", "select"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
-                raise ConfigError(f"robust.{name}: expected a whole number of at least 1, got {value!r}")
+        check_whole("robust.malicious", self.malicious)
+        check_whole("robust.select", self.select, none=True)
 
     @property
     def least(self) -> int:

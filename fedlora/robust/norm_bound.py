@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from statistics import median_low
 
 from fedlora.core.update_step import RoundUpdates
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_number
 from fedlora.robust.base import Robust, averages_both, capped
 from fedlora.robust.geometry import Segment
 
@@ -29,10 +29,8 @@ class NormBound(Robust):
     bound: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("multiple", "bound"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"robust.{name}: expected a number above 0, got {value}")
+        check_number("robust.multiple", self.multiple, above=0)
+        check_number("robust.bound", self.bound, above=0, none=True)
 
     def on_server(self, given: RoundUpdates) -> RoundUpdates:
         """Every update as far along its own segment as the bound allows."""

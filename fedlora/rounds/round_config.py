@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedlora.errors import ConfigError
+from fedlora.ranges import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,13 @@ class RoundConfig:
     def __post_init__(self) -> None:
         least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate.every": 0}
         for name, low in least.items():
-            value = getattr(self, name.replace(".", "_"))
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise ConfigError(f"{name}: expected a whole number of at least {low}, got {value!r}")
+            check_whole(name, getattr(self, name.replace(".", "_")), low, none=name == "clients_per_round")
         if self.weights not in ("examples", "uniform"):
             raise ConfigError(f"weights: expected examples or uniform, got '{self.weights}'")
         if self.timeout is not None and not self.timeout > 0:
             raise ConfigError(f"engine.timeout: expected seconds above 0, or null, got {self.timeout}")
         for name, most in (("over_select", 10.0), ("min_replies", 1.0), ("wait", math.inf)):
-            if not 0 <= (value := getattr(self, name)) <= most:
-                raise ConfigError(f"engine.{name}: expected a number from 0 to {most:g}, got {value}")
+            check_number(f"engine.{name}", getattr(self, name), least=0, most=most)
 
     def sampled(self, there: int) -> int:
         """How many of the clients that are there a round asks."""

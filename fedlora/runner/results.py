@@ -31,11 +31,13 @@ from fedlora.training.generation import Answer, scores
 ANSWERS = "answers.jsonl"  # in the folder of a run: what the model said to test rows, a line each
 
 
-def opening(job: Assembly, path: Path | None, done: int) -> str:
-    """What is about to happen, in two lines."""
+def opening(job: Assembly, path: Path | None, done: int, stopped: str | None = None) -> str:
+    """What is about to happen, in two lines; no rounds where the run has been stopped for a reason."""
     spec, ranks = job.spec, ", ".join(map(str, sorted(set(job.ranks))))
     sizes = [len(part.rows) for part in job.parts]
     goes = f"rounds {done + 1} to {spec.rounds}" if done else f"{spec.rounds} round{'s' * (spec.rounds > 1)}"
+    if stopped:
+        goes = f"stopped after round {done}, since {stopped}"
     who = f"{job.rules.clients} clients" if sizes else "sites' own rows"
     if sizes and job.counts_public:
         who += f" of {min(sizes)} to {max(sizes)} rows"

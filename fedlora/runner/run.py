@@ -8,7 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedlora.callbacks.base import Callback
+from fedlora.callbacks.base import Callback, RunHandle
+from fedlora.callbacks.early_stopping import stopped_before
+from fedlora.storage.run_folder import RunFolder
 
 from .session import Session
 from .spec import RunSpec
@@ -43,12 +45,15 @@ class Run:
             yield session
 
     def go(self) -> Path:
-        """Run it on its engine; the folder.
+        """Run it on its engine; the folder. A run that has stopped early is left as it is.
 
         Raises:
             FedLoraError: it cannot run, or nothing came of it.
             KeyboardInterrupt: the user has stopped it; says how it goes on.
         """
+        if why := self._stopped_early():
+            self.said(why)
+            return self.path
         try:
             self.spec.engine.run(self)
         except KeyboardInterrupt as stop:
@@ -58,6 +63,28 @@ class Run:
                 f"interrupted; fedlora run resume={self.path} goes on from the last whole round"
             ) from None
         return self.path
+
+    def _stopped_early(self) -> str | None:
+        """That a finished run has no round left though it has done fewer than it might; None where it has."""
+        folder = RunFolder(self.path)
+        if not self.resumed or "stopped" not in (summary := folder.summary()):
+            return None
+        from fedlora.report import read_run  # imports matplotlib, which few runs need here
+
+        kept, watching = read_run(self.path), (*self.callbacks, *self.spec.callbacks)
+        handle = RunHandle(
+            self.spec.rounds,
+            metric=kept.metric,
+            more_is_better=kept.more_is_better,
+            metrics=folder.rounds(),
+            callbacks=watching,
+        )
+        if (why := stopped_before(handle)) is None:
+            return None
+        return (
+            f"'{self.path}' stopped early after round {summary['rounds']}, since {why}; to go on for longer, "
+            "start a new run with a larger stop.patience"
+        )
 
 
 def new_folder(spec: RunSpec) -> Path:

@@ -13,6 +13,7 @@ import yaml  # type: ignore[import-untyped]
 from flwr.serverapp import Grid
 
 from fedlora.callbacks.base import Callback, Callbacks, RunHandle
+from fedlora.callbacks.early_stopping import stopped_before
 from fedlora.core.messages import State, Task
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.errors import FedLoraError
@@ -128,6 +129,7 @@ class Session:
                 metrics=folder.rounds(),
                 callbacks=(*callbacks, *spec.callbacks),
             )
+            stopped_before(handle)  # known before the opening, which then announces no rounds
             return cls(spec, made, folder, handle, done, began, startup, held.pop_all())
 
     @property
@@ -138,7 +140,7 @@ class Session:
 
     def opening(self) -> str:
         """What is about to happen, in two lines or three, and a warning of each setting that seems odd."""
-        said = opening(self.assembly, self.folder.path, self.done)
+        said = opening(self.assembly, self.folder.path, self.done, self.handle.stopped)
         return "\n".join([said, *(f"warning: {line}" for line in notices(self.assembly))])
 
     @cached_property

@@ -9,6 +9,7 @@ from fedlora.core.update_step import UpdateStep
 from fedlora.engines.base import Engine
 from fedlora.errors import ConfigError
 from fedlora.privacy import Privacy
+from fedlora.ranges import check_whole
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
 from fedlora.training.client import Client
@@ -57,19 +58,7 @@ def check_parts(spec: "RunSpec") -> None:
             f"strategy: expected {', '.join(FACTS)} to be True or False in {type(spec.strategy).__name__}, "
             f"got no {', '.join(lacking)}; fedlora.Strategy says what each means"
         )
-    check_whole("clients", spec.clients, 1)
-
-
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Refuse what is no whole number of at least so much; None passes.
-
-    Raises:
-        ConfigError: names the setting and what came.
-    """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    check_whole("clients", spec.clients, none=True)
 
 
 def _check(name: str, part: Any, kind: type) -> None:

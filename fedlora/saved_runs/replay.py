@@ -1,11 +1,12 @@
 """`fedlora replay`: the updates that a run recorded, aggregated again by another strategy, without training.
 
-Every round is given what the recording strategy was given: the state that its clients started from, and their
-updates. So a replay says what one aggregation makes of these updates. It does not say where the other
-strategy's own run would have gone: from the second round on its clients would have started elsewhere.
+Every round is given what the recording strategy was given: the state before the round, and the updates. An
+update answers to the state that its client started from, which is an earlier one where a scheduler did not
+wait. So a replay says what one aggregation makes of these updates. It does not say where the other strategy's
+own run would have gone: from the second round on its clients would have started elsewhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,14 +71,18 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
     modules = recording.read(rounds[0])[0].adapter.pairs
     widest = spec.lora.scaling.peer(0, max(learnt.ranks), modules)
     had = {line["round"]: line for line in folder.rounds()}
-    lines = []
+    lines, at = [], dict[int, int]()  # the round before which the state of a version was recorded
     for round in rounds:
         before, updates = recording.read(round)
-        after, tasks = again(recorder, other, widest, spec.seed, before, updates, round)
+        at[before.round] = round
+        began = _began(recording, at, before, updates)
+        after, tasks = again(recorder, other, widest, spec.seed, before, updates, began, round)
         found = {**sizes(after), **aggregation_error(after, updates, tasks)}
         found |= base.task.metrics(*evaluate(base, [Task(after.adapter, fold=after.fold)], [test])[0])
         kept = {key: had[round][key] for key in SHOWN if key in had.get(round, {})}
-        lines.append({"round": round, "recorded": kept, "replayed": found, "state": after.digest()})
+        stale = max(before.round - state.round for state in began)
+        line = {"round": round, "staleness": stale, "recorded": kept, "replayed": found}
+        lines.append({**line, "state": after.digest()})
     said = OmegaConf.to_container(OmegaConf.create({"strategy": chosen or config.strategy}), resolve=True)
     assert isinstance(said, dict)
     result = {"recorded": learnt.strategy, "meaning": MEANING, **said, "rounds": lines}
@@ -92,6 +97,7 @@ def again(
     seed: int,
     before: State,
     updates: Sequence[Update],
+    began: Sequence[State],
     round: int,
 ) -> tuple[State, list[Task]]:
     """The state that a strategy makes of a recorded round, and what the clients had been asked.
@@ -101,25 +107,48 @@ def again(
         other: the one that aggregates now.
         widest: a client of the largest rank, whose start has all of the state.
         seed: the run's.
-        before: the state that the clients started from.
-        updates: what they sent.
+        before: the state before the round.
+        updates: what the clients sent.
+        began: the state that each of them started from.
         round: its number.
 
     Raises:
         FedLoraError: the strategy would have asked its clients for something else.
     """
-    peers = [update.peer for update in updates if update.peer is not None]
-    tasks = [recorder.task(before, peer) for peer in peers]
+    asked = [(update.peer, state) for update, state in zip(updates, began, strict=True) if update.peer]
+    tasks = [recorder.task(state, peer) for peer, state in asked]
     rng = generator(seed, "aggregate", 0, round)
     if other == recorder:
         return next_state(other, before, updates, rng), tasks
-    # What the widest client starts from is the state in a form that every strategy knows.
-    start = recorder.task(before, widest)
-    made = other.init(start.adapter, start.fold, before.seed)
-    own = replace(made, adapter=start.adapter, fold=start.fold, round=before.round)
-    for peer, task in zip(peers, tasks, strict=True):
-        _check_alike(other, recorder, other.task(own, peer), task, peer, round)
-    return next_state(other, own, updates, rng), tasks
+
+    def own(state: State) -> State:
+        """What the widest client starts from is the state in a form that every strategy knows."""
+        start = recorder.task(state, widest)
+        made = other.init(start.adapter, start.fold, state.seed)
+        return replace(made, adapter=start.adapter, fold=start.fold, round=state.round)
+
+    owns = {state.round: own(state) for state in (before, *began)}
+    for (peer, state), task in zip(asked, tasks, strict=True):
+        _check_alike(other, recorder, other.task(owns[state.round], peer), task, peer, round)
+    return next_state(other, owns[before.round], updates, rng), tasks
+
+
+def _began(
+    recording: UpdateLog, at: Mapping[int, int], before: State, updates: Sequence[Update]
+) -> list[State]:
+    """The state that each update started from: that before the round, or an earlier one.
+
+    Args:
+        recording: what was recorded.
+        at: version of a state -> the round before which it was recorded.
+        before: the state before the round, from which an update of no known version is taken to have started.
+        updates: those of the round.
+    """
+    known = {before.round: before}
+    for version in {update.version for update in updates if update.version in at} - known.keys():
+        assert version is not None
+        known[version] = recording.read(at[version])[0]
+    return [known.get(update.version, before) for update in updates]  # type: ignore[arg-type]
 
 
 def _check_alike(other: Strategy, recorder: Strategy, asked: Task, was: Task, peer: Peer, round: int) -> None:
@@ -165,11 +194,16 @@ def _chosen(words: Sequence[str]) -> tuple[str | None, Any]:
 
 
 def _table(title: str, lines: Sequence[dict[str, Any]]) -> Table:
-    """A row a round, a pair of columns a number: as recorded, and as replayed."""
+    """A row a round, a pair of columns a number: as recorded, and as replayed.
+
+    Staleness is how many states the oldest of a round's updates was behind.
+    """
     keys = [key for key in SHOWN if any(key in line["replayed"] for line in lines)]
-    header = ["round", *(f"{key.replace('_', ' ')}{end}" for key in keys for end in ("", ", replayed"))]
+    stale = any(line["staleness"] for line in lines)  # no column of zeros where every round has waited
+    header = ["round", *(["staleness"] if stale else [])]
+    header += [f"{key.replace('_', ' ')}{end}" for key in keys for end in ("", ", replayed")]
     rows = []
     for line in lines:
         cells = [score(line[side].get(key), key) for key in keys for side in ("recorded", "replayed")]
-        rows.append([str(line["round"]), *cells])
+        rows.append([str(line["round"]), *([str(line["staleness"])] if stale else []), *cells])
     return Table(title, header, rows, MEANING)

@@ -31,7 +31,8 @@ class UpdateLog:
         for at, update in enumerate(updates):
             own, form = _packed(str(at), State(update.adapter))
             tensors |= own
-            told.append({"form": form, "weight": update.weight, "peer": _of_peer(update.peer)})
+            peer = _of_peer(update.peer)
+            told.append({"form": form, "weight": update.weight, "peer": peer, "version": update.version})
         text = json.dumps({"round": round, "state": header, "updates": told})
         write_tensors(self._file(round), tensors, {"recording": text})
 
@@ -44,6 +45,8 @@ class UpdateLog:
     def read(self, round: int) -> tuple[State, list[Update]]:
         """The state before a round, and the updates that the round aggregated.
 
+        An update's version is None where the recording is older than versions are.
+
         Raises:
             CheckpointError: the file is missing or damaged.
         """
@@ -51,7 +54,12 @@ class UpdateLog:
             tensors, header = read_tensors(self._file(round))
             told = json.loads(header["recording"])
             updates = [
-                Update(_unpacked(str(at), tensors, one["form"]).adapter, one["weight"], _peer(one["peer"]))
+                Update(
+                    _unpacked(str(at), tensors, one["form"]).adapter,
+                    one["weight"],
+                    _peer(one["peer"]),
+                    version=one.get("version"),
+                )
                 for at, one in enumerate(told["updates"])
             ]
             return _unpacked("state", tensors, told["state"]), updates

@@ -8,6 +8,7 @@ for a stemmer that nobody asks for, and takes every letter beyond a to z for a b
 
 import itertools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -90,7 +91,8 @@ def answer(
 
     A prompt is the part of an example that has no loss, so it is what training reads before a response. An
     answer may be as long as the longest response of all examples, but no longer than LONGEST tokens, nor than
-    the model has positions: it is empty where a prompt takes them all.
+    the model has positions. Of a prompt that takes all positions the first tokens are left out, with a
+    warning, so that it can be answered.
 
     Args:
         base: the frozen model, a decoder.
@@ -104,7 +106,7 @@ def answer(
     prompts = [(at, Example(base.task.prompt(example), [])) for at, example in enumerate(examples)]
     if longest is None:
         longest = min(LONGEST, max(examples[at].size - prompt.size for at, prompt in prompts))
-    room = base.room
+    prompts, room = _with_room(base, prompts, longest)
     ends = answer_ends(base)
     traits = base.traits if base.traits.prompts else replace(base.traits, limit=0)
     # A padded prompt must stay within the positions and the model's limit to the end of its answer.
@@ -122,8 +124,6 @@ def answer(
                 ids[line, width - prompt.size :] = torch.tensor(prompt.input_ids)
                 mask[line, width - prompt.size :] = 1
             most = longest if room is None else min(longest, room - width)
-            if most < 1:  # no position is left to answer at
-                return [""] * len(batch)
             with base.passing():
                 full = base.model.generate(
                     input_ids=ids.to(base.device),
@@ -139,6 +139,25 @@ def answer(
         for batch, texts in zip(batches, workers.map(generate, batches), strict=True):
             said |= {at: text for (at, _), text in zip(batch, texts, strict=True)}
     return [said[at] for at in range(len(examples))]
+
+
+def _with_room(base: Base, prompts: list[tuple[int, Example]], longest: int) -> tuple[Micro, int | None]:
+    """The prompts, each with a position left to answer at; and the positions, None where they are enough."""
+    room, widest = base.positions, max(prompt.size for _, prompt in prompts)
+    if room is None or (base.room is None and widest + longest <= room):
+        return prompts, None
+    if many := sum(prompt.size >= room for _, prompt in prompts):
+        kept = max(1, room - longest)
+        warnings.warn(
+            f"{many} of {len(prompts)} prompts take all {room} positions of '{base.path}', so only their "
+            f"last {kept} tokens are read; write shorter prompts, or say data.max_length={kept}",
+            stacklevel=2,
+        )
+        prompts = [
+            (at, Example(prompt.input_ids[-kept:], []) if prompt.size >= room else prompt)
+            for at, prompt in prompts
+        ]
+    return prompts, room
 
 
 def answer_ends(base: Base) -> list[int]:

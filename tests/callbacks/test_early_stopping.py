@@ -110,8 +110,73 @@ def test_a_run_stops_says_why_and_warns_of_test_rows(rows: str, tmp_path: Path) 
         "metric": None,
         "least_change": 1.0,
     }
-    again = fl.open(tmp_path / "run").resume(progress=False)  # stops at once, by its own config.yaml
-    assert (len(again.metrics), again.summary["stopped"]) == (2, run.summary["stopped"])
+
+
+STOPS = {"clients": 3, "rounds": 5, "evaluate": {"rows": "validation"}}
+
+
+def test_a_resumed_run_that_stopped_early_says_so_in_one_line_and_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fl.simulate(
+        "tiny",
+        "tiny",
+        **STOPS,
+        callbacks=[EarlyStopping(1, least_change=1.0)],
+        out=tmp_path / "run",
+        progress=False,
+    )
+    before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
+    capsys.readouterr()
+    again = fl.open(run.path).resume(rounds=9)
+    said = capsys.readouterr().out.strip()
+    assert "stopped early after round 2, since accuracy has not improved in 1 evaluated rounds" in said
+    assert "\n" not in said
+    assert {file: file.stat().st_mtime_ns for file in run.path.rglob("*")} == before
+    assert again.summary == run.summary
+
+
+def test_one_killed_between_its_stop_and_its_summary_announces_no_rounds_and_ends_as_it_would_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fl.simulate(
+        "tiny",
+        "tiny",
+        **STOPS,
+        callbacks=[EarlyStopping(1, least_change=1.0)],
+        out=tmp_path / "run",
+        progress=False,
+    )
+    was = run.summary
+    (run.path / "summary.json").unlink()
+    capsys.readouterr()
+    again = fl.open(run.path).resume()
+    said = capsys.readouterr().out
+    assert "stopped after round 2, since accuracy has not improved" in said
+    assert "rounds 3 to 5" not in said
+    assert [again.summary[key] for key in ("stopped", "rounds", "adapter_sha256")] == [
+        was[key] for key in ("stopped", "rounds", "adapter_sha256")
+    ]
+
+
+class Impatient(Callback):
+    """Stops by what only it knows."""
+
+    def on_round_end(self, run: RunHandle, metrics: Any) -> None:
+        run.stop("enough")
+
+
+def test_a_run_that_an_own_callback_stopped_goes_on_without_it(tmp_path: Path) -> None:
+    run = fl.simulate(
+        "tiny",
+        "tiny",
+        **STOPS,
+        callbacks=[Impatient(), EarlyStopping(9)],
+        out=tmp_path / "run",
+        progress=False,
+    )
+    assert run.summary["rounds"] == 1
+    assert fl.open(run.path).resume(progress=False).summary["rounds"] == 5
 
 
 def test_the_command_line_has_it_and_refuses_it_where_no_round_is_evaluated() -> None:

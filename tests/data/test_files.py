@@ -85,14 +85,16 @@ def test_responses_stay_as_they_are(tmp_path: Path) -> None:
     ("columns", "came"),
     [
         ({}, "none of them"),
-        ({"text": "t"}, "got text"),
         ({"text": "t", "response": "r"}, "got text and response"),
         ({"text": "t", "label": "l", "prompt": "p", "response": "r"}, "text and label and prompt and resp"),
     ],
 )
-def test_anything_but_one_pair_of_columns_is_refused(columns: dict[str, str], came: str) -> None:
+def test_anything_but_one_pair_of_columns_is_refused(
+    columns: dict[str, str], came: str, tmp_path: Path
+) -> None:
+    (tmp_path / "unread.jsonl").write_text("no JSON")
     with pytest.raises(ConfigError, match=rf"text and label.*prompt and response.*{came}"):
-        load("unread.jsonl", **columns)
+        load(tmp_path / "unread.jsonl", **columns)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -101,6 +103,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match=r"folder\.csv: expected a readable file, got Is a directory"):
         rows_of(tmp_path / "folder.csv", text="text", label="label", labels="ab")
+    for name in ("data.xlsx", "data"):
+        (tmp_path / name).touch()
     with pytest.raises(DataError, match=r"data\.xlsx: .*\.jsonl, \.json, \.csv or \.tsv, got '\.xlsx'"):
         load(tmp_path / "data.xlsx", text="text", label="label")
     with pytest.raises(DataError, match=r"data: .*got none; convert"):
@@ -121,6 +125,11 @@ def test_a_missing_column_is_answered_with_those_that_exist_and_the_nearest(tmp_
         in said
     )
     said = message(tmp_path / "a.jsonl", '{"text": "x", "label": "a"}\n{"text": "x", "y": "a"}\n')
+    assert "a.jsonl:2: expected the key 'label', which the rows before have, got 'text', 'y'; add it" in said
+    said = message(tmp_path / "a.jsonl", '{"text": "x", "label": "a"}\n{"text": "x", "lable": "a"}\n')
+    assert "a.jsonl:2: expected the key 'label'" in said
+    assert "rename 'lable' in this row, or remove the row" in said
+    said = message(tmp_path / "a.jsonl", '\n{"text": "x", "y": "a"}\n')
     assert "a.jsonl:2: expected a column 'label', got 'text', 'y'; set data.label= to the right one" in said
     said = message(tmp_path / "b.jsonl", '{"q": "x", "a": "y"}\n', prompt="q", response="a", client="site")
     assert "'site'" in said
@@ -152,7 +161,7 @@ def test_a_bad_json_line_is_named_by_file_and_line(tmp_path: Path, line: str, wo
     ("rest", "where", "words"),
     [
         ("x,a,b\n", 2, "expected 2 cells as in the header, got 3; put quotes"),
-        ("x,a\ny\n", 3, "expected 2 cells as in the header, got 1"),
+        ("x,a\ny\n", 3, "got 1 and none for 'label'; write the missing ones (an empty cell keeps its ',')"),
         ('"two\nlines",a\n,b\n', 4, "expected text in 'text', got an empty cell"),
         ('x,a\n"open,b\n', 3, "broken quoting"),
         ('"x" y,a\n', 2, "broken quoting"),
@@ -232,3 +241,19 @@ def test_a_folder_is_refused_with_a_client_column_without_files_and_with_one_nam
 def test_a_site_has_one_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected a file ending in"):
         rows_of(folder(tmp_path / "sites"), text="text", label="label", labels="ab")
+
+
+def test_a_missing_file_is_named_before_its_columns_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nx,a\n")
+    for files in ({"train": tmp_path / "b.csv"}, {"train": tmp_path / "a.csv", "test": tmp_path / "b.csv"}):
+        with pytest.raises(DataError, match=r"b\.csv: expected a data file, got none"):
+            load(**files, label="label")
+
+
+def test_one_column_of_two_is_answered_with_the_other(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\nx,a\n")
+    said = r"^data\.text: expected the column of the text beside data\.label=kind, got none; say data\.text="
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path / "a.csv", label="kind")
+    with pytest.raises(ConfigError, match=r"^data\.response: expected the column of the response beside"):
+        load(tmp_path / "a.csv", prompt="q", text=None)

@@ -86,7 +86,7 @@ def test_a_missing_column_names_the_split(folder: str) -> None:
 
 
 def test_the_columns_are_checked_before_anything_is_loaded() -> None:
-    with pytest.raises(ConfigError, match="got text"):
+    with pytest.raises(ConfigError, match=r"beside data\.text=text, got none; say data\.label=COLUMN"):
         hub.load("some/set", text="text")
 
 

@@ -1,11 +1,13 @@
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fedlora as fl
 from fedlora.cli.main import main
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
@@ -46,6 +48,38 @@ def test_the_same_strategy_gives_the_run_s_own_states_to_the_bit(name: str, requ
     for line in rounds:
         assert line["recorded"]["delta_norm"] == line["replayed"]["delta_norm"]
         assert line["recorded"]["accuracy"] == line["replayed"]["accuracy"]
+
+
+@dataclass(frozen=True)
+class EveryTwo(fl.Scheduler):
+    """Aggregates two updates at a time; the other clients go on with what they were sent."""
+
+    def rounds(self, server: Any, grid: Any) -> Iterator[dict[str, Any]]:
+        out: list[str] = []
+        while not server.finished:
+            round = server.begin_round(grid)
+            out += grid.push_messages(server.messages(round))
+            replies, out = grid.pull_messages(out[:2]), out[2:]
+            yield server.finish_round(round, replies, keep_waiting=True)
+
+
+def test_an_update_of_an_earlier_state_is_held_against_what_its_client_was_asked(
+    tmp_path: Path, capsys: Any
+) -> None:
+    """FedEx-LoRA changes the base in every round, so that an update means nothing without its own state."""
+    settings = {"clients": 4, "rounds": 3, "ranks": 2, "scheduler": EveryTwo(), "record_updates": True}
+    client = fl.clients.LocalTraining(lr=0.05, steps=4)
+    run = tmp_path / "run"
+    fl.simulate("tiny", "tiny", strategy="fedexlora", client=client, **settings, out=run, progress=False)
+    main(["replay", str(run)])
+    rounds = replayed(run, "fedexlora")
+    assert [line["staleness"] for line in rounds] == [0, 1, 1]
+    assert [line["state"] for line in rounds][-1] == RunFolder(run).read_state()[1].digest()
+    for line in rounds:
+        assert line["recorded"]["aggregation_error"] == line["replayed"]["aggregation_error"]
+    assert "staleness" in capsys.readouterr().out
+    main(["replay", str(run), "strategy=flora"])
+    assert all(line["replayed"]["aggregation_error"] > 0 for line in replayed(run, "flora"))
 
 
 @pytest.mark.parametrize("other", ["flexlora", "flora", "fedexlora", "raflora"])

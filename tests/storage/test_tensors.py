@@ -1,6 +1,7 @@
 """Files of tensors: what comes back is what was written, any damage is refused, and the format stays."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,21 @@ def sha(text: str, tensors: dict[str, torch.Tensor]) -> str:
     for name, t in sorted(tensors.items()):
         found.update(f"{name}:{t.dtype}:{tuple(t.shape)};".encode() + t.contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def test_an_update_keeps_the_version_it_started_from_and_one_recorded_before_there_were_any_has_none(
+    tmp_path: Path, state: State
+) -> None:
+    log = UpdateLog(tmp_path)
+    log.write(4, state, [Update(state.adapter, 2.0, Peer(at, 2), version=at) for at in (2, 3)])
+    assert [update.version for update in log.read(4)[1]] == [2, 3]
+    file = tmp_path / "updates" / "round-000004.safetensors"
+    tensors, texts = read_tensors(file)
+    told = json.loads(texts["recording"])
+    for one in told["updates"]:
+        del one["version"]
+    write_tensors(file, tensors, {"recording": json.dumps(told)})
+    assert [(update.weight, update.version) for update in log.read(4)[1]] == [(2.0, None)] * 2
 
 
 def test_the_digests_of_the_three_kinds_of_files_stay(tmp_path: Path, state: State) -> None:

@@ -1,11 +1,20 @@
 """Scores against numbers by hand, and the choice of rows."""
 
+import warnings
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import decoders
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from fedlora.data import Row
-from fedlora.training.generation import Answer, chosen, exact, rouge_l, scores
+from fedlora.core.adapter import Adapter
+from fedlora.core.messages import Task
+from fedlora.data import Example, Row
+from fedlora.models import Base, load
+from fedlora.models.packaged import tiny
+from fedlora.training.generation import Answer, answer, chosen, exact, rouge_l, scores
 
 
 @pytest.mark.parametrize(
@@ -88,3 +97,59 @@ def test_scores_are_means_over_rows_and_over_each_clients_rows() -> None:
         "b": {"answered": 2, "exact_match": 0.0, "rouge_l": pytest.approx(0.25)},
     }
     assert scores([]) == {}
+
+
+POSITIONS = 32
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def decoder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Base:
+    """A random decoder of 32 positions, computed or in a table, that never ends its turn."""
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny())
+    tokenizer.eos_token = "[UNK]"
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save_pretrained(tmp_path / "model")
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    if request.param == "llama":
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, **ends, max_position_embeddings=POSITIONS))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=POSITIONS, **ends))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[1] = 0.0  # the token that ends a turn is never the likeliest
+    model.save_pretrained(tmp_path / "model")
+    return load(tmp_path / "model", "instruction")
+
+
+def test_an_answer_ends_with_the_positions_that_the_model_was_trained_for(decoder: Base) -> None:
+    assert decoder.positions == POSITIONS
+    lengths: list[int] = []
+    generate = decoder.model.generate
+
+    def seen(**given: object) -> torch.Tensor:
+        found = generate(**given)
+        lengths.append(found.shape[1])
+        return found
+
+    decoder.model.generate = seen  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for size in (5, 24, 30):
+            prompt = Example([2 + i % 90 for i in range(size)], [-100] * size)
+            answer(decoder, Task(Adapter({})), [prompt], longest=8)
+    assert lengths == [13, 32, 32]
+
+
+def test_a_prompt_that_takes_all_positions_is_answered_by_its_last_tokens_with_a_warning(
+    decoder: Base,
+) -> None:
+    long = [2 + i % 90 for i in range(40)]
+    task = Task(Adapter({}))
+    with pytest.warns(UserWarning, match=r"1 of 2 prompts take all 32 positions .* last 24 tokens are read"):
+        found = answer(decoder, task, [Example([5, 6], [-100] * 2), Example(long, [-100] * 40)], longest=8)
+    assert found[1]
+    assert found == answer(
+        decoder, task, [Example([5, 6], [-100] * 2), Example(long[-24:], [-100] * 24)], longest=8
+    )

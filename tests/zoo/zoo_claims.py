@@ -229,15 +229,18 @@ def threads(case: Case) -> None:
 
 def answers(case: Case) -> None:
     """A decoder answers prompts of all lengths as plain PEFT does, one by one and unpadded."""
-    base, positions = case.base, case.base.room or 64
+    base, positions = case.base, case.base.positions or 64
     said, most = [34, 5, 12, 2, positions - 2, positions], 6  # tokens of a prompt, and of an answer
     ids = [row.input_ids for row in rows(case.entry, len(said), 4, [n + most for n in said])]
     held = [Example(all, [-100] * n + all[n:]) for n, all in zip(said, ids, strict=True)]
-    found = answer(base, Task(case.adapter(0)), held)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the longest prompt takes all positions
+        found = answer(base, Task(case.adapter(0)), held)
     ends = answer_ends(base)
     for n, all, got in zip(said, ids, found, strict=True):
-        left = most if base.room is None else min(most, base.room - n)
-        want = generated(case.peft, all[:n], left, ends, base.pad_id) if left else []
+        read = all[:n] if n < positions or base.positions is None else all[n - positions + most : n]
+        left = most if base.positions is None else min(most, positions - len(read))
+        want = generated(case.peft, read, left, ends, base.pad_id)
         assert got == base.tokenizer.decode(want, skip_special_tokens=True), f"a prompt of {n} tokens"
 
 

@@ -9,13 +9,12 @@ w is all that a client trains: factors, head, and its own parts where it has som
 the round. The proximal term pulls on the factors and not on their product.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_number
 from fedlora.training.rules.base import LocalRule
 
 
@@ -32,8 +31,7 @@ class FedProx(LocalRule):
     independent_of_rows = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mu < math.inf:
-            raise ConfigError(f"FedProx.mu: expected a number of at least 0, got {self.mu}")
+        check_number("FedProx.mu", self.mu, least=0)
 
     def gradient(self, tensors: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """μ (w − w^t)."""
