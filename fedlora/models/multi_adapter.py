@@ -94,6 +94,8 @@ class MultiAdapterModel:
             raise ModelError(
                 f"the factors of {type(self._forms[0]).__name__} have no gradient for each row; use LoRA"
             )
+        # Read once: a head is lent other parameters while rows are given their own, in any thread.
+        self._trained = [self._groups(slot) for slot in range(len(tasks))]
         alone = range(len(tasks)) if per_row else ()
         self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in alone])
         self._routing = Routing(len(tasks), base.traits.by_row, base.device, self._rows.on)
@@ -168,17 +170,17 @@ class MultiAdapterModel:
 
         Without factors that lie in stacks: their gradients are then added to those that they have.
         """
-        parameters = [p for slot in slots for p in self._differentiated(slot)]
+        groups = [item for slot in slots for item in self.factors(slot).items()]
+        parameters = [p for name, found in groups for p in found if name == "head" or not self.stacks]
         anchor = [] if self.stacks is None else [self.stacks.anchor]
         found = torch.autograd.grad(loss, [*self.leaves(parameters), *anchor], allow_unused=True)
         return list(zip(parameters, found[: len(parameters)], strict=True))
 
-    def _differentiated(self, slot: int) -> list[nn.Parameter]:
-        groups = self.factors(slot)
-        return groups.get("head", []) if self.stacks else [p for found in groups.values() for p in found]
-
     def factors(self, slot: int) -> dict[str, list[nn.Parameter]]:
         """One slot's trainable parameters, in groups: "A", "B", the parametrization's words, and "head"."""
+        return self._trained[slot]
+
+    def _groups(self, slot: int) -> dict[str, list[nn.Parameter]]:
         modules = self._factors[slot].values()
         names = ("A", "B", *self._forms[slot].factors)
         groups = {factor: [own[factor] for own in modules if factor in own] for factor in names}
@@ -193,10 +195,11 @@ class MultiAdapterModel:
             found |= {f"{name}.{key}": p for key, p in head.named_parameters()}
         return found
 
-    def adapter(self, slot: int) -> Adapter:
-        """A copy of one slot's adapter as it now is, on the CPU."""
+    def adapter(self, slot: int, copy: bool = True) -> Adapter:
+        """One slot's adapter as it now is, on the CPU; without `copy` it changes with further training."""
         stacked = self.stacks.tensors(slot) if self.stacks else {}
-        own = {n: p.detach().clone().cpu() for n, p in self.parameters(slot).items() if n not in stacked}
+        left = {n: p.detach() for n, p in self.parameters(slot).items() if n not in stacked}
+        own = {n: (p.clone() if copy else p).cpu() for n, p in left.items()}
         return self._tasks[slot].adapter.with_tensors(own | stacked)
 
     def _hook(self, name: str) -> Any:

@@ -68,6 +68,15 @@ class Learner:
             _add(rule, self.named, self.start)
 
 
+class _Optimizer:
+    """A client's optimizer, at the rates that it began with, and what makes its gradients private."""
+
+    def __init__(self, job: FitJob, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.rates = [group["lr"] for group in optimizer.param_groups]
+        self.private = None if job.mechanism is None else job.mechanism.wrap(optimizer)
+
+
 class Apart:
     """Each client has an optimizer of its own.
 
@@ -83,12 +92,14 @@ class Apart:
         self._bank, self._how = bank, how
         self._learners = [Learner(job, bank, slot) for slot, job in enumerate(jobs)]
         self._groups = [bank.factors(slot) for slot in range(len(jobs))]
-        self._optimizers = [how.make_optimizer(groups) for groups in self._groups]
-        self._rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in self._optimizers]
-        self._private = [
-            None if job.mechanism is None else job.mechanism.wrap(optimizer)
-            for job, optimizer in zip(jobs, self._optimizers, strict=True)
-        ]
+        self._clipped = [0.0 if job.mechanism else None for job in jobs]
+        self._optimizers: dict[int, _Optimizer] = {}  # of the clients that are on their way
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """Make the optimizers of these clients, before the gradients of their first step."""
+        for slot in slots:
+            optimizer = self._how.make_optimizer(self._groups[slot])
+            self._optimizers[slot] = _Optimizer(self._learners[slot].job, optimizer)
 
     def step(self, slots: Sequence[int], step: int, workers: Workers) -> None:
         """Move these clients by the gradients that are there, noised ones under privacy.
@@ -101,24 +112,28 @@ class Apart:
             self._bank.stacks.moved()
 
     def adapter(self, slot: int) -> Adapter:
-        """What a client has trained."""
-        return self._bank.adapter(slot)
+        """What a client has trained; the bank's own tensors, which nothing may train further."""
+        return self._bank.adapter(slot, copy=False)
 
     def clipped(self, slot: int) -> float | None:
         """The share of a client's rows whose gradient was longer than its mechanism's clip."""
-        private = self._private[slot]
-        return None if private is None else private.clipped / max(1, private.seen)
+        return self._clipped[slot]
 
     def _move(self, slot: int, step: int) -> None:
-        learner, private = self._learners[slot], self._private[slot]
-        if private is not None:
-            private.release(len(learner.job.batches[step]))
+        learner, own = self._learners[slot], self._optimizers[slot]
+        if own.private is not None:
+            own.private.release(len(learner.job.batches[step]))
         if step == 0:
             check_called([p for found in self._groups[slot].values() for p in found])
         learner.add_rules()
         factor = self._how.factor(step, learner.steps)
         keep = self._bank.stacks is not None  # windows on what is there for all
-        move(self._optimizers[slot], self._how.clip, self._rates[slot], factor, keep)
+        move(own.optimizer, self._how.clip, own.rates, factor, keep)
+        if step + 1 == learner.steps:  # what an optimizer remembers is as large as two adapters
+            if own.private is not None:
+                self._clipped[slot] = own.private.clipped / max(1, own.private.seen)
+            del self._optimizers[slot]
+            learner.start = {}
 
 
 def accumulate(grads: Gradients) -> None:

@@ -56,6 +56,9 @@ class Together:
         idle = [slot for slot, learner in enumerate(self._learners) if not learner.steps]
         self._done = {slot: bank.adapter(slot) for slot in idle}
 
+    def begin(self, slots: Sequence[int]) -> None:
+        """Nothing: there is one optimizer from the start."""
+
     def step(self, slots: Sequence[int], step: int, workers: Workers) -> None:
         """Move these clients by the gradients that are there; the same as `Apart.step`, up to rounding."""
         if step == 0:

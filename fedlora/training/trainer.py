@@ -89,6 +89,7 @@ def fit(
             """All steps of clients that share micro-batches, and wait for nobody else: their rows' losses."""
             owners: list[int] = []
             told: list[Tensor] = []
+            team.begin(slots)
             for step in range(max(len(jobs[slot].batches) for slot in slots)):
                 live = {slot: jobs[slot].batches[step] for slot in slots if step < len(jobs[slot].batches)}
                 rows = [(slot, row) for slot, batch in live.items() for row in batch]

@@ -11,7 +11,8 @@ from fedlora.core.messages import Task
 from fedlora.data import Example, collate
 from fedlora.models import Base, MultiAdapterModel, Traits, load, targets
 from fedlora.models.packaged import tiny
-from fedlora.training import evaluation, trainer
+from fedlora.training import evaluation
+from fedlora.training import passes as training_passes
 from fedlora.training.batches import count, groups, micro_batches
 from fedlora.training.evaluation import evaluate
 from fedlora.training.steps import FitJob
@@ -124,7 +125,7 @@ def passes(monkeypatch: Any) -> list[int]:
         seen.append(sum(len(row.input_ids) for _, row in micro))
         return spied(base, bank, micro, slots)
 
-    for module in (trainer, evaluation):
+    for module in (training_passes, evaluation):
         monkeypatch.setattr(module, "losses_of", losses_of)
     return seen
 
