@@ -10,13 +10,14 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedlora.data import Example
+from fedlora.engines.client_memory import ClientMemory, Downloads
 from fedlora.errors import CheckpointError, ConfigError, IncompatibleUpdates, PrivacyError
 from fedlora.models import Base
 from fedlora.privacy import Ledger
 from fedlora.rounds.codec import FAILED, REFUSED, read_task, write_update
 from fedlora.secure_aggregation import protocol
 from fedlora.secure_aggregation.masked_round import SUM, write_masked
-from fedlora.storage.client_state import ClientStore, DownloadCache
+from fedlora.storage.client_state import DownloadCache
 from fedlora.training.client import Client, TrainRequest, TrainResult
 
 Result = TypeVar("Result")
@@ -48,9 +49,9 @@ class ClientRuntime:
     base: Base
     client: Client
     rows: Callable[[int], Sequence[Example]]
-    memory: ClientStore | None = None
+    memory: ClientMemory | None = None
     held_out: bool = False
-    shelf: DownloadCache = field(default_factory=DownloadCache)
+    shelf: Downloads = field(default_factory=DownloadCache)
     bases: Sequence[Base] = ()
     most: int | None = None
     masked: bool = False
