@@ -1,7 +1,7 @@
 """What clients keep between rounds, as their runtime asks for it, and as it travels to another machine.
 
-A run keeps it in its folder (`fedlora.storage.client_state`). A group of clients that trains elsewhere is sent
-what it may read, and comes back with a log of what it would have written, which the folder's owner writes.
+A run keeps it in its folder (`fedlora.storage.client_state`). A group of clients that trains elsewhere is
+sent what it may read, and comes back with a log of what is to be written, which the folder's owner writes.
 """
 
 from collections import defaultdict
@@ -65,7 +65,7 @@ class ClientCopy:
     """
 
     kept: Mapping[str, Tensor] | FedLoraError
-    ledger: Ledger | None | FedLoraError
+    ledger: Ledger | FedLoraError | None
     answered: int | FedLoraError
     held: Mapping[str, Tensor]
 

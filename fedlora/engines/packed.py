@@ -1,7 +1,7 @@
 """Objects in bytes, their tensors beside them as arrays, which Ray's object store lends without a copy.
 
-The base model of a run is packed once, and every actor of a machine builds it over the one copy of its weights
-that the object store of the machine holds.
+The base model of a run is packed once, and every actor of a machine builds it over the one copy of its
+weights that the object store of the machine holds.
 """
 
 import io
@@ -91,7 +91,8 @@ def pack(thing: Any) -> Packed:
             return found.setdefault(id(part), (len(found), part))[0]  # type: ignore[arg-type]
 
     file = io.BytesIO()
-    Pickler(file, protocol=5).dump(thing)
+    pickler: Any = Pickler(file, protocol=5)  # type: ignore[no-untyped-call]
+    pickler.dump(thing)
     tensors = [tensor for _, tensor in found.values()]
     data = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for t in tensors]
     return Packed(np.frombuffer(file.getbuffer(), np.uint8), data, [Form.of(t) for t in tensors])
@@ -105,4 +106,4 @@ def unpack(packed: Packed) -> Any:
         def persistent_load(self, number: int) -> Tensor:
             return tensors[number]
 
-    return Unpickler(io.BytesIO(packed.rest)).load()
+    return Unpickler(io.BytesIO(packed.rest.tobytes())).load()

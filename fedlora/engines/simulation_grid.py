@@ -1,8 +1,8 @@
 """Flower's Grid over clients whose state one process holds, and which of them are trained in one pass.
 
 Messages of a round are grouped in the order they were sent, as many clients together as a target of tokens
-and memory allows; groups follow config and data, so that a run's result does not depend on the machine, nor on
-how many machines there are. Replies are made when they are asked for.
+and memory allows; groups follow config and data, so that a run's result does not depend on the machine, nor
+on how many machines there are. Replies are made when they are asked for.
 """
 
 import logging
