@@ -67,7 +67,8 @@ class Form:
         frozen = self.parameter and not self.trained
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that nobody must write to what is lent
-            found = torch.from_numpy(data).view(self.dtype).reshape(self.shape)
+            flat = torch.from_numpy(data)
+        found = (flat.view(self.dtype) if len(data) else flat.to(self.dtype)).reshape(self.shape)
         if self.device != "cpu":
             found = found.to(self.device)
         elif not frozen:

@@ -224,7 +224,9 @@ class Actors:
         try:
             there = ray.get(reference)
         except RayTaskError as error:
-            raise FedLoraError(f"engine=ray: an actor could not begin: {_why(error)}") from error
+            lacks = isinstance(getattr(error, "cause", None), ModuleNotFoundError)
+            more = "; install it on every node, or use `ray job submit --working-dir .`" if lacks else ""
+            raise FedLoraError(f"engine=ray: an actor could not begin: {_why(error)}{more}") from error
         except RayError as error:
             self._failed += 1
             if self._failed >= ATTEMPTS:

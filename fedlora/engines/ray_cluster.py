@@ -107,11 +107,7 @@ def connect(address: str | None, cpus: float) -> str:
             return f"ray: the cluster at {here}, shared with the runs before"
         ray.shutdown()
     _connected[:] = []
-    quiet: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "include_dashboard": False,
-    }
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as future releases do; else it warns
     if wanted == LOCAL:
         more = max(cpus, os.cpu_count() or 1)

@@ -26,14 +26,13 @@ from flwr.app import Message
 
 from fedlora.core.method import MethodPart
 from fedlora.data import Example
-from fedlora.engines.client_memory import ClientCopy, replay
+from fedlora.engines.client_memory import CarriedMemory, ClientCopy, replay
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.engines.packed import Packed, pack
 from fedlora.engines.ray_actors import Actors, Trained, Work, carried
 from fedlora.engines.simulation_grid import Group, SimulationGrid, answer, failure
 from fedlora.errors import FedLoraError
 from fedlora.rounds.codec import read_task
-from fedlora.storage.client_state import DownloadCache
 
 
 class RayGrid(SimulationGrid):
@@ -124,7 +123,8 @@ def packed_site(site: ClientRuntime) -> Packed:
 
     Tasks have parts of classes that their receiver must have loaded, so those of this process go along.
     """
-    return pack((replace(site, rows=_no_rows, memory=None, shelf=DownloadCache()), _below(MethodPart)))
+    nothing = CarriedMemory({})
+    return pack((replace(site, rows=_no_rows, memory=nothing, shelf=nothing), _below(MethodPart)))
 
 
 def _no_rows(client: int) -> Sequence[Example]:
