@@ -252,6 +252,7 @@ class Actors:
             return _why(error)
         except RayError as error:
             work.lost.append(_why(error))
+            ray.kill(actor)  # if it was only out of reach, nobody waits for it any more
             self._start()
             if len(work.lost) < ATTEMPTS:
                 self._warn(f"an actor died, and its {clients} will be trained elsewhere: {work.lost[-1]}")

@@ -5,6 +5,7 @@ ends with this process.
 """
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -111,7 +112,7 @@ def connect(address: str | None, cpus: float) -> str:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as future releases do; else it warns
     if wanted == LOCAL:
         more = max(cpus, os.cpu_count() or 1)
-        ray.init(LOCAL, num_cpus=int(more), include_dashboard=False, **quiet)
+        ray.init(LOCAL, num_cpus=math.ceil(more), include_dashboard=False, **quiet)
     else:
         _join(wanted, quiet)
     _connected[:] = [wanted]

@@ -8,12 +8,11 @@ reads or writes a file, so no file system has to be shared.
 **What privacy costs when a node dies.** A client of differential privacy releases its reply to the server,
 and the server is this process. A reply that was lost with its node was read by nobody: Ray raises instead of
 giving a part of it, no file holds it, and the noise of the second attempt is its own. So a group that is done
-again releases one result, and the ledger has one entry. Once this process has read a result, in contrast, it
-counts as released, whatever happens next: its entry is on disk before any code of the server sees the reply,
-a client whose entry cannot be written is dropped, and no group is done again of which a result was read. For
-the same reason the masks of a secure sum, which hide one vector alone, may serve the second attempt. All this
-holds as long as nobody but this process reads the object store of the cluster, and as long as a node does not
-die because of the noise that it drew.
+again releases one result, and the ledger has one entry. A result that this process has read, in contrast, is
+never made again in its round: its entry is on disk before any code of the server sees the reply, and a client
+whose entry cannot be written is dropped. For the same reason the masks of a secure sum, which hide one vector
+alone, may serve the second attempt. All this holds as long as nobody but this process reads the object store
+of the cluster, and as long as a node does not die because of the noise that it drew.
 """
 
 import itertools
