@@ -18,7 +18,7 @@ port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
 
 # A job that was requeued goes on with what is in its folder.
 if [ -e "$out/config.yaml" ]; then
-    run=(fedlora run "resume=$out" engine.address=auto)
+    run=(fedlora run "resume=$out")
 else
     run=(fedlora run engine=ray engine.address=auto "out=$out" "$@")
 fi

@@ -232,3 +232,21 @@ def test_a_missing_ray_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install .*fedlora\[ray\]"):
         run(*MIXED, "engine=ray", out=tmp_path / "ray")
+
+
+def test_a_run_goes_on_at_a_cluster_that_has_moved(
+    run: Callable[..., Any], result: Any, two: Any, tmp_path: Path
+) -> None:
+    from fedlora.cli.run_job import run_job
+    from fedlora.config.resume import continued
+
+    alone = run(*MIXED, "strategy=flora")
+    path = tmp_path / "ray"
+    run(*MIXED, "strategy=flora", "rounds=1", "engine=ray", "engine.address=auto", out=path)
+    config = continued(path, ["rounds=2", f"engine.address={two.address}"])
+    assert config.engine.address == two.address
+    found = result(run_job(config, Console()))
+    assert tensors(found.path / "adapter") == tensors(alone.path / "adapter")
+    assert f"address: {two.address}" in (path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"only rounds=N can change .* got 'engine\.actors=9'"):
+        continued(path, ["rounds=3", "engine.actors=9"])
