@@ -25,7 +25,7 @@ ANSWERS = 10.0  # seconds for a cluster's head to answer
 LOOKS = 300.0  # seconds for a node to begin a process and say what is installed there
 SAME = ("python", "ray", "fedlora", "torch", "transformers")  # what objects of one node need at another
 
-_connected: list[str] = []  # the address to which this module has connected this process, or LOCAL
+_connected: list[str] = []  # what this module was asked to connect to, or LOCAL, and where that was
 
 
 @dataclass(frozen=True)
@@ -97,17 +97,16 @@ def connect(address: str | None, cpus: float) -> str:
     wanted = address or os.environ.get(VARIABLE) or LOCAL
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
-        if not _connected:  # by the user, whom null and auto suit
+        if _connected[1:] != [here]:  # by the user, whom null and auto suit
             if address in (None, "auto", here):
                 return f"ray: the cluster at {here}, to which this process was connected before"
             raise ConfigError(
                 f"engine.address: this process is connected to the Ray at {here} already, got '{address}'; "
                 "say ray.shutdown() first, or engine.address=null"
             )
-        if _connected == [wanted] and (wanted != LOCAL or _cores() >= cpus):
+        if _connected[0] == wanted and (wanted != LOCAL or _cores() >= cpus):
             return f"ray: the cluster at {here}, shared with the runs before"
         ray.shutdown()
-    _connected[:] = []
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as future releases do; else it warns
     if wanted == LOCAL:
@@ -115,12 +114,11 @@ def connect(address: str | None, cpus: float) -> str:
         ray.init(LOCAL, num_cpus=math.ceil(more), include_dashboard=False, **quiet)
     else:
         _join(wanted, quiet)
-    _connected[:] = [wanted]
+    _connected[:] = [wanted, ray.get_runtime_context().gcs_address]
     if wanted == LOCAL:
         return "ray: started on this machine for this process; engine.address=auto joins a running cluster"
     count = len(nodes())
-    at = ray.get_runtime_context().gcs_address
-    return f"ray: joined the cluster at {at} of {count} node{'s' * (count != 1)}"
+    return f"ray: joined the cluster at {_connected[1]} of {count} node{'s' * (count != 1)}"
 
 
 def _join(address: str, quiet: Mapping[str, Any]) -> None:

@@ -62,6 +62,23 @@ def test_the_variable_of_ray_is_followed_and_named(monkeypatch: pytest.MonkeyPat
         connect(None, 1)
 
 
+def test_a_connection_of_the_user_is_used_and_never_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Context:
+        gcs_address = "10.0.0.9:6379"
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.delattr(ray, "shutdown")
+    for address in (None, "auto", "10.0.0.9:6379"):
+        assert connect(address, 99) == (
+            "ray: the cluster at 10.0.0.9:6379, to which this process was connected before"
+        )
+    with pytest.raises(
+        ConfigError, match=r"connected to the Ray at 10\.0\.0\.9:6379 already, got '10\.0\.0\.1:1'"
+    ):
+        connect("10.0.0.1:1", 1)
+
+
 @pytest.mark.parametrize("wrong", [{"actors": 0}, {"cpus": 0}, {"gpus": -1.0}, {"fuse": 0}, {"fuse": "all"}])
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=rf"engine\.{next(iter(wrong))}"):
