@@ -45,7 +45,7 @@ def test_the_slurm_script_starts_ray_everywhere_and_the_run_once(tmp_path: Path)
     words = script(tmp_path, "data=trec", "data.text=a b", folder=tmp_path / "out")
     split = words.index("--")
     assert words[:split] == [
-        *("--ntasks=2", "--ntasks-per-node=1", "ray", "symmetric-run", "--address", "node1:20007"),
+        *("--ntasks=2", "--ntasks-per-node=1", "ray", "symmetric-run", "--address", "node1:6379"),
         *("--min-nodes", "2", "--num-cpus=16"),
     ]
     run = ["fedlora", "run", "engine=ray", "engine.address=auto", f"out={tmp_path / 'out'}"]

@@ -1,8 +1,10 @@
 #!/bin/bash
 # A run of fedlora over several nodes of Slurm: sbatch docs/cluster/slurm.sh data=trec strategy=flexlora rounds=20
-# Every node starts one Ray process, the first one also runs the command; Ray ends with the job.
+# Every node starts one Ray process, the first one also runs the command. At the end `ray symmetric-run` stops every
+# Ray of this user on its nodes, hence --exclusive.
 #SBATCH --job-name=fedlora
 #SBATCH --nodes=4
+#SBATCH --exclusive
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=16
 #SBATCH --mem=64G
@@ -14,7 +16,7 @@ set -euo pipefail
 export OMP_NUM_THREADS=1
 out=${FEDLORA_OUT:-runs/slurm-$SLURM_JOB_ID} # a folder that the first node can write to
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs may share a node
+port=6379
 
 # A job that was requeued goes on with what is in its folder.
 if [ -e "$out/config.yaml" ]; then
