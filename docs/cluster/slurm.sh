@@ -15,7 +15,7 @@ set -euo pipefail
 . "${FEDLORA_VENV:-$HOME/fedlora/.venv}/bin/activate" # the same versions on every node
 export OMP_NUM_THREADS=1
 out=${FEDLORA_OUT:-runs/slurm-$SLURM_JOB_ID} # a folder that the first node can write to
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port=6379
 
 # A job that was requeued goes on with what is in its folder.
@@ -25,5 +25,5 @@ else
     run=(fedlora run engine=ray engine.address=auto "out=$out" "$@")
 fi
 srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-    ray symmetric-run --address "$first:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    ray symmetric-run --address "${nodes[0]}:$port" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="$SLURM_CPUS_PER_TASK" -- "${run[@]}"
