@@ -18,6 +18,8 @@ from .translate import check_lacking
 def continued(path: Path, overrides: Sequence[str]) -> DictConfig:
     """The configuration to resume a run with: its own, with more rounds if `rounds=N` says so.
 
+    A run of engine=ray may go on at another `engine.address`, which changes nothing of its result.
+
     Raises:
         CheckpointError: the folder holds no run, or one that is finished.
         ConfigError: an override that would make it another run.
@@ -27,6 +29,9 @@ def continued(path: Path, overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         key, _, value = override.partition("=")
         if key == "resume":
+            continue
+        if key == "engine.address" and "address" in config.engine:  # a cluster may have moved
+            config.engine.address = None if value == "null" else value
             continue
         if key != "rounds" or not value.isdigit():
             raise ConfigError(f"resume: only rounds=N can change when a run is continued, got '{override}'")

@@ -6,7 +6,7 @@ session, which does the rounds. An engine may also hand the whole run to another
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -23,10 +23,6 @@ class Session(Protocol):
     @property
     def runtime(self) -> ClientRuntime:
         """The clients' side in this process."""
-
-    @property
-    def runtime_elsewhere(self) -> Callable[[], ClientRuntime]:
-        """Loads the clients' side in another process on the same file system; can be pickled."""
 
     @property
     def nodes(self) -> Sequence[Mapping[str, int]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlora.core.update_step import UpdateStep
 from fedlora.data import Example
+from fedlora.engines.client_memory import ClientMemory, Downloads
 from fedlora.engines.replies import client_halves, draft
 from fedlora.errors import CheckpointError, ConfigError, PrivacyError
 from fedlora.models import Base
@@ -19,7 +20,7 @@ from fedlora.privacy import Ledger
 from fedlora.rounds.codec import REFUSED, read_task
 from fedlora.secure_aggregation import protocol
 from fedlora.secure_aggregation.masked_round import SUM
-from fedlora.storage.client_state import ClientStore, DownloadCache
+from fedlora.storage.client_state import DownloadCache
 from fedlora.training.client import Client, TrainRequest, TrainResult
 
 Result = TypeVar("Result")
@@ -52,9 +53,9 @@ class ClientRuntime:
     base: Base
     client: Client
     rows: Callable[[int], Sequence[Example]]
-    memory: ClientStore | None = None
+    memory: ClientMemory | None = None
     held_out: bool = False
-    shelf: DownloadCache = field(default_factory=DownloadCache)
+    shelf: Downloads = field(default_factory=DownloadCache)
     bases: Sequence[Base] = ()
     most: int | None = None
     masked: bool = False

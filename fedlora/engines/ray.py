@@ -1,79 +1,100 @@
-"""A run on Flower's simulation: each client's work goes to one of several Ray actors, each with its own base.
+"""A run on a Ray cluster, for those who outgrow one machine: the groups of one process, over many actors."""
 
-On one machine the in-process engine is faster; this one is for a cluster that Ray knows of, and for GPUs.
-"""
-
-import functools
 import importlib.util
-import os
 from dataclasses import dataclass
 
-from fedlora.engines.base import Engine, Run
-from fedlora.engines.polling import PollingGrid
-from fedlora.engines.ray_actors import Simulated, simulation
+from fedlora.engines.base import Engine, Run, Session
+from fedlora.engines.simulation_grid import together
 from fedlora.errors import ConfigError
 
-BARE = 900 * 2**20  # bytes of an actor before it loads a model: Python, torch, transformers, Ray's share
+BARE = 900 * 2**20  # bytes of an actor before it works: Python, torch, transformers, Ray's share
 
 
 @dataclass(frozen=True)
 class Ray(Engine):
-    """Flower's simulation on a Ray cluster, or on the cores of this machine.
+    """Clients train in the actors of a Ray cluster; the result is that of one process, to the byte.
 
     Args:
-        actors: processes that train side by side; None takes one a core.
-        gpus: share of a GPU that each takes.
-        timeout: seconds after which a round goes on without those who have not answered.
-        over_select: share of clients sampled beyond clients_per_round, for whose number a round waits.
-        min_replies: share of the sampled clients without whose good updates a round changes nothing.
-        wait: seconds to wait until Ray has made the nodes.
+        address: auto joins the cluster that runs on this machine, HOST:PORT another; None joins that of the
+            variable RAY_ADDRESS where it is set, and else starts a Ray of this process's own.
+        actors: processes that train side by side; None takes as many as the nodes have room for.
+        cpus: cores of each actor.
+        gpus: GPUs of each actor, or a share of one; None takes one where the model is on a GPU, else none.
+        fuse: clients that train in one pass: "auto", or a number.
+        wait: seconds to wait for the first actor, and for another where the last one has died.
     """
 
+    address: str | None = None
     actors: int | None = None
-    gpus: float = 0.0
-    timeout: float | None = None
-    over_select: float = 0.0
-    min_replies: float = 0.0
-    wait: float = 60
+    cpus: float = 1
+    gpus: float | None = None
+    fuse: int | str = "auto"
+    wait: float = 600
 
     def __post_init__(self) -> None:
+        together(self.fuse)
         if self.actors is not None and self.actors < 1:
             raise ConfigError(
                 f"engine.actors: expected a whole number of at least 1 or null, got {self.actors}"
             )
+        if self.cpus <= 0 or (self.gpus is not None and self.gpus < 0):
+            raise ConfigError(
+                f"engine.cpus, engine.gpus: expected numbers above 0, got {self.cpus} and {self.gpus}"
+            )
 
     def run(self, run: Run) -> None:
-        """Run what is left of a federation on Ray's actors.
+        """Run what is left of a federation on the cluster.
 
         Raises:
-            ConfigError: Ray is not installed, or the memory will not do.
+            ConfigError: Ray is not installed, there is no such cluster, its nodes have other versions, or no
+                room.
+            FedLoraError: no actor is left, or nothing came of the run.
         """
         if importlib.util.find_spec("ray") is None:
             raise ConfigError(
                 'engine=ray: Ray is not installed; pip install "fedlora[ray]", or use engine=inprocess'
             )
+        from fedlora.engines import ray_cluster
+        from fedlora.engines.ray_actors import Actors
+        from fedlora.engines.ray_grid import RayGrid, packed_site
+
         with run.begin() as session:
-            nodes = session.nodes
-            actors = self.actors or min(os.cpu_count() or 1, len(nodes))
-            _check_memory(actors, sum(p.nbytes for p in session.runtime.base.model.parameters()))
-            client = Simulated(session.runtime_elsewhere, [node["rank"] for node in nodes])
-            polling = functools.partial(
-                PollingGrid, enough=session.enough, done=session.advance, late=session.warn
+            gpus = self._gpus(session)
+            said = ray_cluster.connect(self.address, self.cpus * (self.actors or 1))
+            there = ray_cluster.nodes()
+            ray_cluster.check_versions(there)
+            site = packed_site(session.runtime)
+            memory = BARE if gpus else BARE + site.nbytes  # a pass takes about as much as the weights
+            need = ray_cluster.Need(self.cpus, gpus, memory, site.nbytes)
+            fit, what = ray_cluster.room(need, there)
+            count = self.actors or min(fit, len(session.nodes))
+            if not count:
+                raise ConfigError(f"engine=ray: no node has room for an actor, which takes {need}; {what}")
+            more = f", {fit} of which have room now ({what})" if fit < count else ""
+            run.console.print(
+                f"{said}; {count} actor{'s' * (count != 1)}, each of {need}{more}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
             )
-            simulation(
-                lambda grid, stopped: session.run(polling(grid, poll=0.1, stopped=stopped)),
-                client,
-                len(nodes),
-                actors,
-                self.gpus,
+            actors = Actors(site, need, count, self.wait, session.warn)
+            try:
+                fuse = together(self.fuse)
+                session.run(RayGrid(session.runtime, session.nodes, actors, fuse, session.advance))
+            finally:
+                actors.close()
+
+    def _gpus(self, session: Session) -> float:
+        """GPUs of an actor.
+
+        Raises:
+            ConfigError: an actor without a GPU would hold a model that is on one, or the reverse.
+        """
+        kind = session.runtime.base.device.type
+        gpus = float(kind == "cuda") if self.gpus is None else self.gpus
+        if bool(gpus) != (kind == "cuda"):
+            raise ConfigError(
+                f"engine.gpus: expected {'more than 0' if kind == 'cuda' else '0'} with model.device={kind}, "
+                f"got {gpus:g}; say engine.gpus=null"
             )
-
-
-def _check_memory(actors: int, base: int) -> None:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    need = actors * (BARE + 2 * base)
-    if need > free:
-        raise ConfigError(
-            f"engine=ray: {actors} actors need about {need / 2**30:.1f} GB, {free / 2**30:.1f} are free; say "
-            f"engine.actors={max(1, int(actors * free / need))}, or engine=inprocess, which has one base"
-        )
+        return gpus

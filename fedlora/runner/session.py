@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -22,7 +22,6 @@ from fedlora.privacy.client_level import ClientLevelMechanism
 from fedlora.rounds.aggregation.choice import aggregation_for
 from fedlora.rounds.loop import ServerLoop
 from fedlora.rounds.registry import ClientRegistry
-from fedlora.storage.client_state import DownloadCache
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
 from fedlora.training.generation import scores
@@ -149,12 +148,6 @@ class Session:
         return replace(self.assembly.runtime, memory=self.folder.memory)
 
     @property
-    def runtime_elsewhere(self) -> Callable[[], ClientRuntime]:
-        """Loads the clients' side in another process on the same file system; can be pickled."""
-        alone = replace(self.spec, callbacks=())  # those stay here
-        return partial(load_runtime, alone, str(self.folder.path.absolute()))
-
-    @property
     def nodes(self) -> list[dict[str, int]]:
         """One node config a client."""
         return self.assembly.nodes()
@@ -267,16 +260,3 @@ class Session:
         if self.spec.privacy is None:
             return {}
         return privacy_report.spent(self.spec.privacy, self._ledgers(apart, lines).values())
-
-
-_loaded: dict[str, ClientRuntime] = {}
-
-
-def load_runtime(spec: RunSpec, folder: str) -> ClientRuntime:
-    """The clients' side of a run in a process of its own; loaded once, and kept for the next message."""
-    if folder not in _loaded:
-        _loaded.clear()  # the model of another run
-        cache = DownloadCache(Path(folder) / "checkpoint" / "clients")
-        made = assemble(spec).runtime
-        _loaded[folder] = replace(made, memory=RunFolder(Path(folder)).memory, shelf=cache)
-    return _loaded[folder]

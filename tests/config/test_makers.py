@@ -63,7 +63,7 @@ def test_a_plain_function_of_ours_is_called_for_rows_and_models_alone(group: str
     for name in (name for package in OURS[group] for name in functions(package)):
         for part in ({"_target_": name}, {"x": [{"_target_": name}]}):
             assert f"'{name}' is outside" in refusal(group, part)
-    assert "fedlora.engines.ray_actors.simulation" in functions("fedlora.engines")
+    assert "fedlora.engines.simulation_grid.answer" in functions("fedlora.engines")
 
 
 def refusal(group: str, part: Any) -> str:

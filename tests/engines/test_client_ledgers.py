@@ -9,48 +9,16 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message, RecordDict
+from spender import Spender
 
 from fedlora.core.messages import Task
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.errors import CheckpointError, ConfigError, PrivacyError
-from fedlora.privacy import DPSGD, Entry, Ledger, Plan
+from fedlora.privacy import Entry, Ledger
 from fedlora.rounds.codec import write_task
 from fedlora.storage.client_state import ClientStore
-from fedlora.training.client import Client, TrainRequest, TrainResult
 
 STEP = Entry(1.0, 0.1, 10)
-
-
-@dataclass(frozen=True)
-class Spender(Client):
-    """The engine's client without a model, under a budget of three rounds; fails where it is told to."""
-
-    inner: Any
-    fail: tuple[int, ...] = ()
-    participations: int = 3
-
-    def plan(self, rows: int) -> Plan | None:
-        privacy = DPSGD(epsilon=5.0, participations=self.participations, accountant="rdp")
-        return privacy.plan(100, 10, 10)
-
-    def train(self, base: Any, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
-        found = []
-        for a, outcome in zip(assignments, self.inner.train(base, assignments), strict=True):
-            plan = self.plan(len(a.rows))
-            assert plan is not None
-            assert plan.refusal(a.ledger) is None
-            if a.client in self.fail:
-                raise RuntimeError("no luck")
-            ledger = plan.after(a.ledger)
-            found.append(
-                replace(
-                    outcome, metrics=DPSGD(participations=1).told(plan, ledger), ledger=ledger, examples=1
-                )
-            )
-        return found
-
-    def step_tokens(self, rows: Sequence[Any]) -> int:
-        return 10
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
-import fedlora.engines.in_process as grid_module
+import fedlora.engines.simulation_grid as grid_module
 from fedlora.core.messages import Peer, Task
 from fedlora.rounds.codec import read_update, write_task
 
