@@ -20,6 +20,7 @@ from fedlora.data import Dataset
 from fedlora.engines.base import Engine
 from fedlora.errors import ConfigError
 from fedlora.models import parametrizations
+from fedlora.models.device import AUTO, chosen_dtype
 from fedlora.privacy import Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
@@ -64,6 +65,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         return given[name] if name in given else made()
 
     check_lacking(config, given)
+    config = settled(config)
     privacy: Privacy | None = part("privacy", lambda: named(config, "privacy", Privacy))
     added = given.get("callbacks", ())
     return RunSpec(
@@ -128,6 +130,17 @@ def kept_spec(config: DictConfig, given: Mapping[str, Any] | None = None, strate
         rows = DataSpec(source=lacking, name=config.data.name, max_length=config.data.max_length)
         return run_spec(config, parts | {"data": rows})
     return run_spec(config, parts)
+
+
+def settled(config: DictConfig) -> DictConfig:
+    """The configuration with what this machine decides: a model's dtype where that is auto.
+
+    A run keeps what comes out, so that whoever resumes, exports or verifies it elsewhere has the same.
+    """
+    if config.model.get("dtype") != AUTO:
+        return config
+    dtype = chosen_dtype(AUTO, config.model.device)
+    return OmegaConf.merge(config, {"model": {"dtype": dtype}})  # type: ignore[return-value]
 
 
 def model_spec(config: DictConfig) -> ModelSpec:

@@ -15,6 +15,7 @@ from fedlora.errors import ModelError
 from fedlora.models.attention import attend_our_way, attend_plainly, takes_our_attention
 from fedlora.models.base import Base
 from fedlora.models.checkpointing import checkpointed
+from fedlora.models.device import check_device, chosen_dtype
 from fedlora.models.first_token import only_first_token
 from fedlora.models.memory import Memory
 from fedlora.models.packing import packing_of
@@ -48,7 +49,8 @@ def load(
         path: a folder or a hub name.
         task: what it will be trained for, or the name of one of `fedlora.tasks.TASKS`.
         labels: the names of the model's outputs in their order, where they have some (`Dataset.labels`).
-        dtype: of the frozen weights, "float32" or "bfloat16"; adapters are float32 in any case.
+        dtype: of the frozen weights, "float32", "bfloat16" or "float64", or "auto" for the one that suits
+            the device; adapters are float32 in any case.
         device: "cpu", "cuda", "cuda:1" or "mps".
         seed: of made-up parameters.
         quantize: "4bit" or "8bit", on a GPU with bitsandbytes; heads and adapters stay as they are.
@@ -66,9 +68,10 @@ def load(
     from transformers.utils import CONFIG_NAME
 
     task = learning_task(task)
+    check_device(device)
+    dtype = chosen_dtype(dtype, device)
     if dtype not in ("float32", "bfloat16", "float64"):
-        raise ModelError(f"model.dtype: expected float32, bfloat16 or float64, got '{dtype}'")
-    _check_device(device)
+        raise ModelError(f"model.dtype: expected float32, bfloat16, float64 or auto, got '{dtype}'")
     chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     chosen["ignore_mismatched_sizes"] = True  # a head for other labels is made anew, below
     chosen["use_safetensors"] = None if allow_pickle else True
@@ -251,28 +254,6 @@ def _unfit(path: str, task: LearningTask) -> str | None:
         every = " and no ".join(dict.fromkeys(one.model for one in (*TASKS, task)))
         return f"model.path: {model} {every}; choose a model that reads text"
     return f"model: {task.needs}; {model} {task.model}"
-
-
-def _check_device(device: str) -> None:
-    """Raise ModelError unless torch can put tensors on a device of this name, here and now."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda", "mps"):
-        raise ModelError(f"model.device: expected cpu, cuda, cuda:1 or mps, got '{device}'")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[kind]
-    try:
-        if there:
-            torch.empty(1, device=device)
-    except RuntimeError as error:
-        raise ModelError(
-            f"model.device: torch cannot use '{device}' ({str(error).splitlines()[0]}); use model.device=cpu"
-        ) from error
-    if not there:
-        raise ModelError(
-            f"model.device: '{device}' was asked for, torch sees no GPU of that kind; use model.device=cpu"
-        )
 
 
 def _make_up(model: Any, missing: Sequence[str], seed: int) -> None:

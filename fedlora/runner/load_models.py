@@ -2,14 +2,12 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
+from collections.abc import Callable
 
 from fedlora.data import Dataset
 from fedlora.errors import ConfigError
 from fedlora.models import Base, load, load_given
+from fedlora.models.device import lacks_bfloat16
 
 from .spec import LoRASpec, ModelSpec
 
@@ -42,7 +40,7 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
     path = model.path or (model.source() if model.source is not None else None)
     if not path:
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
-    if model.dtype == "bfloat16" and model.device == "cpu" and _lacks_bfloat16():
+    if model.dtype == "bfloat16" and model.device == "cpu" and lacks_bfloat16():
         warnings.warn(
             "model.dtype=bfloat16: this processor has no instructions for it, so that it takes several times "
             "as long as float32; say model.dtype=float32",
@@ -50,9 +48,3 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
         )
     where = (model.dtype, model.device, seed, model.quantize, model.allow_pickle)
     return loader(path, dataset.task, dataset.labels, *where, model.gradient_checkpointing)
-
-
-def _lacks_bfloat16() -> bool:
-    """Whether this is known to be an x86 processor without instructions for it; older torch says nothing."""
-    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return told.get("architecture") == "x86_64" and not (told.get("amx_bf16") or told.get("avx512_bf16"))
