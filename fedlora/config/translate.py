@@ -155,6 +155,7 @@ def model_spec(config: DictConfig) -> ModelSpec:
         device=m.device,
         quantize=m.quantize,
         gradient_checkpointing=m.get("gradient_checkpointing"),
+        attention=m.get("attention"),
         allow_pickle=bool(m.get("allow_pickle")),
         lora_targets=plain(m.get("lora_targets", "all-linear")),
         lr=float(m.get("lr", ModelSpec.lr)),

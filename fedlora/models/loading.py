@@ -12,7 +12,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedlora.errors import ModelError
-from fedlora.models.attention import attend_our_way, attend_plainly, takes_our_attention
+from fedlora.models.attention import (
+    attend_our_way,
+    attend_plainly,
+    check_attends,
+    check_attention,
+    takes_our_attention,
+)
 from fedlora.models.base import Base
 from fedlora.models.checkpointing import checkpointed
 from fedlora.models.device import check_device, chosen_dtype
@@ -39,6 +45,7 @@ def load(
     quantize: str | None = None,
     allow_pickle: bool = False,
     gradient_checkpointing: bool | None = None,
+    attention: str | None = None,
     plain: bool = False,
 ) -> Base:
     """Load a transformers model from a folder or, by name, from the hub or its cache.
@@ -57,6 +64,9 @@ def load(
         allow_pickle: also load weights that are not safetensors; a pickle can hold more than weights.
         gradient_checkpointing: whether layers are computed once more on the way back, which takes a third
             more time and a fraction of the memory; None where a row does not fit a GPU otherwise.
+        attention: transformers' `attn_implementation`, such as "eager" or "flash_attention_2"; with another
+            than "sdpa" the model attends as transformers makes it, and is fed padded batches. None takes what
+            transformers does, and ours in the place of "sdpa".
         plain: leave the model as transformers makes it, its attention too, to compare ours with.
 
     Raises:
@@ -69,13 +79,14 @@ def load(
 
     task = learning_task(task)
     check_device(device)
+    check_attention(attention)
     dtype = chosen_dtype(dtype, device)
     if dtype not in ("float32", "bfloat16", "float64"):
         raise ModelError(f"model.dtype: expected float32, bfloat16, float64 or auto, got '{dtype}'")
     chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     chosen["ignore_mismatched_sizes"] = True  # a head for other labels is made anew, below
     chosen["use_safetensors"] = None if allow_pickle else True
-    chosen |= task.options(labels)
+    chosen |= task.options(labels) | ({} if attention is None else {"attn_implementation": attention})
     auto = getattr(transformers, task.auto)
     bits: dict[str, Any] = {}
     os.environ.setdefault(
@@ -88,8 +99,10 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         bits = quantized(quantize, auto, str(path), dtype, device)
         model, info = auto.from_pretrained(str(path), trust_remote_code=False, **chosen, **bits)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
+        if attention is not None and re.search(r"attention|attn", why, re.IGNORECASE):
+            raise ModelError(f"model.attention={attention}: {why}") from error
         if not allow_pickle and re.search(r"no file named \S+\.safetensors|and thus cannot be loaded", why):
             raise ModelError(
                 f"model.path: expected weights in safetensors, '{path}' has none; if it has pickled ones "
@@ -111,7 +124,8 @@ def load(
         raise ModelError(NO_TOKENIZER.format(path))
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     where = None if bits else device
-    return finished(model, tokenizer, task, missing, str(path), seed, where, gradient_checkpointing, plain)
+    how = (gradient_checkpointing, attention, plain)
+    return finished(model, tokenizer, task, missing, str(path), seed, where, *how)
 
 
 def finished(
@@ -123,6 +137,7 @@ def finished(
     seed: int = 0,
     device: str | None = None,
     gradient_checkpointing: bool | None = None,
+    attention: str | None = None,
     plain: bool = False,
 ) -> Base:
     """The base of a model that transformers has made: padded, frozen, tried.
@@ -136,6 +151,7 @@ def finished(
         seed: of the missing parameters.
         device: where it goes; None leaves it where it is.
         gradient_checkpointing: as for `load`.
+        attention: the one that was asked for, as for `load`; the model has it.
         plain: leave the model as transformers makes it, its attention too.
 
     Raises:
@@ -154,17 +170,19 @@ def finished(
     if device is not None:  # a quantised model is there already, and bitsandbytes does not let it move
         model.to(device)
     base = Base(model, tokenizer, task, heads, path)
-    return base if plain else _tried(base, gradient_checkpointing)
+    return base if plain else _tried(base, gradient_checkpointing, attention)
 
 
-def _tried(base: Base, gradient_checkpointing: bool | None) -> Base:
+def _tried(base: Base, gradient_checkpointing: bool | None, attention: str | None) -> Base:
     """The base with what is found out about its model, and with our attention where that changes nothing.
 
     Raises:
-        ModelError: its layers are to be checkpointed, and cannot be.
+        ModelError: its layers are to be checkpointed, or it is to attend in a way, and it cannot.
     """
     model, task = base.model, base.task
     trial = Trial(model, base.tokenizer, task, base.pad_id, base.room, base.path)
+    if attention not in (None, "sdpa"):
+        check_attends(trial, str(attention), base.path)
     traits = trial.traits()
     for line in traits.notices(base.path):
         warnings.warn(line, stacklevel=3)

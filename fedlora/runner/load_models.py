@@ -34,9 +34,9 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
         ModelError: no such model, or one that cannot do this.
     """
     seed = seed if dataset.task.new_head else 0  # only a new head is drawn from it
+    how = (model.gradient_checkpointing, model.attention)
     if model.loaded is not None:
-        given, checkpointing = model.loaded, model.gradient_checkpointing
-        return load_given(*given, dataset.task, dataset.labels, seed, model.name, checkpointing)
+        return load_given(*model.loaded, dataset.task, dataset.labels, seed, model.name, *how)
     path = model.path or (model.source() if model.source is not None else None)
     if not path:
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
@@ -47,4 +47,4 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
             stacklevel=2,
         )
     where = (model.dtype, model.device, seed, model.quantize, model.allow_pickle)
-    return loader(path, dataset.task, dataset.labels, *where, model.gradient_checkpointing)
+    return loader(path, dataset.task, dataset.labels, *where, *how)

@@ -44,6 +44,7 @@ class ModelSpec:
         quantize: 4bit or 8bit, on a GPU with bitsandbytes.
         gradient_checkpointing: compute layers once more on the way back, for less memory; None where a row
             does not fit a GPU otherwise.
+        attention: transformers' attn_implementation, such as flash_attention_2; None takes fedlora's own.
         allow_pickle: load weights that are not safetensors; only who starts the run can allow it.
         loaded: a transformers model and its tokenizer that are in memory already.
         lora_targets: the modules that get an adapter where the run names none.
@@ -57,6 +58,7 @@ class ModelSpec:
     device: str = "cpu"
     quantize: str | None = None
     gradient_checkpointing: bool | None = None
+    attention: str | None = None
     allow_pickle: bool = False
     loaded: tuple[Any, Any] | None = None
     lora_targets: Any = "all-linear"

@@ -1,4 +1,4 @@
-"""model.dtype=auto is decided once in a run, which keeps what came out."""
+"""model.dtype=auto is decided once in a run, which keeps what came out; model.attention is the model's."""
 
 from pathlib import Path
 from typing import Any
@@ -43,3 +43,14 @@ def test_a_run_from_python_keeps_what_came_out(tmp_path: Path, monkeypatch: pyte
     processor(monkeypatch, False)
     assert made.config["model"]["dtype"] == made.summary["dtype"] == "bfloat16"
     assert next(fl.open(tmp_path / "run").model().parameters()).dtype == torch.bfloat16
+
+
+def test_a_run_with_another_attention_learns_the_same(run: Any, capsys: Any) -> None:
+    with pytest.warns(UserWarning, match=r"model\.attention=eager: .* not packed"):
+        found = run("model.attention=eager", "strategy=flexlora")
+    plain = run("strategy=flexlora")
+    assert fl.open(found.path).spec.model.attention == "eager"
+    for one, other in zip(found.metrics, plain.metrics, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    with pytest.warns(UserWarning, match=r"model\.attention=eager"):
+        main(["verify", str(found.path)])
