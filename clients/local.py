@@ -79,7 +79,9 @@ class LocalTraining(Client):
         object.__setattr__(self, "rules", tuple(self.rules))
         for name in ("batch_size", "accumulate", "max_tokens", "epochs", "steps", "micro_tokens"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= 1):
+            if value is None and name not in ("batch_size", "accumulate"):
+                continue
+            if not (isinstance(value, int) and value >= 1):
                 raise ConfigError(f"client.{name}: expected a whole number of at least 1, got {value!r}")
         for name in ("lr", "lr_ratio", "head_lr", "clip"):
             value = getattr(self, name)

@@ -53,12 +53,12 @@ def check_attention(name: str | None) -> None:
     Raises:
         ModelError: says which names there are, or what is missing.
     """
+    if name is None:
+        return
     import transformers
 
     known = {"eager", *transformers.AttentionInterface().valid_keys()} - {OURS}
     known = {key for key in known if not key.startswith("paged|")}  # needs the cache of a server
-    if name is None:
-        return
     if name not in known:
         raise ModelError(f"model.attention: expected null, {', '.join(sorted(known))}, got '{name}'")
     usable = getattr(transformers.utils, f"is_{name.replace('attention', 'attn')}_available", lambda: True)

@@ -58,7 +58,11 @@ def lacks_bfloat16() -> bool:
 
 def _suited(kind: str) -> tuple[str, str]:
     """The dtype that suits a kind of device, and why."""
-    if kind == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+    if (
+        kind == "cuda"
+        and torch.cuda.is_available()
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         return "float32", "this GPU has no instructions for bfloat16"
     if kind in ("cuda", "mps"):
         return "bfloat16", "the model goes on a GPU"

@@ -65,7 +65,8 @@ class ModelSpec:
     lr: float = 5e-4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
+        if self.loaded is None:  # else it is there, in a dtype of its own
+            object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,11 @@ def test_a_private_step_expects_the_rows_of_all_its_batches() -> None:
         private.plan(11)
 
 
-@pytest.mark.parametrize("name", ["accumulate", "max_tokens"])
-@pytest.mark.parametrize("value", [0, -1, 1.5])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("accumulate", "max_tokens") for value in (0, -1, 1.5)]
+    + [("accumulate", None), ("batch_size", None)],
+)
 def test_what_is_no_number_of_batches_or_tokens_is_refused(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"client.{name}: expected a whole number of at least 1"):
         LocalTraining(lr=0.1, **{name: value})

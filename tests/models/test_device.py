@@ -26,7 +26,9 @@ def test_auto_takes_bfloat16_where_the_device_is_fast_at_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: fast or emulated)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: fast or including_emulation
+    )
     with pytest.warns(UserWarning, match=f"^model.dtype=auto: {expected}, since "):
         assert chosen_dtype("auto", device) == expected
 
