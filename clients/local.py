@@ -3,10 +3,11 @@
 McMahan, Moore, Ramage, Hampson, Agüera y Arcas. "Communication-Efficient Learning of Deep Networks from
 Decentralized Data". AISTATS 2017. https://arxiv.org/abs/1602.05629
 
-A client goes through its own rows in seeded order, `epochs` times or for `steps` batches, with an optimizer
+A client goes through its own rows in seeded order, `epochs` times or for so many `steps`, with an optimizer
 that starts anew each round: after the server has combined factors, old moments point nowhere.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -40,7 +41,10 @@ class LocalTraining(Client):
         lr: learning rate of A and B.
         lr_ratio: B's learning rate over A's (LoRA+, Hayou et al., ICML 2024, arXiv:2402.12354).
         head_lr: learning rate of the head; None takes `lr`.
-        batch_size: rows a step.
+        batch_size: rows a batch.
+        accumulate: batches a step, by the mean over all their rows (gradient accumulation). The last step of
+            a pass may have fewer. What is in memory at once is `micro_tokens`, whatever a step holds.
+        max_tokens: tokens that a batch holds at most, instead of `batch_size` rows; a longer row is alone.
         epochs: passes over the client's rows a round.
         steps: so many steps a round instead, going round the rows as often as needed.
         optimizer: from parameter groups to an optimizer, such as a partial of `torch.optim.AdamW`.
@@ -50,8 +54,9 @@ class LocalTraining(Client):
         micro_tokens: tokens a micro-batch holds at most, in training and evaluation, and a step of clients
             that train together. It changes speed and memory, and of the result no more than its rounding.
             None chooses by the rows.
-        privacy: differential privacy of each row; batches are then drawn at random, of `batch_size` rows on
-            the average, `clip` is off beside the privacy's own, and no loss is reported unless it may be.
+        privacy: differential privacy of each row; a step's rows are then drawn at random, `batch_size` times
+            `accumulate` on the average, `clip` is off beside the privacy's own, and no loss is reported
+            unless it may be.
         rules: what bends the training, such as `FedProx`; beside the rules that a strategy's task brings.
     """
 
@@ -59,6 +64,8 @@ class LocalTraining(Client):
     lr_ratio: float = 1.0
     head_lr: float | None = 1e-2
     batch_size: int = 8
+    accumulate: int = 1
+    max_tokens: int | None = None
     epochs: int = 1
     steps: int | None = None
     optimizer: Callable[..., torch.optim.Optimizer] = ADAMW
@@ -71,8 +78,9 @@ class LocalTraining(Client):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
-        for name in ("batch_size", "epochs", "steps", "micro_tokens"):
-            check_whole(f"client.{name}", getattr(self, name), none=name in ("steps", "micro_tokens"))
+        for name in ("batch_size", "accumulate", "max_tokens", "epochs", "steps", "micro_tokens"):
+            optional = name in ("max_tokens", "steps", "micro_tokens")
+            check_whole(f"client.{name}", getattr(self, name), none=optional)
         for name in ("lr", "lr_ratio", "head_lr", "clip"):
             check_number(f"client.{name}", getattr(self, name), above=0, none=name in ("head_lr", "clip"))
         if self.schedule not in ("constant", "linear", "cosine"):
@@ -88,6 +96,11 @@ class LocalTraining(Client):
                 )
         if self.privacy is not None:
             check_private(self.rules)
+            if self.max_tokens is not None:
+                raise ConfigError(
+                    "client.max_tokens: under privacy=dp_sgd how many rows a step has must not depend on how "
+                    "long they are; leave it out, and say client.batch_size"
+                )
 
     def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Train all assignments in one pass; what is a client's own goes on from its memory and into it."""
@@ -114,15 +127,15 @@ class LocalTraining(Client):
         return self.privacy is not None
 
     def plan(self, rows: int) -> Plan | None:
-        """The noise, for batches of `batch_size` rows on the average."""
+        """The noise, for steps of `step_rows` rows on the average."""
         privacy = self.privacy
-        return None if privacy is None else privacy.plan(rows, self.batch_size, self.count_steps(rows))
+        return None if privacy is None else privacy.plan(rows, self.step_rows, self.count_steps(rows))
 
     def _train_privately(
         self, base: Base, assignments: Sequence[TrainRequest], privacy: DPSGD
     ) -> list[TrainResult]:
         sizes = [len(a.rows) for a in assignments]
-        plans = [privacy.plan(size, self.batch_size, self.count_steps(size)) for size in sizes]
+        plans = [privacy.plan(size, self.step_rows, self.count_steps(size)) for size in sizes]
         jobs = []
         for a, plan in zip(assignments, plans, strict=True):
             if why := plan.refusal(a.ledger):
@@ -168,27 +181,43 @@ class LocalTraining(Client):
         return replace(task, adapter=assignment.start, method=(*task.method, *self.rules))
 
     def step_tokens(self, rows: Sequence[Example]) -> int:
-        """Rows of a step times the mean length of a row."""
+        """Rows of a step times the mean length of a row; with `max_tokens` as many as a step may hold."""
         if not rows:
             return 0
-        return math.ceil(min(self.batch_size, len(rows)) * sum(row.size for row in rows) / len(rows))
+        tokens = sum(row.size for row in rows)
+        if self.max_tokens is not None:
+            return min(self.accumulate * self.max_tokens, tokens)
+        return math.ceil(min(self.step_rows, len(rows)) * tokens / len(rows))
 
     def batches(self, assignment: TrainRequest) -> list[list[Example]]:
-        """The round's batches, a new order each pass; the last of a pass may be smaller."""
+        """The rows of each of the round's steps, a new order each pass; the last of a pass may have fewer."""
         rng = generator(assignment.seed, "batches", assignment.client, assignment.round)
-        rows, found = assignment.rows, list[list[Example]]()
-        wanted = self.count_steps(len(rows))
-        while rows and len(found) < wanted:
-            order = rng.permutation(len(rows))
-            found += [
-                [rows[i] for i in order[start : start + self.batch_size]]
-                for start in range(0, len(rows), self.batch_size)
-            ]
-        return found[:wanted]
+        rows, found, passes = assignment.rows, list[list[Example]](), 0
+        while rows and (passes < self.epochs if self.steps is None else len(found) < self.steps):
+            found += self._cut([rows[i] for i in rng.permutation(len(rows))])
+            passes += 1
+        return found[: self.steps]
+
+    def _cut(self, rows: list[Example]) -> list[list[Example]]:
+        """The rows of one pass, step by step."""
+        if self.max_tokens is None:
+            return [rows[start : start + self.step_rows] for start in range(0, len(rows), self.step_rows)]
+        cuts, held = [0], 0
+        for at, row in enumerate(rows):
+            if held + row.size > self.max_tokens and at > cuts[-1]:
+                cuts, held = [*cuts, at], 0
+            held += row.size
+        ends = [*cuts[:: self.accumulate], len(rows)]
+        return [rows[start:stop] for start, stop in itertools.pairwise(ends)]
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a step, where no `max_tokens` says otherwise."""
+        return self.batch_size * self.accumulate
 
     def count_steps(self, rows: int) -> int:
-        """The steps of a round of a client of so many rows."""
-        return self.steps if self.steps is not None else math.ceil(rows / self.batch_size) * self.epochs
+        """The steps of a round of a client of so many rows; not for `max_tokens`, which asks the rows."""
+        return self.steps if self.steps is not None else math.ceil(rows / self.step_rows) * self.epochs
 
     def make_optimizer(self, parameters: Parameters) -> torch.optim.Optimizer:
         """The optimizer of a client's parameters, grouped as "A", "B" and "head", at their rates."""

@@ -17,6 +17,7 @@ from rich.console import Console
 from fedlora.cli.run_job import run_job
 from fedlora.config import composition
 from fedlora.config.instantiate import Trust, differences, kept
+from fedlora.config.translate import settled
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.report.read import number, read_run
 from fedlora.runner.results import closing
@@ -63,7 +64,7 @@ class Sweep:
         path = self.folder / self.name(overrides)
         try:
             composition.resolve(config)
-            config = self.trust.into(config)
+            config = settled(self.trust.into(config))
             config.out, config.pairs = str(path), []
             if (path / "config.yaml").is_file():
                 if names := differences(kept(config), path, {"out", "resume"}):

@@ -21,6 +21,7 @@ from fedlora.data import Dataset
 from fedlora.engines.base import Engine
 from fedlora.errors import ConfigError
 from fedlora.models import parametrizations
+from fedlora.models.device import AUTO, chosen_dtype
 from fedlora.privacy import Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
@@ -65,6 +66,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         return given[name] if name in given else made()
 
     check_lacking(config, given)
+    config = settled(config)
     privacy: Privacy | None = part("privacy", lambda: named(config, "privacy", Privacy))
     added = given.get("callbacks", ())
     return RunSpec(
@@ -131,6 +133,17 @@ def kept_spec(config: DictConfig, given: Mapping[str, Any] | None = None, strate
     return run_spec(config, parts)
 
 
+def settled(config: DictConfig) -> DictConfig:
+    """The configuration with what this machine decides: a model's dtype where that is auto.
+
+    A run keeps what comes out, so that whoever resumes, exports or verifies it elsewhere has the same.
+    """
+    if config.model.get("dtype") != AUTO:
+        return config
+    dtype = chosen_dtype(AUTO, config.model.device)
+    return OmegaConf.merge(config, {"model": {"dtype": dtype}})  # type: ignore[return-value]
+
+
 def model_spec(config: DictConfig) -> ModelSpec:
     """The base model that a configuration names."""
     m = config.model
@@ -143,6 +156,7 @@ def model_spec(config: DictConfig) -> ModelSpec:
         device=m.device,
         quantize=m.quantize,
         gradient_checkpointing=m.get("gradient_checkpointing"),
+        attention=m.get("attention"),
         allow_pickle=bool(m.get("allow_pickle")),
         lora_targets=plain(m.get("lora_targets", "all-linear")),
         lr=float(m.get("lr", ModelSpec.lr)),

@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.errors import ModelError
 from fedlora.models.pack import Pack
+from fedlora.models.trial import Trial
 
 OURS = "fedlora"
 # A comparison with "sdpa", alone or as one of several names.
@@ -37,6 +40,58 @@ def end_to_end(pack: Pack | None) -> Iterator[None]:
 def packed() -> Pack | None:
     """The pack that this thread's models are fed, if they are."""
     return getattr(_here, "pack", None)
+
+
+def check_attention(name: str | None) -> None:
+    """Refuse the name of an attention that transformers does not have, or cannot use on this machine.
+
+    Names of kernels on the hub are refused too: they are code, and a run's settings may come from anyone.
+
+    Args:
+        name: as transformers' `attn_implementation` takes it; None for what it takes itself.
+
+    Raises:
+        ModelError: says which names there are, or what is missing.
+    """
+    if name is None:
+        return
+    import transformers
+
+    known = {"eager", *transformers.AttentionInterface().valid_keys()} - {OURS}
+    known = {key for key in known if not key.startswith("paged|")}  # needs the cache of a server
+    if name not in known:
+        raise ModelError(f"model.attention: expected null, {', '.join(sorted(known))}, got '{name}'")
+    usable = getattr(transformers.utils, f"is_{name.replace('attention', 'attn')}_available", lambda: True)
+    if not usable():
+        raise ModelError(
+            f"model.attention={name}: its package is not installed, or finds no GPU that it knows; install "
+            "it, or use model.attention=null"
+        )
+
+
+def check_attends(trial: Trial, name: str, path: str) -> None:
+    """Try a model with the attention that was asked for, which is not ours, and say what comes of that.
+
+    Args:
+        trial: of the model.
+        name: of the attention.
+        path: where the model came from.
+
+    Raises:
+        ModelError: the model cannot be trained with it.
+    """
+    try:
+        trial.answers()
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        where = f"{trial.model.device} in {str(trial.model.dtype).removeprefix('torch.')}"
+        raise ModelError(
+            f"model.attention={name}: '{path}' cannot be trained with it on {where}: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
+    warnings.warn(
+        f"model.attention={name}: '{path}' attends as transformers makes it, its rows padded, not packed",
+        stacklevel=4,
+    )
 
 
 def takes_our_attention(model: Any) -> bool:

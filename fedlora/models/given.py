@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedlora.errors import ModelError
-from fedlora.models.attention import OURS, attend_plainly
+from fedlora.models.attention import OURS, attend_plainly, check_attention
 from fedlora.models.base import Base
 from fedlora.models.loading import finished
 from fedlora.tasks import LearningTask
@@ -18,6 +18,7 @@ def load_given(
     seed: int = 0,
     name: str = "",
     gradient_checkpointing: bool | None = None,
+    attention: str | None = None,
 ) -> Base:
     """The base of a model that the caller has loaded: frozen, in evaluation mode, perhaps with our attention.
 
@@ -29,6 +30,7 @@ def load_given(
         seed: unused by a complete model.
         name: where it came from, for messages; empty takes the model's own.
         gradient_checkpointing: as for `load`.
+        attention: as for `load`; None leaves the model's own.
 
     Raises:
         ModelError: another number of outputs than labels, or a model that cannot do this.
@@ -44,4 +46,11 @@ def load_given(
     path = name or str(getattr(model, "name_or_path", "")) or type(model).__name__
     if getattr(model.config, "_attn_implementation", None) == OURS:
         attend_plainly(model)  # a run before this one has left it so; each finds out for itself
-    return finished(model, tokenizer, task, (), path, seed, gradient_checkpointing=gradient_checkpointing)
+    if attention is not None:
+        check_attention(attention)
+        try:
+            model.set_attn_implementation(attention)
+        except (ValueError, ImportError) as error:
+            why = str(error).strip().splitlines()[0]
+            raise ModelError(f"model.attention={attention}: {why}") from error
+    return finished(model, tokenizer, task, (), path, seed, None, gradient_checkpointing, attention)

@@ -12,9 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedlora.errors import ModelError
-from fedlora.models.attention import attend_our_way, attend_plainly, takes_our_attention
+from fedlora.models.attention import (
+    attend_our_way,
+    attend_plainly,
+    check_attends,
+    check_attention,
+    takes_our_attention,
+)
 from fedlora.models.base import Base
 from fedlora.models.checkpointing import checkpointed
+from fedlora.models.device import check_device, chosen_dtype
 from fedlora.models.first_token import only_first_token
 from fedlora.models.memory import Memory
 from fedlora.models.packing import packing_of
@@ -38,6 +45,7 @@ def load(
     quantize: str | None = None,
     allow_pickle: bool = False,
     gradient_checkpointing: bool | None = None,
+    attention: str | None = None,
     plain: bool = False,
 ) -> Base:
     """Load a transformers model from a folder or, by name, from the hub or its cache.
@@ -48,13 +56,17 @@ def load(
         path: a folder or a hub name.
         task: what it will be trained for, or the name of one of `fedlora.tasks.TASKS`.
         labels: the names of the model's outputs in their order, where they have some (`Dataset.labels`).
-        dtype: of the frozen weights, "float32" or "bfloat16"; adapters are float32 in any case.
+        dtype: of the frozen weights, "float32", "bfloat16" or "float64", or "auto" for the one that suits
+            the device; adapters are float32 in any case.
         device: "cpu", "cuda", "cuda:1" or "mps".
         seed: of made-up parameters.
         quantize: "4bit" or "8bit", on a GPU with bitsandbytes; heads and adapters stay as they are.
         allow_pickle: also load weights that are not safetensors; a pickle can hold more than weights.
         gradient_checkpointing: whether layers are computed once more on the way back, which takes a third
             more time and a fraction of the memory; None where a row does not fit a GPU otherwise.
+        attention: transformers' `attn_implementation`, such as "eager" or "flash_attention_2"; with another
+            than "sdpa" the model attends as transformers makes it, and is fed padded batches. None takes what
+            transformers does, and ours in the place of "sdpa".
         plain: leave the model as transformers makes it, its attention too, to compare ours with.
 
     Raises:
@@ -66,13 +78,15 @@ def load(
     from transformers.utils import CONFIG_NAME
 
     task = learning_task(task)
+    check_device(device)
+    check_attention(attention)
+    dtype = chosen_dtype(dtype, device)
     if dtype not in ("float32", "bfloat16", "float64"):
-        raise ModelError(f"model.dtype: expected float32, bfloat16 or float64, got '{dtype}'")
-    _check_device(device)
+        raise ModelError(f"model.dtype: expected float32, bfloat16, float64 or auto, got '{dtype}'")
     chosen: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     chosen["ignore_mismatched_sizes"] = True  # a head for other labels is made anew, below
     chosen["use_safetensors"] = None if allow_pickle else True
-    chosen |= task.options(labels)
+    chosen |= task.options(labels) | ({} if attention is None else {"attn_implementation": attention})
     auto = getattr(transformers, task.auto)
     bits: dict[str, Any] = {}
     os.environ.setdefault(
@@ -85,8 +99,10 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         bits = quantized(quantize, auto, str(path), dtype, device)
         model, info = auto.from_pretrained(str(path), trust_remote_code=False, **chosen, **bits)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         why = str(error).strip().splitlines()[0]
+        if attention is not None and re.search(r"attention|attn", why, re.IGNORECASE):
+            raise ModelError(f"model.attention={attention}: {why}") from error
         if not allow_pickle and re.search(r"no file named \S+\.safetensors|and thus cannot be loaded", why):
             raise ModelError(
                 f"model.path: expected weights in safetensors, '{path}' has none; if it has pickled ones "
@@ -108,7 +124,8 @@ def load(
         raise ModelError(NO_TOKENIZER.format(path))
     missing = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     where = None if bits else device
-    return finished(model, tokenizer, task, missing, str(path), seed, where, gradient_checkpointing, plain)
+    how = (gradient_checkpointing, attention, plain)
+    return finished(model, tokenizer, task, missing, str(path), seed, where, *how)
 
 
 def finished(
@@ -120,6 +137,7 @@ def finished(
     seed: int = 0,
     device: str | None = None,
     gradient_checkpointing: bool | None = None,
+    attention: str | None = None,
     plain: bool = False,
 ) -> Base:
     """The base of a model that transformers has made: padded, frozen, tried.
@@ -133,6 +151,7 @@ def finished(
         seed: of the missing parameters.
         device: where it goes; None leaves it where it is.
         gradient_checkpointing: as for `load`.
+        attention: the one that was asked for, as for `load`; the model has it.
         plain: leave the model as transformers makes it, its attention too.
 
     Raises:
@@ -151,17 +170,19 @@ def finished(
     if device is not None:  # a quantised model is there already, and bitsandbytes does not let it move
         model.to(device)
     base = Base(model, tokenizer, task, heads, path)
-    return base if plain else tried(base, gradient_checkpointing)
+    return base if plain else tried(base, gradient_checkpointing, attention)
 
 
-def tried(base: Base, gradient_checkpointing: bool | None) -> Base:
+def tried(base: Base, gradient_checkpointing: bool | None, attention: str | None) -> Base:
     """The base with what is found out about its model, and with our attention where that changes nothing.
 
     Raises:
-        ModelError: its layers are to be checkpointed, and cannot be.
+        ModelError: its layers are to be checkpointed, or it is to attend in a way, and it cannot.
     """
     model, task = base.model, base.task
     trial = Trial(model, base.tokenizer, task, base.pad_id, base.room, base.path)
+    if attention not in (None, "sdpa"):
+        check_attends(trial, str(attention), base.path)
     traits = trial.traits()
     for line in traits.notices(base.path):
         warnings.warn(line, stacklevel=3)
@@ -194,9 +215,12 @@ def tried(base: Base, gradient_checkpointing: bool | None) -> Base:
 
 def _checkpoints_alike(trial: Trial) -> bool:
     """Whether the model's layers can be checkpointed, its logits and gradients staying what they are."""
-    before = trial.answers()
-    with checkpointed(trial.model) as layers:
-        return layers > 0 and trial.same(trial.answers(), before)
+    try:
+        before = trial.answers()
+        with checkpointed(trial.model) as layers:
+            return layers > 0 and trial.same(trial.answers(), before)
+    except (RuntimeError, ValueError, IndexError, TypeError):  # it lacks an argument, or has no gradient
+        return False
 
 
 def _attends_alike(trial: Trial) -> bool:
@@ -251,28 +275,6 @@ def _unfit(path: str, task: LearningTask) -> str | None:
         every = " and no ".join(dict.fromkeys(one.model for one in (*TASKS, task)))
         return f"model.path: {model} {every}; choose a model that reads text"
     return f"model: {task.needs}; {model} {task.model}"
-
-
-def _check_device(device: str) -> None:
-    """Raise ModelError unless torch can put tensors on a device of this name, here and now."""
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = ""
-    if kind not in ("cpu", "cuda", "mps"):
-        raise ModelError(f"model.device: expected cpu, cuda, cuda:1 or mps, got '{device}'")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}[kind]
-    try:
-        if there:
-            torch.empty(1, device=device)
-    except RuntimeError as error:
-        raise ModelError(
-            f"model.device: torch cannot use '{device}' ({str(error).splitlines()[0]}); use model.device=cpu"
-        ) from error
-    if not there:
-        raise ModelError(
-            f"model.device: '{device}' was asked for, torch sees no GPU of that kind; use model.device=cpu"
-        )
 
 
 def _make_up(model: Any, missing: Sequence[str], seed: int) -> None:

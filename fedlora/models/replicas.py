@@ -27,4 +27,4 @@ def replica(base: Base, device: str) -> Base:
     if model.config._attn_implementation == OURS:
         attend_plainly(model)
     plain = Base(model.to(device), base.tokenizer, base.task, base.heads, base.path)
-    return tried(plain, base.memory.checkpointing or None)
+    return tried(plain, base.memory.checkpointing or None, None)

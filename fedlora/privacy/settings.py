@@ -136,8 +136,8 @@ class DPSGD(Privacy):
         if rows < batch_size:
             has = "fewer records" if self.hides_counts else f"{rows} records"
             raise ConfigError(
-                f"privacy: a client has {has}, expected at least client.batch_size={batch_size}; "
-                "lower it, or raise data.min_rows"
+                f"privacy: a client has {has}, expected at least those of a step, {batch_size}; "
+                "lower client.batch_size or client.accumulate, or raise data.min_rows"
             )
         delta = self._delta(rows, "a client has")
         return self._plan(batch_size / rows, self.planned * steps, batch_size, steps, delta)

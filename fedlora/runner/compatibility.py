@@ -231,6 +231,7 @@ BEFORE_LOADING = (
     privacy.client_level_rounds,
     privacy.client_level_scheduler,
     privacy.privacy_of_client,
+    privacy.private_training,
     plain_lora_of_own_client,
     form_of_pairs,
     form_without_pairs,

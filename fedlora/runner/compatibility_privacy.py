@@ -1,6 +1,7 @@
 """Refused pairings with differential privacy and with secure sums; `compatibility` lists them all."""
 
 from fedlora.core.strategy import named as strategies
+from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, ClientLevel
 from fedlora.rounds.scheduling import Synchronous
 from fedlora.secure_aggregation.protocol import LEAST
@@ -100,6 +101,16 @@ def privacy_of_client(spec: RunSpec) -> str | None:
             f"client.privacy: {type(spec.client).__name__} brings differential privacy that the run would "
             "know nothing of, and would account for nowhere; leave it out and say privacy=... of the run"
         )
+    return None
+
+
+def private_training(spec: RunSpec) -> str | None:
+    """A client that cannot train by DP-SGD, or has a setting that does not go with it."""
+    if isinstance(spec.privacy, DPSGD):
+        try:
+            spec.local_client  # noqa: B018 (it is made to see whether it can be)
+        except ConfigError as error:
+            return str(error)
     return None
 
 

@@ -2,14 +2,12 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
+from collections.abc import Callable
 
 from fedlora.data import Dataset
 from fedlora.errors import ConfigError
 from fedlora.models import Base, load, load_given
+from fedlora.models.device import lacks_bfloat16
 
 from .spec import LoRASpec, ModelSpec
 
@@ -36,23 +34,17 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
         ModelError: no such model, or one that cannot do this.
     """
     seed = seed if dataset.task.new_head else 0  # only a new head is drawn from it
+    how = (model.gradient_checkpointing, model.attention)
     if model.loaded is not None:
-        given, checkpointing = model.loaded, model.gradient_checkpointing
-        return load_given(*given, dataset.task, dataset.labels, seed, model.name, checkpointing)
+        return load_given(*model.loaded, dataset.task, dataset.labels, seed, model.name, *how)
     path = model.path or (model.source() if model.source is not None else None)
     if not path:
         raise ConfigError("model.path: needs a value, got none; say model.path=FOLDER-OR-NAME")
-    if model.dtype == "bfloat16" and model.device == "cpu" and _lacks_bfloat16():
+    if model.dtype == "bfloat16" and model.device == "cpu" and lacks_bfloat16():
         warnings.warn(
             "model.dtype=bfloat16: this processor has no instructions for it, so that it takes several times "
             "as long as float32; say model.dtype=float32",
             stacklevel=2,
         )
     where = (model.dtype, model.device, seed, model.quantize, model.allow_pickle)
-    return loader(path, dataset.task, dataset.labels, *where, model.gradient_checkpointing)
-
-
-def _lacks_bfloat16() -> bool:
-    """Whether this is known to be an x86 processor without instructions for it; older torch says nothing."""
-    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return told.get("architecture") == "x86_64" and not (told.get("amx_bf16") or told.get("avx512_bf16"))
+    return loader(path, dataset.task, dataset.labels, *where, *how)

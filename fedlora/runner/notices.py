@@ -33,8 +33,8 @@ def _schedule(job: Assembly) -> Iterator[str]:
     client = job.runtime.client
     if not isinstance(client, LocalTraining) or client.schedule == "constant":
         return
-    if client.steps is None and not job.counts_public:  # the number of steps tells the number of rows
-        return
+    if client.steps is None and (client.max_tokens is not None or not job.counts_public):
+        return  # the number of steps tells of the rows
     steps = [client.count_steps(len(part.rows)) for part in job.parts] or [client.steps or 0]
     if (single := steps.count(1)) == len(steps):
         who = "every client has" if job.parts else "a client has"

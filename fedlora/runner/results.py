@@ -122,6 +122,7 @@ def finish(
         "clients": job.rules.clients,
         "ranks": sorted(set(job.ranks)),
         "seed": spec.seed,
+        "dtype": str(job.base.model.dtype).removeprefix("torch."),
         "bytes_down": sum(line["bytes_down"] for line in rounds),
         "bytes_up": sum(line["bytes_up"] for line in rounds),
         "dropped": sum(line["dropped"] for line in rounds),

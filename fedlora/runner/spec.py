@@ -15,6 +15,7 @@ from fedlora.engines.base import Engine
 from fedlora.engines.in_process import InProcess
 from fedlora.errors import ConfigError
 from fedlora.models import LoRA
+from fedlora.models.device import chosen_dtype
 from fedlora.models.parametrizations import LORA, DoRA, Parametrization, composed
 from fedlora.privacy import DPSGD, Privacy
 from fedlora.robust.base import Robust
@@ -37,11 +38,13 @@ class ModelSpec:
         path: a folder that transformers reads, or a name on the hub.
         source: makes the folder of a packaged model where there is no path.
         name: what reports call the model.
-        dtype: of the frozen weights: float32, bfloat16 or float64; adapters are float32.
+        dtype: of the frozen weights: float32, bfloat16 or float64; adapters are float32. Of auto it becomes
+            the one that suits the device, here and now, so that all of a run has the same.
         device: cpu, cuda, cuda:1 or mps.
         quantize: 4bit or 8bit, on a GPU with bitsandbytes.
         gradient_checkpointing: compute layers once more on the way back, for less memory; None where a row
             does not fit a GPU otherwise.
+        attention: transformers' attn_implementation, such as flash_attention_2; None takes fedlora's own.
         allow_pickle: load weights that are not safetensors; only who starts the run can allow it.
         loaded: a transformers model and its tokenizer that are in memory already.
         lora_targets: the modules that get an adapter where the run names none.
@@ -55,10 +58,15 @@ class ModelSpec:
     device: str = "cpu"
     quantize: str | None = None
     gradient_checkpointing: bool | None = None
+    attention: str | None = None
     allow_pickle: bool = False
     loaded: tuple[Any, Any] | None = None
     lora_targets: Any = "all-linear"
     lr: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if self.loaded is None:  # else it is there, in a dtype of its own
+            object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
 
 
 @dataclass(frozen=True)

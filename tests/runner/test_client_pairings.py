@@ -75,6 +75,10 @@ def test_a_strategy_brings_its_client_and_the_settings_keep_their_names(words: l
         (["strategy=fedms", "strategy.capacity=[0]"], ["strategy.capacity"]),
         (["client=sliced", "client.cut=0"], ["client.cut"]),
         (["strategy=pfedlora", "client.mu=2"], ["client.mu"]),
+        (
+            ["strategy=ffalora", "privacy=dp_sgd", "client.max_tokens=64"],
+            ["client.max_tokens", "leave it out"],
+        ),
     ],
 )
 def test_a_pairing_that_cannot_work_is_refused(
