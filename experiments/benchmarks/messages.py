@@ -67,7 +67,7 @@ def main() -> None:
             folder,
         )
         began = time.perf_counter()
-        server.run(InProcessGrid(site, nodes))
+        server.run(InProcessGrid([site], nodes))
         taken = time.perf_counter() - began
         down, up = (folder.rounds()[0][f"bytes_{way}"] / given.clients for way in ("down", "up"))
     messages = given.clients * given.rounds

@@ -156,7 +156,7 @@ class Lab:
     ) -> InProcessGrid:
         nodes = [{"client": c, "rank": r} for c, r in enumerate(ranks)]
         site = self.site(client, more.pop("rows", None), **more.pop("site", {}))
-        return InProcessGrid(site, nodes, fuse, **more)
+        return InProcessGrid([site], nodes, fuse, **more)
 
     def run(self, strategy: Strategy, *args: Any, **more: Any) -> Ran:
         """A whole run, of what `prepare` makes."""
