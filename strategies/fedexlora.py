@@ -43,7 +43,7 @@ class FedExLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both mean factors, on the base with all that was added."""
-        return Task(slice_to_rank(state.adapter, peer), fold=state.fold)
+        return Task(slice_to_rank(state.adapter, peer), base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself, and add to the base what that loses."""
@@ -57,8 +57,8 @@ class FedExLoRA(Strategy):
                 gain[m] = lost
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
-        fold = BaseDelta.of(state.fold).plus(gain)
-        return replace(state, adapter=adapter, round=state.round + 1, fold=fold)
+        base_delta = BaseDelta.of(state.base_delta).plus(gain)
+        return replace(state, adapter=adapter, round=state.round + 1, base_delta=base_delta)
 
 
 def covariance(pairs: Sequence[Pair], weights: Sequence[float], scale: float) -> Pair | None:

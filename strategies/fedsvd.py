@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.core.algebra import compress, mean_extras, refill
+from fedlora.core.algebra import compress, mean_extras, pad_orthonormal
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.ranges import check_whole
@@ -52,7 +52,7 @@ class FedSVD(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""
         return Task(
-            slice_to_rank(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold
+            slice_to_rank(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), base_delta=state.base_delta
         )
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
@@ -63,7 +63,7 @@ class FedSVD(Strategy):
             for m, pair in pairs.items():
                 if pair.B.any():
                     fresh = generator(state.seed, "fedsvd", zlib.crc32(m.encode()), done)
-                    pairs[m] = refill(compress(pair), pair.rank, fresh)
+                    pairs[m] = pad_orthonormal(compress(pair), pair.rank, fresh)
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=done)

@@ -44,9 +44,9 @@ class PrivateLoRA(Strategy):
     linear = True
     exact = True
 
-    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+    def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """Fresh frozen factors, uniform in ±1/√fan-in, and M = 0; a ΔW that was there is folded."""
-        folded, pairs, cores = dict(fold or {}), dict[str, Pair](), dict[str, Tensor]()
+        folded, pairs, cores = dict(base_delta or {}), dict[str, Pair](), dict[str, Tensor]()
         for m, given in adapter.pairs.items():
             if given.B.any():
                 folded[m] = accumulate(folded.get(m), given)
@@ -57,12 +57,12 @@ class PrivateLoRA(Strategy):
             pairs[m] = rescale(Pair(A, B), given.scale)
             cores[f"{m}.core"] = given.A.new_zeros(rank, rank)
         form = composed(CoreMatrix(), adapter.parametrization)
-        return State(Adapter(pairs, {**adapter.extra, **cores}, form), fold=folded, seed=seed)
+        return State(Adapter(pairs, {**adapter.extra, **cores}, form), base_delta=folded, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
         """The client's rows of A, columns of B and block of the core; A and B neither train nor come back."""
         nothing = frozenset[str]()
-        return Task(slice_to_rank(state.adapter, peer), train=nothing, share=nothing, fold=state.fold)
+        return Task(slice_to_rank(state.adapter, peer), train=nothing, share=nothing, base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average the cores, padded to the rank of A and B, which stay as they are, bit for bit."""

@@ -42,7 +42,7 @@ class RaFLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D; where D has fewer than the client's rank, fresh ones with B = 0."""
-        return Task(slice_to_rank(grow_rank(state, peer), peer), fold=state.fold)
+        return Task(slice_to_rank(grow_rank(state, peer), peer), base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Each direction's mean over those who hold it, then the SVD."""

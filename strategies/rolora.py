@@ -40,7 +40,7 @@ class RoLoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors, one of them to train and to send back."""
         turn = frozenset(_turn(state))
-        return Task(slice_to_rank(state.adapter, peer), train=turn, share=turn, fold=state.fold)
+        return Task(slice_to_rank(state.adapter, peer), train=turn, share=turn, base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average the factor of the round; the other stays as it is, bit for bit."""

@@ -177,7 +177,7 @@ class Run:
                 raise ConfigError(f"predict: expected texts, got {text!r:.60} at position {at}")
         base, state = self.base(), self.state
         examples = base.task.encode_sources(texts, base.tokenizer, self._read.data.max_length)
-        task = Task(state.adapter, fold=state.fold)
+        task = Task(state.adapter, base_delta=state.base_delta)
         if base.task.generates:
             return [said.strip() for said in answer(base, task, examples, longest=longest)]
         return predictions(base, task, examples, self.task.labels)

@@ -246,7 +246,7 @@ def _compress(pair: Pair, rank: int | None, scale: float, dtype: torch.dtype) ->
 
 
 @one_thread()
-def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
+def pad_orthonormal(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
     """The same ΔW with room to learn up to `rank`: new rows of A orthonormal to the others, B zero there.
 
     Beyond d_in rows no more orthonormal ones exist; the rest are random rows of length 1.

@@ -46,7 +46,7 @@ class Peer:
 class Task:
     """What the server asks of one client this round.
 
-    A client trains `adapter` on the base with `fold` added, and sends back what is shared. What it is sent
+    A client trains `adapter` on the base with `base_delta` added, and sends back what is shared. What it is sent
     and does not both train and share, it keeps: the server need not send the same bits again.
 
     Args:
@@ -57,7 +57,7 @@ class Task:
         personal: names of tensors that are trained and never sent, whatever `share` says. A name stands for
             the tensor of that name and for all below it, so that a module or head stands for its tensors.
         frozen: names, as for `personal`, of tensors that are neither trained nor sent.
-        fold: module name -> a low-rank change of the frozen base, of this task alone; scale 1.
+        base_delta: module name -> a low-rank change of the frozen base, of this task alone; scale 1.
         method: what the method needs of the client beyond this.
 
     Raises:
@@ -69,11 +69,11 @@ class Task:
     share: frozenset[str] = BOTH
     personal: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
-    fold: Mapping[str, Pair] = field(default_factory=BaseDelta)
+    base_delta: Mapping[str, Pair] = field(default_factory=BaseDelta)
     method: tuple[MethodPart, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fold", BaseDelta.of(self.fold))
+        object.__setattr__(self, "fold", BaseDelta.of(self.base_delta))
         for what in ("personal", "frozen"):
             named = getattr(self, what)
             known = {above for name, _ in self.adapter.tensors() if named for above in _above(name)}
@@ -102,7 +102,7 @@ class Task:
         return next((part for part in self.method if isinstance(part, kind)), None)
 
     def pack(self) -> tuple[dict[str, Tensor], str]:
-        """The task as named tensors and one line of JSON; without the fold's increment."""
+        """The task as named tensors and one line of JSON; without the base delta's increment."""
         tensors, header = self._packed
         return dict(tensors), header
 
@@ -153,7 +153,7 @@ class State:
     Args:
         adapter: the global adapter, in full rank; what a client gets of it is the strategy's `task`.
         round: how many rounds have been aggregated; it is the state's version.
-        fold: module name -> what has been added to the frozen base besides the adapter; scale 1.
+        base_delta: module name -> what has been added to the frozen base besides the adapter; scale 1.
         memory: whatever else the strategy has to remember, as tensors.
         seed: of the strategy's own random choices.
         metrics: numbers that the strategy wants in the round's line of the log.
@@ -161,22 +161,22 @@ class State:
 
     adapter: Adapter
     round: int = 0
-    fold: Mapping[str, Pair] = field(default_factory=BaseDelta)
+    base_delta: Mapping[str, Pair] = field(default_factory=BaseDelta)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fold", BaseDelta.of(self.fold))
+        object.__setattr__(self, "fold", BaseDelta.of(self.base_delta))
 
     def delta(self, module: str) -> Tensor:
-        """The effective update of one module's weight, dense, (d_out, d_in): the fold and the pair."""
+        """The effective update of one module's weight, dense, (d_out, d_in): the base delta and the pair."""
         own = dense(self.adapter.plain().pairs[module])
-        return own + dense(self.fold[module]) if module in self.fold else own
+        return own + dense(self.base_delta[module]) if module in self.base_delta else own
 
     def whole(self) -> Adapter:
-        """The adapter that has the function of the fold and the adapter together, for use and export."""
-        return whole(self.adapter, self.fold)
+        """The adapter that has the function of the base delta and the adapter together, for use and export."""
+        return whole(self.adapter, self.base_delta)
 
     def digest(self) -> str:
         """SHA-256 over all of it: equal if and only if the states are."""
@@ -210,11 +210,11 @@ class State:
             raise CheckpointError(f"this is not a packed fedlora state: {error!r}") from error
 
 
-def whole(adapter: Adapter, fold: Mapping[str, Pair]) -> Adapter:
-    """One adapter with the function of `fold` and `adapter` together, its low-rank term in plain pairs."""
+def whole(adapter: Adapter, base_delta: Mapping[str, Pair]) -> Adapter:
+    """One adapter with the function of `base_delta` and `adapter` together, its low-rank term in plain pairs."""
     adapter = adapter.plain()
-    pairs = {m: accumulate(fold[m], pair) if m in fold else pair for m, pair in adapter.pairs.items()}
-    return replace(adapter, pairs={**fold, **pairs})
+    pairs = {m: accumulate(base_delta[m], pair) if m in base_delta else pair for m, pair in adapter.pairs.items()}
+    return replace(adapter, pairs={**base_delta, **pairs})
 
 
 def _within(name: str, names: frozenset[str]) -> bool:

@@ -23,11 +23,11 @@ def aggregation_error(state: State, updates: Sequence[Update], tasks: Sequence[T
     sent = [update.adapter.plain().pairs for update in updates]
     for name in sent[0]:
         terms = [(pairs[name], w) for pairs, w in zip(sent, weights, strict=True)]
-        folds: dict[int, tuple[Pair, float]] = {}  # one that several clients share counts once
+        base_deltas: dict[int, tuple[Pair, float]] = {}  # one that several clients share counts once
         for task, weight in zip(tasks, weights, strict=True):
-            if (fold := task.fold.get(name)) is not None:
-                folds[id(fold)] = (fold, folds.get(id(fold), (fold, 0.0))[1] + weight)
-        terms += folds.values()
+            if (base_delta := task.base_delta.get(name)) is not None:
+                base_deltas[id(base_delta)] = (base_delta, base_deltas.get(id(base_delta), (base_delta, 0.0))[1] + weight)
+        terms += base_deltas.values()
         error, length = error_and_norm([pair for pair, _ in terms], [w for _, w in terms], result[name])
         errors.append(error)
         lengths.append(length)
@@ -54,7 +54,7 @@ def tail_kept(before: State, after: State, updates: Sequence[Update]) -> dict[st
     where there is no tail yet, or where the base holds ΔW, which no client can cut.
     """
     kept, length, whole, now = 0.0, 0.0, 0.0, after.adapter.plain().pairs
-    for name, pair in {} if before.fold else before.adapter.plain().pairs.items():
+    for name, pair in {} if before.base_delta else before.adapter.plain().pairs.items():
         ranks = [update.adapter.pairs[name].rank for update in updates if name in update.adapter.pairs]
         if ranks and min(ranks) < max(ranks):
             old = _wide(pair)

@@ -19,7 +19,7 @@ from fedlora.core.adapter import Adapter, Pair, digest
 from fedlora.core.base_delta import BaseDelta
 from fedlora.core.messages import Peer, Task, Update
 from fedlora.errors import CheckpointError, IncompatibleUpdates
-from fedlora.storage.client_state import FOLD
+from fedlora.storage.client_state import BASE_DELTA
 from fedlora.training.client import TrainResult
 
 MOST_EXAMPLES = 1e12  # more rows than any client has; sums of such weights stay exact enough
@@ -29,13 +29,13 @@ REFUSED = 1000  # code of the error with which a client replies that it must not
 MOST_METRICS = 64  # numbers that a client may report
 LONGEST = 400  # characters of a client's own words that are worth repeating
 RECORDS = {"arrays", "metrics", "config"}  # of an update
-GAIN = "gain/"  # begins the name of a tensor of a fold's increment
+GAIN = "gain/"  # begins the name of a tensor of a base delta's increment
 LARGEST = 1e6  # a trained tensor's norm beyond this is a diverged or hostile client, never a useful update
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the server knows that a node holds: digests of tensors by name, and the state its fold is from."""
+    """What the server knows that a node holds: digests of tensors by name, and the state its base delta is from."""
 
     digests: Mapping[str, str] = field(default_factory=dict)
     version: int | None = None
@@ -47,7 +47,7 @@ def write_task(
     """What the server sends, with the bytes of the whole task, and what the node holds once it has it.
 
     A tensor goes unless the node holds the same bits from the task before, as it does those that it did not
-    both train and share; and of a fold that has grown since the node's only the increment, where that is
+    both train and share; and of a base delta that has grown since the node's only the increment, where that is
     less.
 
     Args:
@@ -62,14 +62,14 @@ def write_task(
     folded = _folded(task)
     digests = {n: folded[n] if n in folded else _seal(tensor) for n, tensor in _kept(task).items()}
     missing = {name for name in digests if held.digests.get(name) != digests[name]}
-    gain = {f"{GAIN}{name}": tensor for name, tensor in Adapter(BaseDelta.of(task.fold).increment).tensors()}
-    fold = missing & folded.keys()
+    gain = {f"{GAIN}{name}": tensor for name, tensor in Adapter(BaseDelta.of(task.base_delta).increment).tensors()}
+    base_delta = missing & folded.keys()
     follows = None not in (version, held.version) and version == held.version + 1  # type: ignore[operator]
-    grown = bool(follows and gain and _bytes(gain.values()) < _bytes(tensors[name] for name in fold))
+    grown = bool(follows and gain and _bytes(gain.values()) < _bytes(tensors[name] for name in base_delta))
     shared = tensors.keys() - digests.keys()
     still = {name for name in shared & held.digests.keys() if held.digests[name] == _seal(tensors[name])}
     # A factor that was frozen the last time is there from then.
-    sent = {name: tensors[name] for name in (shared - still) | (missing - fold if grown else missing)}
+    sent = {name: tensors[name] for name in (shared - still) | (missing - base_delta if grown else missing)}
     to = _fold_seal(folded) if grown else ""
     whole = _bytes(tensors.values())
     numbers = {"round": round, "seed": seed, "whole": whole, "version": -1 if version is None else version}
@@ -84,7 +84,7 @@ def read_task(
     """The task, the round and the seed that `write_task` wrote, and what the node now has to hold.
 
     Raises:
-        CheckpointError: the server counts on tensors that this node does not hold, or on a fold to which the
+        CheckpointError: the server counts on tensors that this node does not hold, or on a base delta to which the
             increment does not lead here.
         ConfigError: the task has a part of a class that this node has not imported.
     """
@@ -98,7 +98,7 @@ def read_task(
         raise CheckpointError(f"this node was restarted and lacks {error}, which it held before") from error
     kept = _kept(task)
     if config["grown"] and config["grown"] != _fold_seal(_folded(task)):
-        raise CheckpointError("this node was restarted: what it holds is not the fold that has grown")
+        raise CheckpointError("this node was restarted: what it holds is not the base delta that has grown")
     return task, int(config["round"]), int(config["seed"]), kept  # type: ignore[arg-type]
 
 
@@ -235,23 +235,23 @@ def _kept(task: Task) -> dict[str, Tensor]:
 
 
 def _folded(task: Task) -> dict[str, str]:
-    """The digests of the fold's tensors, by their packed names."""
-    return {f"{FOLD}{name}": seal for name, seal in BaseDelta.of(task.fold).digests.items()}
+    """The digests of the base delta's tensors, by their packed names."""
+    return {f"{BASE_DELTA}{name}": seal for name, seal in BaseDelta.of(task.base_delta).digests.items()}
 
 
 def _grown(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fold's tensors after its increment, from those before; it has scale 1 once it has grown."""
+    """The base delta's tensors after its increment, from those before; it has scale 1 once it has grown."""
     parts = [
         {
             name.removeprefix(part).removesuffix(".A"): Pair(tensor, tensors[f"{name.removesuffix('.A')}.B"])
             for name, tensor in sorted(tensors.items())
             if name.startswith(part) and name.endswith(".A")
         }
-        for part in (FOLD, GAIN)
+        for part in (BASE_DELTA, GAIN)
     ]
     before, gain = parts
     grown = BaseDelta(before).plus(gain)
-    return {f"{FOLD}{name}": tensor for name, tensor in Adapter({m: grown[m] for m in gain}).tensors()}
+    return {f"{BASE_DELTA}{name}": tensor for name, tensor in Adapter({m: grown[m] for m in gain}).tensors()}
 
 
 def _answered(task: Task, arrays: ArrayRecord) -> Adapter:
@@ -278,7 +278,7 @@ def _seal(tensor: Tensor) -> str:
 
 
 def _fold_seal(seals: Mapping[str, str]) -> str:
-    """One digest of a whole fold, from those of its tensors."""
+    """One digest of a whole base delta, from those of its tensors."""
     return digest(json.dumps(sorted(seals.items())), [])
 
 

@@ -10,7 +10,7 @@ from fedlora.core.messages import Peer, Task, Update
 from fedlora.errors import IncompatibleUpdates
 from fedlora.rounds.codec import Held, size, write_task
 from fedlora.rounds.pending import PendingMessages
-from fedlora.storage.client_state import FOLD, forgotten
+from fedlora.storage.client_state import BASE_DELTA, forgotten
 
 GRACE = 60.0  # seconds for which a message outlives its round, so that who is late is known to be alive
 Read = Callable[[Message, Task, Peer, int], Update]
@@ -57,7 +57,7 @@ class MessageExchange:
         self._pending = PendingMessages()
         self._sent: dict[int, _Sent] = {}
         self._held: dict[int, Held] = {}
-        self._seen: dict[str, int] = {}  # a fold's tensor -> the last version in which a client received it
+        self._seen: dict[str, int] = {}  # a base delta's tensor -> the last version in which a client received it
 
     @property
     def waiting(self) -> set[int]:
@@ -149,10 +149,10 @@ class MessageExchange:
         """Count on what a node has received, now that it has answered."""
         self._held[node] = held
         if held.version is not None:
-            self._seen |= dict.fromkeys(_folds(held).values(), held.version)
+            self._seen |= dict.fromkeys(_base_deltas(held).values(), held.version)
 
     def _forget(self, version: int) -> None:
-        """No longer count on folds that clients of one process have dropped by now (`DownloadCache`)."""
+        """No longer count on base deltas that clients of one process have dropped by now (`DownloadCache`)."""
         old = forgotten(self._seen, version)
         for seal in old:
             del self._seen[seal]
@@ -160,14 +160,14 @@ class MessageExchange:
             kept = {
                 name: seal
                 for name, seal in held.digests.items()
-                if not (name.startswith(FOLD) and seal in old)
+                if not (name.startswith(BASE_DELTA) and seal in old)
             }
             self._held[node] = Held(kept, held.version)
 
 
-def _folds(held: Held) -> dict[str, str]:
-    """The digests of a fold's tensors by name."""
-    return {name: seal for name, seal in held.digests.items() if name.startswith(FOLD)}
+def _base_deltas(held: Held) -> dict[str, str]:
+    """The digests of a base delta's tensors by name."""
+    return {name: seal for name, seal in held.digests.items() if name.startswith(BASE_DELTA)}
 
 
 def line_of(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:

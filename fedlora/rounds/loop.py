@@ -167,7 +167,7 @@ class ServerLoop:
         every = self.config.evaluate_every
         due = every and (round.number % every == 0 or round.number == self.config.rounds)
         if due and not self.strategy.personal:
-            metrics |= self._named(*self._evaluate([Task(state.adapter, fold=state.fold)])[0])
+            metrics |= self._named(*self._evaluate([Task(state.adapter, base_delta=state.base_delta)])[0])
         if self._registry.apart:
             metrics["away"] = list(round.away)
             gone = {"status": "away", "reason": "not connected when the round began"}

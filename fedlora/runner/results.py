@@ -151,7 +151,7 @@ def _final_line(job: Assembly, run: RunHandle) -> dict[str, Any]:
     line = next((line for line in run.metrics if line["round"] == number), {})
     if "loss" in line:
         return line
-    task = Task(run.result.adapter, fold=run.result.fold)
+    task = Task(run.result.adapter, base_delta=run.result.base_delta)
     return line | job.named(*job.evaluate([task])[0])
 
 

@@ -94,7 +94,7 @@ def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
         )
     memory = ClientStore(run / "checkpoint" / "clients").read(client, round + 1)
     own = TrainRequest(client, round + 1, spec.seed, task, [], memory).start
-    save_adapter(whole(own, task.fold), learnt.load_base(spec), to)
+    save_adapter(whole(own, task.base_delta), learnt.load_base(spec), to)
     return f"adapter of client {client} -> {to} (peft.PeftModel.from_pretrained)"
 
 
@@ -124,7 +124,7 @@ def verify(run: Path, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
     base = learnt.load_base(spec)
     rows = dataset.task.encode(dataset.test, dataset.labels, base.tokenizer, spec.data.max_length)
     some = rows[:16]
-    with MultiAdapterModel(base, [Task(state.adapter, fold=state.fold)]):
+    with MultiAdapterModel(base, [Task(state.adapter, base_delta=state.base_delta)]):
         ours, exact = _logits(base, some), _logits(_in_float32(base), some)
 
     def plain(widened: bool = False) -> Base:

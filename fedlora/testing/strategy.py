@@ -226,7 +226,7 @@ def _digests(one: Round) -> list[str]:
 def _effective(task: Task, adapter: Adapter, module: str) -> Tensor:
     """All that a client's model adds to a module's weight."""
     found = torch.zeros(LAYERS[module], dtype=torch.float64)
-    for pairs in (task.fold, adapter.plain().pairs):
+    for pairs in (task.base_delta, adapter.plain().pairs):
         if module in pairs:
             found = found + dense(pairs[module])
     return found

@@ -21,8 +21,8 @@ energies, shares = st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.sampled_from([0.0, 
 
 def model(np64, task, pair, m="m"):
     """What a client's base has added to it, with a pair of its own."""
-    fold = task.fold.get(m)
-    return np64.delta(pair) + (0 if fold is None else np64.delta(fold))
+    base_delta = task.base_delta.get(m)
+    return np64.delta(pair) + (0 if base_delta is None else np64.delta(base_delta))
 
 
 def sampled(clients):
@@ -30,9 +30,9 @@ def sampled(clients):
     return [Peer(k, r, {}, {"m": s}) for k, (r, s, _) in enumerate(clients)], [w for _, _, w in clients]
 
 
-def started(make, rng, d_out, d_in, rank, scale=2.0, fold=None, **options):
+def started(make, rng, d_out, d_in, rank, scale=2.0, base_delta=None, **options):
     strategy = FedFold(**options)
-    return strategy, strategy.init(Adapter({"m": make.pair(rng, d_out, d_in, rank, scale)}), fold)
+    return strategy, strategy.init(Adapter({"m": make.pair(rng, d_out, d_in, rank, scale)}), base_delta)
 
 
 def test_the_facts():
@@ -58,7 +58,7 @@ def test_every_client_starts_from_the_whole_of_it(make, np64, seed, d_out, d_in,
         assert not pair.B[:, min(led, state.adapter.pairs["m"].rank) :].any()
         assert np64.orthonormal_rows(pair.A[: min(peer.rank, d_in)])
         assert np64.close(model(np64, task, pair), state.delta("m"))
-        assert all(p.scale == 1.0 for p in task.fold.values())
+        assert all(p.scale == 1.0 for p in task.base_delta.values())
 
 
 @given(
@@ -92,7 +92,9 @@ def test_the_recipe_holds_for_any_energy(make, np64, seed, rank, clients, energy
     updates = make.round(rng, strategy, state, peers, weights)
     want = state.delta("m").numpy()
     for peer, update in zip(peers, updates, strict=True):
-        moved = np64.delta(update.adapter.pairs["m"]) - np64.delta(strategy.task(state, peer).adapter.pairs["m"])
+        moved = np64.delta(update.adapter.pairs["m"]) - np64.delta(
+            strategy.task(state, peer).adapter.pairs["m"]
+        )
         want = want + update.weight / sum(weights) * moved
     by_hand = [Update(u.adapter, u.weight) for u in updates]
     assert np64.close(strategy.aggregate(state, by_hand, rng).delta("m"), want)
@@ -141,20 +143,20 @@ def test_what_is_sent_holds_the_energy_in_the_fewest_directions(make, np64, rng,
     task = FedFold(fresh=0.0, energy=energy).task(state, Peer(0, rank))
     share = np.cumsum(sigma**2) / (sigma**2).sum()
     q = max(rank, 0 if energy == 0 else int(np.argmax(share >= energy - 1e-12)) + 1)
-    assert sum(p.rank for p in task.fold.values()) == q - rank
-    assert (q > rank) == ("m" in task.fold)
+    assert sum(p.rank for p in task.base_delta.values()) == q - rank
+    assert (q > rank) == ("m" in task.base_delta)
     assert np64.close(model(np64, task, task.adapter.pairs["m"]), np64.best(state.delta("m").numpy(), q))
 
 
 def test_all_of_the_energy_is_all_of_it_however_small_the_tail(make, np64, rng):
     # A sum from the large end would not see the tail, and lose half of the digits.
     state = State(Adapter({"m": make.spectrum(rng, 9, 8, [1.0, 1e-9, 1e-12])}))
-    assert FedFold().task(state, Peer(0, 2)).fold["m"].rank == 2
+    assert FedFold().task(state, Peer(0, 2)).base_delta["m"].rank == 2
 
 
 def test_a_base_that_has_something_folded_in_keeps_it(make, np64, rng):
     given = make.pair(rng, 7, 9, 2)
-    strategy, state = started(make, rng, 7, 9, 4, fold={"m": given})
+    strategy, state = started(make, rng, 7, 9, 4, base_delta={"m": given})
     assert np64.close(state.delta("m"), np64.delta(given) + dense(state.adapter.pairs["m"]).numpy())
     for rank in (1, 9):
         task = strategy.task(state, Peer(0, rank))
@@ -179,7 +181,7 @@ def test_loras_own_start_is_left_as_it_is(make, rng):
         task = FedFold(fresh=share).task(state, Peer(0, 3))
         assert torch.equal(task.adapter.pairs["m"].A[:led], A[:led])
         assert not task.adapter.pairs["m"].B.any()
-        assert task.fold == {}
+        assert task.base_delta == {}
 
 
 def test_fresh_directions_are_others_in_every_module_and_round(make, rng):
@@ -200,7 +202,7 @@ def test_what_the_leading_directions_cannot_see_is_learned_by_fresh_ones(make, n
         for _ in range(100):
             task = strategy.task(state, Peer(0, 2))
             pair = task.adapter.pairs["m"]
-            A, B, base = pair.A, pair.B, dense(task.fold["m"]) if task.fold else 0
+            A, B, base = pair.A, pair.B, dense(task.base_delta["m"]) if task.base_delta else 0
             for _ in range(10):
                 G = base + B @ A - W
                 A, B = A - 0.05 * B.T @ G, B - 0.05 * G @ A.T
