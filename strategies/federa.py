@@ -8,7 +8,7 @@ Weight Decomposition". 2024. https://arxiv.org/abs/2404.18848
 
 Clients train A and B on the frozen W_f, so that the model before round 1 is the pretrained one. The start is
 made once, by whoever starts the run (fedlora.models.initialization), and −s B_0 A_0 goes down with the first
-task as the base's base delta: SVDs of two machines may differ in sign, and factors of other signs cannot be
+task as the base delta: SVDs of two machines may differ in sign, and factors of other signs cannot be
 averaged.
 
 What comes out is a plain LoRA adapter of rank 2r for W_0: s B̄ Ā − s B_0 A_0 = [s B̄, −s B_0] [Ā; A_0].

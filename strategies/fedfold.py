@@ -8,9 +8,9 @@ The server holds the whole update D* = Σ_i σ_i u_i v_iᵀ, in the order of σ.
 
     D* = [D*]_l + (D* − [D*]_l),    l ≤ r,
 
-trains the first l directions as its pair, s B_in A_in = [D*]_l, and has the others, the base delta, added to its
-frozen base. The r − l rows of A that are left are fresh ones, with B = 0. Whatever its rank, it starts from
-the model W_0 + D* itself, and ends at W_0 + D* − [D*]_l + s B A. The mean of where the clients end is
+trains the first l directions as its pair, s B_in A_in = [D*]_l, and has the others, its base delta, added to
+the frozen base. The r − l rows of A that are left are fresh ones, with B = 0. Whatever its rank, it starts
+from the model W_0 + D* itself, and ends at W_0 + D* − [D*]_l + s B A. The mean of where the clients end is
 
     D*_new = Σ_k w_k (D* − [D*]_{l_k} + s_k B_k A_k)
            = Σ_k w_k s_k B_k A_k + Σ_i (1 − p_i) σ_i u_i v_iᵀ,    p_i = Σ_{k: l_k ≥ i} w_k,
@@ -80,7 +80,7 @@ class FedFold(Strategy):
         return State(replace(adapter, pairs=pairs), base_delta=base_delta or {}, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
-        """The leading directions and fresh ones with B = 0 to train; the rest to fold."""
+        """The leading directions and fresh ones with B = 0 to train; the rest is the base delta."""
         pairs, base_delta = {}, dict(state.base_delta)
         for m, D in state.adapter.pairs.items():
             led = self._led(peer.ranks.get(m, peer.rank))

@@ -83,7 +83,9 @@ class HetLoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """The first directions, as many as the client has left, and the rule of the tail."""
         peer = replace(peer, ranks=self._ranks(state, peer))
-        return Task(slice_to_rank(grow_rank(state, peer), peer), base_delta=state.base_delta, method=(self._rule,))
+        return Task(
+            slice_to_rank(grow_rank(state, peer), peer), base_delta=state.base_delta, method=(self._rule,)
+        )
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself and weighted by norm; note who has pruned."""

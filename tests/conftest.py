@@ -103,7 +103,7 @@ class Dense:
         return pair.scale * (B @ C @ A)
 
     def effective(self, task: Task, adapter: Adapter, module: str, shape: tuple[int, int]) -> np.ndarray:
-        """All that a client's model adds to one weight: the task's base delta, the pair, the sparse values."""
+        """All that a client's model adds to one weight: base delta, pair, sparse values."""
         total = self.delta(task.base_delta[module]) if module in task.base_delta else np.zeros(shape)
         if module in adapter.pairs:
             total = total + self.change(adapter, module)

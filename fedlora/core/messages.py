@@ -15,6 +15,7 @@ from fedlora.core.packing import pack, unpack
 from fedlora.errors import CheckpointError, ConfigError, IncompatibleUpdates
 
 BOTH = frozenset({"A", "B"})
+PACKED_AS = {"base_delta": "fold"}  # field -> its name in files and on the wire, which older runs have too
 Part = TypeVar("Part", bound=MethodPart)
 
 
@@ -46,8 +47,8 @@ class Peer:
 class Task:
     """What the server asks of one client this round.
 
-    A client trains `adapter` on the base with `base_delta` added, and sends back what is shared. What it is sent
-    and does not both train and share, it keeps: the server need not send the same bits again.
+    A client trains `adapter` on the base with `base_delta` added, and sends back what is shared. It keeps
+    what it is sent and does not both train and share: the server need not send the same bits again.
 
     Args:
         adapter: where the client starts, in the client's own ranks and scales.
@@ -73,7 +74,7 @@ class Task:
     method: tuple[MethodPart, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fold", BaseDelta.of(self.base_delta))
+        object.__setattr__(self, "base_delta", BaseDelta.of(self.base_delta))
         for what in ("personal", "frozen"):
             named = getattr(self, what)
             known = {above for name, _ in self.adapter.tensors() if named for above in _above(name)}
@@ -108,7 +109,7 @@ class Task:
 
     @cached_property
     def _packed(self) -> tuple[dict[str, Tensor], str]:
-        return pack({f.name: getattr(self, f.name) for f in fields(self)})
+        return _pack(self)
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], header: str) -> "Task":
@@ -118,7 +119,8 @@ class Task:
             KeyError: a tensor is missing.
             ConfigError: the task has a part of a class that this process has not imported.
         """
-        return cls(**unpack(tensors, header))
+        names = {packed: name for name, packed in PACKED_AS.items()}
+        return cls(**{names.get(key, key): value for key, value in unpack(tensors, header).items()})
 
     def _of(self, factors: frozenset[str]) -> Iterator[str]:
         """The names of these factors of every pair, and of the extras."""
@@ -167,7 +169,7 @@ class State:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fold", BaseDelta.of(self.base_delta))
+        object.__setattr__(self, "base_delta", BaseDelta.of(self.base_delta))
 
     def delta(self, module: str) -> Tensor:
         """The effective update of one module's weight, dense, (d_out, d_in): the base delta and the pair."""
@@ -175,7 +177,7 @@ class State:
         return own + dense(self.base_delta[module]) if module in self.base_delta else own
 
     def whole(self) -> Adapter:
-        """The adapter that has the function of the base delta and the adapter together, for use and export."""
+        """One adapter with the function of the base delta and the adapter together, for use and export."""
         return whole(self.adapter, self.base_delta)
 
     def digest(self) -> str:
@@ -194,7 +196,7 @@ class State:
 
     @cached_property
     def _packed(self) -> tuple[dict[str, Tensor], str]:
-        return pack({f.name: getattr(self, f.name) for f in fields(self)})
+        return _pack(self)
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], header: str) -> "State":
@@ -205,16 +207,23 @@ class State:
         """
         try:
             read = unpack(tensors, header)
-            return cls(**{f.name: read[f.name] for f in fields(cls)})
+            return cls(**{f.name: read[PACKED_AS.get(f.name, f.name)] for f in fields(cls)})
         except (AttributeError, KeyError, TypeError, ValueError, IncompatibleUpdates, ConfigError) as error:
             raise CheckpointError(f"this is not a packed fedlora state: {error!r}") from error
 
 
 def whole(adapter: Adapter, base_delta: Mapping[str, Pair]) -> Adapter:
-    """One adapter with the function of `base_delta` and `adapter` together, its low-rank term in plain pairs."""
+    """One adapter of plain pairs, with the function of `base_delta` and `adapter` together."""
     adapter = adapter.plain()
-    pairs = {m: accumulate(base_delta[m], pair) if m in base_delta else pair for m, pair in adapter.pairs.items()}
+    pairs = {
+        m: accumulate(base_delta[m], pair) if m in base_delta else pair for m, pair in adapter.pairs.items()
+    }
     return replace(adapter, pairs={**base_delta, **pairs})
+
+
+def _pack(message: Task | State) -> tuple[dict[str, Tensor], str]:
+    """The fields as named tensors and one line of JSON, by the names of `PACKED_AS`."""
+    return pack({PACKED_AS.get(f.name, f.name): getattr(message, f.name) for f in fields(message)})
 
 
 def _within(name: str, names: frozenset[str]) -> bool:

@@ -40,7 +40,7 @@ class Strategy(ABC):
         linear: does the new state depend on the updates through their weighted mean alone, so that a server
             which sees nothing but a sum could run it?
         products: is the weighted mean of the products s·B·A, and of the extras, enough for it?
-        exact: is the new ΔW the weighted mean of the clients' own, base delta and s_k B_k A_k together?
+        exact: is the new ΔW the weighted mean of the clients', base delta and s_k B_k A_k together?
         personal: do clients keep a trained part, so that the global state alone is nobody's model?
         start: the initial adapter that the paper asks for, a value of `lora.init`.
         client: the name of the client class that it needs; empty where ordinary local training does.
@@ -67,7 +67,8 @@ class Strategy(ABC):
 
         Args:
             adapter: of the largest rank any client has.
-            base_delta: what is added to the frozen base from the start, such as minus an adapter taken out of it.
+            base_delta: what is added to the frozen base from the start, such as minus an
+                adapter that was taken out of it.
             seed: of the strategy's own random choices.
         """
         base_delta = base_delta or {}

@@ -74,7 +74,7 @@ def constants(
 
 
 def base_deltas(base: Base, tasks: Sequence[Task]) -> dict[str, list[Pair]]:
-    """Module -> what each slot's base has folded in; one pair for all where it is the same for all."""
+    """Module -> the base delta of each slot; one pair for all where it is the same for all."""
     found = {}
     for name in {name: None for task in tasks for name in task.base_delta}:
         own = [task.base_delta.get(name) for task in tasks]

@@ -10,8 +10,8 @@ https://arxiv.org/abs/2406.01775
 
     W = Q R,    B = Q_{:,:r},    A = R_{:r}
 
-The base then works as W − s B A, which here is W itself with a base delta of −s B A: the model begins as it was,
-and clients of any start share one base.
+The base then works as W − s B A, which here is W itself with a base delta of −s B A: the model begins as it
+was, and clients of any start share one base.
 """
 
 import zlib
@@ -34,7 +34,7 @@ STARTS = ("lora", "pissa", "olora")
 def take_out_of_base(
     base: Base, adapter: Adapter, init: str, seed: int = 0
 ) -> tuple[Adapter, dict[str, Pair]]:
-    """The adapter with its pairs in the directions of the base's weights, and the base delta that takes them out.
+    """The adapter with its pairs along the base's weights, and the base delta that takes them out.
 
     Args:
         base: the model.

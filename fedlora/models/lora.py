@@ -113,9 +113,9 @@ def layer_of(base: Base, name: str, base_delta: Mapping[str, Pair] | None = None
         module = base.model.get_submodule(name)
     except AttributeError as error:
         raise ModelError(f"the adapter has factors for '{name}', a module that the model lacks") from error
-    folded = dense(base_delta[name]) if base_delta and name in base_delta else 0.0
+    added = dense(base_delta[name]) if base_delta and name in base_delta else 0.0
     weight = partial(layer_weight, module, name)
-    return Layer(name, layer_shape(module, name), weight, getattr(module, "bias", None), folded)
+    return Layer(name, layer_shape(module, name), weight, getattr(module, "bias", None), added)
 
 
 def parametrized(

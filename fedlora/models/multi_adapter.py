@@ -2,8 +2,8 @@
 
 A batch holds its rows client by client. At every target layer each client's rows meet that client's own
 factors, at that client's own rank, so that one pass over the shared base trains K clients and nothing is
-padded. The base is never written to: what each adapter's parametrization makes of a layer, and what a
-client's base has folded in, is done by forward hooks, and trained whole modules (the head) stand in for the
+padded. The base is never written to: what each adapter's parametrization makes of a layer is done by
+forward hooks, and so are the clients' base deltas, and trained whole modules (the head) stand in for the
 base's while the bank is open.
 """
 
@@ -223,9 +223,8 @@ class MultiAdapterModel:
                 output = add_low_rank(output, x, units, ends, s, factors)
             if base_deltas:
                 every = segments if len(base_deltas) > 1 else [(0, units)]
-                output = add_low_rank(
-                    output, x, units, every, [p.scale for p in base_deltas], [f for p in base_deltas for f in (p.A, p.B)]
-                )
+                factors = [f for p in base_deltas for f in (p.A, p.B)]
+                output = add_low_rank(output, x, units, every, [p.scale for p in base_deltas], factors)
             if own and form != LORA:
                 output = self._beyond_low_rank(name, x, output, [(k, *segments[k]) for k in live], units)
             return output

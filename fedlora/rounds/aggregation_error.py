@@ -14,7 +14,7 @@ ROUNDING = 1e-10  # of ‖ΔW‖²: a tail below it is none
 def aggregation_error(state: State, updates: Sequence[Update], tasks: Sequence[Task]) -> dict[str, float]:
     """How far the new global ΔW is from the clients' weighted mean, relative, over all modules.
 
-    A client's ΔW is its pair with what its base had folded in. Zero where a strategy is exact; FedIT's is the
+    A client's ΔW is its pair with its base delta. Zero where a strategy is exact; FedIT's is the
     cross-covariance of its factors.
     """
     weights = normalised([update.weight for update in updates])
@@ -23,10 +23,11 @@ def aggregation_error(state: State, updates: Sequence[Update], tasks: Sequence[T
     sent = [update.adapter.plain().pairs for update in updates]
     for name in sent[0]:
         terms = [(pairs[name], w) for pairs, w in zip(sent, weights, strict=True)]
-        base_deltas: dict[int, tuple[Pair, float]] = {}  # one that several clients share counts once
+        base_deltas: dict[int, tuple[Pair, float]] = {}  # one that several clients share is added up once
         for task, weight in zip(tasks, weights, strict=True):
             if (base_delta := task.base_delta.get(name)) is not None:
-                base_deltas[id(base_delta)] = (base_delta, base_deltas.get(id(base_delta), (base_delta, 0.0))[1] + weight)
+                _, total = base_deltas.get(id(base_delta), (base_delta, 0.0))
+                base_deltas[id(base_delta)] = (base_delta, total + weight)
         terms += base_deltas.values()
         error, length = error_and_norm([pair for pair, _ in terms], [w for _, w in terms], result[name])
         errors.append(error)

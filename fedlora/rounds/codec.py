@@ -35,7 +35,12 @@ LARGEST = 1e6  # a trained tensor's norm beyond this is a diverged or hostile cl
 
 @dataclass(frozen=True)
 class Held:
-    """What the server knows that a node holds: digests of tensors by name, and the state its base delta is from."""
+    """What the server knows that a node holds.
+
+    Args:
+        digests: tensor name -> its digest.
+        version: of the state that the node's base delta comes from; None where it is not known.
+    """
 
     digests: Mapping[str, str] = field(default_factory=dict)
     version: int | None = None
@@ -46,9 +51,9 @@ def write_task(
 ) -> tuple[RecordDict, Held]:
     """What the server sends, with the bytes of the whole task, and what the node holds once it has it.
 
-    A tensor goes unless the node holds the same bits from the task before, as it does those that it did not
-    both train and share; and of a base delta that has grown since the node's only the increment, where that is
-    less.
+    A tensor is sent unless the node holds the same bits from the task before; it holds all tensors that it
+    did not both train and share. Where a base delta has grown since the one that the node holds, only the
+    increment is sent, if it is smaller.
 
     Args:
         task: what is asked.
@@ -59,18 +64,19 @@ def write_task(
     """
     held = held or Held()
     tensors, header = task.pack()
-    folded = _folded(task)
-    digests = {n: folded[n] if n in folded else _seal(tensor) for n, tensor in _kept(task).items()}
+    of_base = _base_delta_digests(task)
+    digests = {n: of_base[n] if n in of_base else _seal(tensor) for n, tensor in _kept(task).items()}
     missing = {name for name in digests if held.digests.get(name) != digests[name]}
-    gain = {f"{GAIN}{name}": tensor for name, tensor in Adapter(BaseDelta.of(task.base_delta).increment).tensors()}
-    base_delta = missing & folded.keys()
+    increment = Adapter(BaseDelta.of(task.base_delta).increment)
+    gain = {f"{GAIN}{name}": tensor for name, tensor in increment.tensors()}
+    base_delta = missing & of_base.keys()
     follows = None not in (version, held.version) and version == held.version + 1  # type: ignore[operator]
     grown = bool(follows and gain and _bytes(gain.values()) < _bytes(tensors[name] for name in base_delta))
     shared = tensors.keys() - digests.keys()
     still = {name for name in shared & held.digests.keys() if held.digests[name] == _seal(tensors[name])}
     # A factor that was frozen the last time is there from then.
     sent = {name: tensors[name] for name in (shared - still) | (missing - base_delta if grown else missing)}
-    to = _fold_seal(folded) if grown else ""
+    to = _digest_of_all(of_base) if grown else ""
     whole = _bytes(tensors.values())
     numbers = {"round": round, "seed": seed, "whole": whole, "version": -1 if version is None else version}
     config = ConfigRecord({**numbers, "task": header, "grown": to})
@@ -84,8 +90,8 @@ def read_task(
     """The task, the round and the seed that `write_task` wrote, and what the node now has to hold.
 
     Raises:
-        CheckpointError: the server counts on tensors that this node does not hold, or on a base delta to which the
-            increment does not lead here.
+        CheckpointError: the server counts on tensors that this node does not hold, or the increment does
+            not lead to the base delta that the server has.
         ConfigError: the task has a part of a class that this node has not imported.
     """
     config, arrays = content.config_records["config"], content.array_records["arrays"]
@@ -97,7 +103,7 @@ def read_task(
     except KeyError as error:
         raise CheckpointError(f"this node was restarted and lacks {error}, which it held before") from error
     kept = _kept(task)
-    if config["grown"] and config["grown"] != _fold_seal(_folded(task)):
+    if config["grown"] and config["grown"] != _digest_of_all(_base_delta_digests(task)):
         raise CheckpointError("this node was restarted: what it holds is not the base delta that has grown")
     return task, int(config["round"]), int(config["seed"]), kept  # type: ignore[arg-type]
 
@@ -234,7 +240,7 @@ def _kept(task: Task) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in task.pack()[0].items() if name not in shared}
 
 
-def _folded(task: Task) -> dict[str, str]:
+def _base_delta_digests(task: Task) -> dict[str, str]:
     """The digests of the base delta's tensors, by their packed names."""
     return {f"{BASE_DELTA}{name}": seal for name, seal in BaseDelta.of(task.base_delta).digests.items()}
 
@@ -277,8 +283,8 @@ def _seal(tensor: Tensor) -> str:
     return digest("", [("", tensor)])
 
 
-def _fold_seal(seals: Mapping[str, str]) -> str:
-    """One digest of a whole base delta, from those of its tensors."""
+def _digest_of_all(seals: Mapping[str, str]) -> str:
+    """One digest of a whole base delta, from the digests of its tensors."""
     return digest(json.dumps(sorted(seals.items())), [])
 
 

@@ -57,7 +57,7 @@ class MessageExchange:
         self._pending = PendingMessages()
         self._sent: dict[int, _Sent] = {}
         self._held: dict[int, Held] = {}
-        self._seen: dict[str, int] = {}  # a base delta's tensor -> the last version in which a client received it
+        self._seen: dict[str, int] = {}  # digest of a base delta's tensor -> the last version sent
 
     @property
     def waiting(self) -> set[int]:
@@ -152,7 +152,7 @@ class MessageExchange:
             self._seen |= dict.fromkeys(_base_deltas(held).values(), held.version)
 
     def _forget(self, version: int) -> None:
-        """No longer count on base deltas that clients of one process have dropped by now (`DownloadCache`)."""
+        """Stop relying on base deltas that clients of one process have dropped by now (`DownloadCache`)."""
         old = forgotten(self._seen, version)
         for seal in old:
             del self._seen[seal]

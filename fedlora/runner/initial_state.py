@@ -72,7 +72,9 @@ def _given(folder: Path, base: Base, heads: Sequence[str], form: Parametrization
     return replace(adapter, extra=kept | own)
 
 
-def _check_served(strategy: Strategy, start: State, peers: Iterable[Peer], base_delta: Mapping[str, Pair]) -> None:
+def _check_served(
+    strategy: Strategy, start: State, peers: Iterable[Peer], base_delta: Mapping[str, Pair]
+) -> None:
     """Refuse a rank that cannot be served, and one that gets less than what was taken out of the base."""
     name = type(strategy).__name__
     for peer in peers:

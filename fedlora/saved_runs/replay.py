@@ -78,7 +78,9 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         began = _began(recording, at, before, updates)
         after, tasks = again(recorder, other, widest, spec.seed, before, updates, began, round)
         found = {**sizes(after), **aggregation_error(after, updates, tasks)}
-        found |= base.task.metrics(*evaluate(base, [Task(after.adapter, base_delta=after.base_delta)], [test])[0])
+        found |= base.task.metrics(
+            *evaluate(base, [Task(after.adapter, base_delta=after.base_delta)], [test])[0]
+        )
         kept = {key: had[round][key] for key in SHOWN if key in had.get(round, {})}
         stale = max(before.round - state.round for state in began)
         line = {"round": round, "staleness": stale, "recorded": kept, "replayed": found}

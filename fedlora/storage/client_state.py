@@ -134,11 +134,10 @@ class ClientStore:
 class DownloadCache:
     """The tensors that clients received and keep, so that the server need not send them again.
 
-    In memory, where one process holds many clients, equal tensors are stored once, and outdated base deltas are
-    dropped: a base delta that was sent to nobody since the state before the last one cannot be extended to the
-        current base delta, and
-    the server knows by the same rule (`forgotten`) that it has to send the whole base delta. A client on a machine
-    of its own keeps its base delta in a file.
+    In memory, where one process holds many clients, equal tensors are stored once, and outdated base deltas
+    are dropped: a base delta that was sent to nobody since the state before the last one cannot be extended
+    to the current one, and the server knows by the same rule (`forgotten`) that it has to send the whole base
+    delta. A client on a machine of its own keeps its base delta in a file.
 
     Args:
         folder: the folder with a file for each client; None keeps the tensors in memory.
@@ -209,8 +208,8 @@ class DownloadCache:
 def forgotten(seen: Mapping[str, int], version: int) -> set[str]:
     """The digests of outdated base deltas, which clients drop and on which the server no longer relies.
 
-    A new base delta extends the base delta of the version before, or is sent whole. Server and clients use the same rule,
-    so the server never relies on a base delta that a client has dropped.
+    A new base delta extends the one of the version before, or is sent whole. Server and clients use the same
+    rule, so the server never relies on a base delta that a client has dropped.
 
     Args:
         seen: digest -> the last version of the state in whose tasks the base delta was sent.

@@ -157,7 +157,7 @@ def a_refused_update_is_named(one: Round) -> None:
 
 
 def exact_means_the_weighted_mean(one: Round) -> None:
-    """With exact=True the new ΔW is Σ w_k s_k B_k A_k, whatever the ranks, the folded part included."""
+    """With exact=True the new ΔW is Σ w_k s_k B_k A_k, whatever the ranks, the base delta included."""
     if not one.strategy.exact or one.strategy.personal:
         return
     after = one.aggregate()

@@ -100,7 +100,7 @@ def test_what_is_frozen_for_good_goes_down_once(make, rng):
     first = rounds(strategies.FFALoRA(), make, rng, RANKS, 1)[0][0]
     assert first == [(both(4), 4 * S_OUT + HEAD)] * 3
     [line] = rounds(strategies.PrivateLoRA(), make, rng, RANKS, 1)[0]
-    # A and B, and what the adapter that the run began with had learned, folded into the base.
+    # A and B, and what the adapter that the run began with had learned, in the base delta.
     assert line == [(4 * 4 * len(LAYERS) + HEAD + 2 * 4 * (S_OUT + S_IN), 4 * 4 * len(LAYERS) + HEAD)] * 3
 
 

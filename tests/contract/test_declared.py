@@ -97,7 +97,9 @@ def test_who_is_up_to_date_needs_only_the_increment(
         pairs = [(m, p) for part in (new.base_delta, new.base_delta.increment) for m, p in part.items()]
         assert all(p.scale == 1 and p.shape == layers[m] for m, p in pairs)
         base_deltas = [(state.base_delta, new.base_delta)]
-        base_deltas += [(strategy.task(state, one).base_delta, strategy.task(new, one).base_delta) for one in peers]
+        base_deltas += [
+            (strategy.task(state, one).base_delta, strategy.task(new, one).base_delta) for one in peers
+        ]
         for old, now in base_deltas:
             if gain := now.increment:
                 for m, pair in now.items():

@@ -74,7 +74,9 @@ def test_low_precision_costs_its_own_rounding_and_no_more(
 
     def doubled(state: State) -> State:
         memory = {n: t.double() if t.is_floating_point() else t for n, t in state.memory.items()}
-        return dataclasses.replace(state, adapter=double(state.adapter), base_delta=wide(state.base_delta), memory=memory)
+        return dataclasses.replace(
+            state, adapter=double(state.adapter), base_delta=wide(state.base_delta), memory=memory
+        )
 
     # In the state's scale: a frozen factor in another has a rounding of its own, by which it is recognised.
     peers = [dataclasses.replace(one, scales={}) for one in peers]

@@ -18,7 +18,11 @@ def test_it_is_a_mapping_of_pairs_and_of_any_mapping_one_is_made(make, rng):
         assert (len(delta), "a" in delta, delta.get("c")) == (2, True, None)
         assert delta.increment == {}
         assert BaseDelta.of(delta) is delta
-        assert Task(Adapter({}), base_delta=delta).base_delta is delta is State(Adapter({}), base_delta=delta).base_delta
+        assert (
+            Task(Adapter({}), base_delta=delta).base_delta
+            is delta
+            is State(Adapter({}), base_delta=delta).base_delta
+        )
     assert not BaseDelta()
 
 

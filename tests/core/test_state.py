@@ -45,7 +45,10 @@ def test_a_state_survives_safetensors_bytes_bit_for_bit(state):
 
 
 def test_the_digest_of_a_state_is_over_all_of_it(state):
-    one, double = torch.ones(1), {**state.base_delta, "a": replace(state.base_delta["a"], B=2 * state.base_delta["a"].B)}
+    one, double = (
+        torch.ones(1),
+        {**state.base_delta, "a": replace(state.base_delta["a"], B=2 * state.base_delta["a"].B)},
+    )
     others = [
         replace(state, adapter=Adapter(state.adapter.pairs)),
         replace(state, adapter=replace(state.adapter, parametrization=LORA)),
@@ -88,7 +91,9 @@ def test_the_digest_of_the_tensors_says_whether_training_moved_anything(state):
 
 def test_factors_of_any_memory_layout_can_be_saved():
     pair = Pair(torch.ones(3, 2).T, torch.ones(2, 4).T)
-    tensors, header = State(Adapter({"m": pair}, {"w": torch.ones(4, 6)[:, ::2]}), base_delta={"m": pair}).pack()
+    tensors, header = State(
+        Adapter({"m": pair}, {"w": torch.ones(4, 6)[:, ::2]}), base_delta={"m": pair}
+    ).pack()
     assert State.unpack(load(save(tensors)), header).adapter.pairs["m"].shape == (4, 3)
 
 
@@ -168,7 +173,12 @@ def test_the_whole_has_the_base_delta_of_a_module_without_a_pair_too(make, np64,
 def test_the_defaults_are_a_plain_round():
     task, update = Task(Adapter({})), Update(Adapter({}))
     assert task.train == task.share == BOTH == {"A", "B"}
-    assert (task.personal, task.frozen, dict(task.base_delta), task.method) == (frozenset(), frozenset(), {}, ())
+    assert (task.personal, task.frozen, dict(task.base_delta), task.method) == (
+        frozenset(),
+        frozenset(),
+        {},
+        (),
+    )
     assert (update.weight, update.peer, dict(update.metrics)) == (1.0, None, {})
     state = State(Adapter({}))
     assert (state.round, state.seed, dict(state.base_delta), dict(state.memory)) == (0, 0, {}, {})

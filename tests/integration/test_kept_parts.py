@@ -1,4 +1,4 @@
-"""What clients keep, and what the base has folded in, survive a kill: the run ends as if there was none."""
+"""What clients keep, and the base delta, survive a kill: the run ends as if there was none."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,7 +41,9 @@ def same(got: Any, want: Any) -> None:
         assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
 
 
-@pytest.mark.parametrize(("name", "damaged"), [("own parts", False), ("own parts", True), ("a base delta", False)])
+@pytest.mark.parametrize(
+    ("name", "damaged"), [("own parts", False), ("own parts", True), ("a base delta", False)]
+)
 def test_a_run_killed_after_its_clients_have_kept_their_parts(
     name: str, damaged: bool, wholes: Any, run: Callable[..., Any], result: Any, tmp_path: Path
 ) -> None:

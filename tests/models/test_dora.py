@@ -177,7 +177,9 @@ def test_a_base_delta_counts_to_the_direction_and_is_exported_with_it(zoo: Any, 
     adapter, base_delta = take_out_of_base(base, fresh, "pissa")
     plain = logits(zoo, base, Task(Adapter({}, fresh.extra)))
     neutral = dora(base, adapter, base_delta)
-    assert zoo.same(base, plain, logits(zoo, base, Task(neutral, base_delta=base_delta)), zoo.batch(base), 1e-5)
+    assert zoo.same(
+        base, plain, logits(zoo, base, Task(neutral, base_delta=base_delta)), zoo.batch(base), 1e-5
+    )
     for m in adapter.pairs:
         W = layer_weight(base.model.get_submodule(m), m)
         torch.testing.assert_close(neutral.extra[m + MAGNITUDE], W.norm(dim=1), atol=1e-5, rtol=1e-5)

@@ -133,7 +133,13 @@ def test_base_deltas_of_each_slot_are_as_if_its_base_were_changed(zoo: Any, name
     gone = next(iter(two))
     two = {m: pair for m, pair in two.items() if m != gone}  # one module has no base delta in one slot
     check(
-        zoo, name, [Task(adapter(2, seed=1), base_delta=one), Task(adapter(1, seed=2), base_delta=two), Task(adapter(3))]
+        zoo,
+        name,
+        [
+            Task(adapter(2, seed=1), base_delta=one),
+            Task(adapter(1, seed=2), base_delta=two),
+            Task(adapter(3)),
+        ],
     )
 
 
@@ -143,7 +149,8 @@ def test_a_base_delta_that_all_slots_share_is_added_once(zoo: Any, name: str) ->
     one = base_deltas(base, 1, 2)
     copies = {m: Pair(p.A.clone(), p.B.clone(), p.scale) for m, p in one.items()}
     tasks = [
-        Task(zoo.adapter(base, r, seed=r, head=False), base_delta=f) for r, f in ((1, one), (2, copies), (3, one))
+        Task(zoo.adapter(base, r, seed=r, head=False), base_delta=f)
+        for r, f in ((1, one), (2, copies), (3, one))
     ]
     check(zoo, name, tasks)
     with MultiAdapterModel(base, tasks) as bank:

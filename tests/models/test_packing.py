@@ -77,10 +77,10 @@ def task_of(base: Base, seed: int, rank: int, sparse: bool = False, base_delta: 
     shapes = targets(base, "all-linear")
     pairs = {n: Pair(random(rank, i), random(o, rank), 0.3) for n, (o, i) in shapes.items()}
     values = {f"{n}.sparse": random(7) for n in shapes}
-    folded = {n: Pair(random(3, i), random(o, 3), 0.1) for n, (o, i) in shapes.items()} if base_delta else {}
+    deltas = {n: Pair(random(3, i), random(o, 3), 0.1) for n, (o, i) in shapes.items()} if base_delta else {}
     if sparse:
-        return Task(Adapter({}, {**base.head_state(), **values}, Sparse(5)), base_delta=folded)
-    return Task(Adapter(pairs, base.head_state()), base_delta=folded)
+        return Task(Adapter({}, {**base.head_state(), **values}, Sparse(5)), base_delta=deltas)
+    return Task(Adapter(pairs, base.head_state()), base_delta=deltas)
 
 
 def results(base: Base, tasks: list[Task], micro: list[tuple[int, Example]]) -> list[torch.Tensor]:

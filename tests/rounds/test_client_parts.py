@@ -144,7 +144,9 @@ def test_a_restarted_node_says_so_once_and_is_served_in_full_the_round_after(
     assert [(x["round"], x["client"]) for x in dropped] == [(4, 1)]
     assert "restarted" in dropped[0]["reason"]
     for round in (2, 3, 4, 5):
-        assert len({client.seen[at][0] for at in client.seen if at[0] == round}) == 1  # one base delta for all
+        assert (
+            len({client.seen[at][0] for at in client.seen if at[0] == round}) == 1
+        )  # one base delta for all
 
 
 @pytest.mark.parametrize("strategy", [FLoRA(), FedExLoRA(), FedSALoRA()], ids=lambda s: type(s).__name__)

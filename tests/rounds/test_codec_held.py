@@ -127,7 +127,7 @@ PAIR = ["adapter/m.A", "adapter/m.B"]
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_who_is_one_state_behind_gets_the_gain_alone_and_has_the_base_delta_to_the_last_bit(first: int) -> None:
+def test_who_is_one_state_behind_gets_the_gain_alone_and_has_every_bit_of_the_base_delta(first: int) -> None:
     node, tasks = Node(), grown(12, first=first)
     assert node.send(tasks[0], 1) == [*PAIR, *BASE_DELTA, *(["fold/n.A", "fold/n.B"] if first else [])]
     for version, task in enumerate(tasks[1:], 2):

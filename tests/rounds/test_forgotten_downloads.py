@@ -22,7 +22,7 @@ def shelf_bytes(shelf: DownloadCache, clients: int) -> int:
 
 @pytest.mark.parametrize("strategy", GROWING, ids=lambda s: type(s).__name__)
 def test_memory_does_not_grow_with_the_clients_that_were_sampled_once(lab: Any, strategy: Any) -> None:
-    # Base deltas are dense, and so of one size, from the first rounds on; two are held, of this round and the last.
+    # Base deltas are dense, and so of one size, from the first rounds on; those of two rounds are held.
     found = {}
     for rounds in (12, 28):
         run = lab.run(strategy, ranks=(4,) * 60, rounds=rounds, clients_per_round=2)

@@ -148,7 +148,7 @@ def test_low_precision_is_rounded_once_at_the_end(make, rng):
     assert torch.equal(found.B, want.B.bfloat16())
 
 
-def test_it_begins_on_a_base_that_has_something_folded_in(make, np64, rng):
+def test_it_begins_with_a_base_delta(make, np64, rng):
     fedex, before, other = FedExLoRA(), make.pair(rng, 6, 9, 2), make.pair(rng, 3, 3, 1)
     state = fedex.init(Adapter({"m": make.pair(rng, 6, 9, 4, 2.0)}), {"m": before, "elsewhere": other})
     updates = make.round(rng, fedex, state, [Peer(1, 4), Peer(2, 4)], [1.0, 2.0])

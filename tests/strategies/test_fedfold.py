@@ -154,7 +154,7 @@ def test_all_of_the_energy_is_all_of_it_however_small_the_tail(make, np64, rng):
     assert FedFold().task(state, Peer(0, 2)).base_delta["m"].rank == 2
 
 
-def test_a_base_that_has_something_folded_in_keeps_it(make, np64, rng):
+def test_a_base_delta_from_the_start_stays(make, np64, rng):
     given = make.pair(rng, 7, 9, 2)
     strategy, state = started(make, rng, 7, 9, 4, base_delta={"m": given})
     assert np64.close(state.delta("m"), np64.delta(given) + dense(state.adapter.pairs["m"]).numpy())

@@ -148,7 +148,7 @@ def test_an_adapter_that_has_learned_is_merged_before_the_first_round(make, np64
     assert np64.close(new.delta("m") - state.delta("m"), gained, 1e-12)
 
 
-def test_what_was_folded_into_another_module_stays(make, np64, rng):
+def test_the_base_delta_of_another_module_stays(make, np64, rng):
     flora, other = FLoRA(), make.pair(rng, 3, 3, 1)
     state = flora.init(blank(make, rng, {"m": (6, 9)}), {"elsewhere": other})
     new = flora.aggregate(state, make.round(rng, flora, state, [Peer(1, 2)], [1.0]), rng)

@@ -240,7 +240,9 @@ def test_the_precision_of_the_adapter_is_kept_through_both_stages(make, rng, dty
     state = slora.init(make.adapter(rng, LAYERS, 3, 0.7, dtype))
     for _ in range(2):
         state, _ = step(make, rng, slora, state)
-        kinds = {t.dtype for adapter in (state.adapter, Adapter(state.base_delta)) for _, t in adapter.tensors()}
+        kinds = {
+            t.dtype for adapter in (state.adapter, Adapter(state.base_delta)) for _, t in adapter.tensors()
+        }
         assert kinds == {dtype}
 
 

@@ -13,7 +13,9 @@ dims, ranks, seeds = st.integers(1, 12), st.integers(1, 16), st.integers(0, 2**3
 
 
 @given(seed=seeds, d_out=dims, d_in=st.integers(1, 9), rank=ranks, target=st.integers(1, 16))
-def test_pad_orthonormal_adds_orthonormal_rows_and_keeps_the_update(make, np64, seed, d_out, d_in, rank, target):
+def test_pad_orthonormal_adds_orthonormal_rows_and_keeps_the_update(
+    make, np64, seed, d_out, d_in, rank, target
+):
     rng = np.random.default_rng(seed)
     pair = algebra.compress(make.pair(rng, d_out, d_in, rank, 2.0))
     full = algebra.pad_orthonormal(pair, target, rng)
