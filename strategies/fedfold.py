@@ -100,8 +100,8 @@ class FedFold(Strategy):
             pairs[m] = weighted_sum([*(u.adapter.pairs[m] for u in sent), D], [*w, 1 - p], D.scale)
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
-        told = {"rank": fmean(pair.rank for pair in pairs.values())} if pairs else {}
-        return replace(state, adapter=adapter, round=state.round + 1, metrics=told)
+        metrics = {"rank": fmean(pair.rank for pair in pairs.values())} if pairs else {}
+        return replace(state, adapter=adapter, round=state.round + 1, metrics=metrics)
 
     def _led(self, rank: int) -> int:
         """l, how many leading directions a client of this rank trains."""

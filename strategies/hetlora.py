@@ -98,9 +98,9 @@ class HetLoRA(Strategy):
             for m, old in state.adapter.pairs.items()
         }
         memory = {**state.memory, **self._prunings(state, heard)}
-        told = {"prunings": float(sum(int(n) for n in memory.values()))}
+        metrics = {"prunings": float(sum(int(n) for n in memory.values()))}
         adapter = replace(state.adapter, pairs=pairs, extra=heads)
-        return replace(state, adapter=adapter, round=state.round + 1, memory=memory, metrics=told)
+        return replace(state, adapter=adapter, round=state.round + 1, memory=memory, metrics=metrics)
 
     def _weights(self, sizes: dict[str, list[float]]) -> dict[str, list[float]]:
         """Module -> ω, from module -> ‖ΔW_k‖_F."""

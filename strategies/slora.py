@@ -153,9 +153,9 @@ class SLoRA(Strategy):
             all_of_it, kept = all_of_it + norm(total) ** 2, kept + norm(best) ** 2
             if self.keep_residual:
                 rest[m] = accumulate(total, negative(best))
-        told = {"energy_kept": kept / all_of_it if all_of_it else 1.0}
+        metrics = {"energy_kept": kept / all_of_it if all_of_it else 1.0}
         adapter = replace(state.adapter, pairs=pairs)
-        return replace(state, adapter=adapter, base_delta=rest, memory={}, metrics=told)
+        return replace(state, adapter=adapter, base_delta=rest, memory={}, metrics=metrics)
 
     def _places(self, pair: Pair) -> int:
         """How many values M has in a layer."""

@@ -70,9 +70,9 @@ class Run:
             return f"Run({str(self.path)!r}, unfinished: {done} of {self.config['rounds']} rounds)"
         found = self.summary
         score = found.get(found["metric"])
-        told = "" if score is None else f", {found['metric']} {score:.3f}"
+        score_text = "" if score is None else f", {found['metric']} {score:.3f}"
         where = "in memory" if self._kept else repr(str(self.path))
-        return f"Run({where}, {found['strategy']}, {found['model']} on {found['data']}{told})"
+        return f"Run({where}, {found['strategy']}, {found['model']} on {found['data']}{score_text})"
 
     def _repr_html_(self) -> str:
         """A table of the rounds and the curve of the headline metric, for a notebook."""

@@ -126,7 +126,7 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
             scales or dtypes, numbers that are not finite or absurdly large, or a number of rows that is none.
             The message says what and where; the caller knows who.
     """
-    numbers = told(reply, round)
+    numbers = numbers_of(reply, round)
     try:
         arrays = reply.content.array_records["arrays"]
         config = reply.content.config_records["config"]
@@ -150,7 +150,7 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
     return Update(sent.with_tensors(found), float(weight), peer, metrics_of(numbers))
 
 
-def told(reply: Message, round: int) -> dict[str, Any]:
+def numbers_of(reply: Message, round: int) -> dict[str, Any]:
     """The numbers of a client's reply, which must be of this round.
 
     Raises:

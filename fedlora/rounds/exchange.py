@@ -126,8 +126,8 @@ class MessageExchange:
             self._learn(node, sent.held)
             good.append((replace(update, version=sent.version), sent.task))
             valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
-            told = {**update.metrics, **valid, **line}
-            lines.append({**told, "examples": int(update.weight), "status": "ok"})
+            reported = {**update.metrics, **valid, **line}
+            lines.append({**reported, "examples": int(update.weight), "status": "ok"})
         if not keep_waiting:
             lines += self._missing(round, strays)
         good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)

@@ -28,8 +28,8 @@ def totals(
     """
     metrics = dict(metrics)
     good = [line for line in lines if line["status"] == "ok"]
-    told = [line for line in good if "loss" in line] if losses else []
-    examples = sum(line["examples"] for line in told)
+    with_loss = [line for line in good if "loss" in line] if losses else []
+    examples = sum(line["examples"] for line in with_loss)
     local = f"local_{score}"
     own = [line for line in good if line.keys() >= {local, "local_loss"}]
     if own:
@@ -43,7 +43,9 @@ def totals(
         "round": round,
         **metrics,
         # By shares: a sum of absurd losses that clients report would be infinite, and that is no JSON.
-        "train_loss": sum(line["loss"] * (line["examples"] / examples) for line in told) if told else None,
+        "train_loss": sum(line["loss"] * (line["examples"] / examples) for line in with_loss)
+        if with_loss
+        else None,
         "bytes_down": sum(line["bytes_down"] for line in lines),
         "bytes_up": sum(line["bytes_up"] for line in lines),
         "seconds": seconds,

@@ -54,5 +54,7 @@ def load_base(model: ModelSpec, dataset: Dataset, seed: int, loader: Callable[..
 
 def _lacks_bfloat16() -> bool:
     """Whether this is known to be an x86 processor without instructions for it; older torch says nothing."""
-    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return told.get("architecture") == "x86_64" and not (told.get("amx_bf16") or told.get("avx512_bf16"))
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("architecture") == "x86_64" and not (
+        capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    )

@@ -146,9 +146,9 @@ def verify(run: Path, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
     one = 1 / len(rows) if rows and coarse > 1 else 0.0  # rounding may turn a row, of however few
     if said is not None and abs(right - said) > 0.005 * coarse + one:
         raise CheckpointError(f"PEFT reaches {right:.4f} on the {where}, the summary says {said:.4f}")
-    told = summary.get("loss")
-    if told is not None and abs(loss - told) > 1e-3 * coarse * max(1, loss):
-        raise CheckpointError(f"PEFT has loss {loss:.4f} on the {where}, the summary says {told:.4f}")
+    expected = summary.get("loss")
+    if expected is not None and abs(loss - expected) > 1e-3 * coarse * max(1, loss):
+        raise CheckpointError(f"PEFT has loss {loss:.4f} on the {where}, the summary says {expected:.4f}")
     return (
         f"ok: SHA-256 {found[:16]}..., logits of plain PEFT within {gap:.1e}, "
         f"loss {loss:.4f} and share of right answers {right:.4f} on {len(rows)} {where}"

@@ -82,9 +82,9 @@ def test_a_state_is_hashed_once_however_often_it_is_asked(state, monkeypatch):
 
 
 def test_the_digest_of_the_tensors_says_whether_training_moved_anything(state):
-    told = replace(state, round=6, metrics={})
-    assert told.tensor_digest == state.tensor_digest
-    assert told.digest() != state.digest()
+    renumbered = replace(state, round=6, metrics={})
+    assert renumbered.tensor_digest == state.tensor_digest
+    assert renumbered.digest() != state.digest()
     moved = replace(state, memory={**state.memory, "active": torch.tensor(4)})
     assert moved.tensor_digest != state.tensor_digest
 

@@ -76,7 +76,7 @@ def test_the_result_of_a_personal_run_is_the_mean_of_the_clients_own(wholes: Any
     own = summary["own"]
     assert own.keys() == {"0", "1", "2"}
     for key, name in (("accuracy", "local_accuracy"), ("loss", "local_loss")):
-        assert summary[key] == pytest.approx(sum(told[name] for told in own.values()) / 3)
+        assert summary[key] == pytest.approx(sum(metrics[name] for metrics in own.values()) / 3)
     assert all("aggregation_error" not in m for m in wholes["own parts"].metrics)
 
 

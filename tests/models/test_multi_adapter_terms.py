@@ -96,7 +96,7 @@ def check(
     work = [FitJob(task, [own]) for task, own in zip(tasks, rows, strict=True)]
     fitted = fit(base, work, sgd, tokens=60)
     scores = evaluate(base, tasks, rows)
-    for task, own_rows, one, (told, _) in zip(tasks, rows, fitted, scores, strict=True):
+    for task, own_rows, one, (reported, _) in zip(tasks, rows, fitted, scores, strict=True):
         own = leaves(task.adapter)
         changes = {}
         for m in {**task.adapter.pairs, **task.base_delta, **targets(base, "all-linear")}:
@@ -107,7 +107,7 @@ def check(
                 changes[m] = sum(parts[1:], parts[0])
         want = loss(changed(zoo, name, changes), own_rows)
         assert one.loss == pytest.approx(want.item(), rel=1e-9)
-        assert told == pytest.approx(want.item(), rel=1e-9)
+        assert reported == pytest.approx(want.item(), rel=1e-9)
         want.backward()
         after = dict(one.adapter.tensors())
         for tensor_name, start in task.adapter.tensors():

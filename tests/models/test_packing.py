@@ -62,8 +62,10 @@ def rows(kind: str, lengths: Sequence[int], seed: int = 0) -> list[Example]:
     found = []
     for i, length in enumerate(lengths):
         ids = torch.randint(3, 60, (length,), generator=draw).tolist()
-        told = min(i, length)  # the first row has no response, others all of it or a part
-        target = i % 3 if kind == "classification" else [-100] * (length - told) + ids[length - told :]
+        response = min(i, length)  # the first row has no response, others all of it or a part
+        target = (
+            i % 3 if kind == "classification" else [-100] * (length - response) + ids[length - response :]
+        )
         found.append(Example(ids, target))
     return found
 

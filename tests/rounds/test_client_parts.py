@@ -225,14 +225,14 @@ def test_the_last_look_is_at_what_every_client_then_has(lab: Any, watched: Any, 
     assert list(own) == [0, 1, 2, 3]  # those that were not sampled, too
     assert len(ran.client.seen) == before
     memory, state = ClientStore(tmp_path / "memory-a"), ran.federation.state
-    for c, told in own.items():
+    for c, metrics in own.items():
         kept = memory.read(c, 4) or {
             name: t for name, t in state.adapter.tensors() if not name.endswith(".A")
         }
         want = sum(float(t.double().sum()) for t in kept.values())
         want += sum(float(pair.A.double().sum()) for pair in state.adapter.pairs.values())
-        assert told["local_loss"] == pytest.approx(want)
-        assert told["num-examples"] == c + 1  # a tenth of its rows
+        assert metrics["local_loss"] == pytest.approx(want)
+        assert metrics["num-examples"] == c + 1  # a tenth of its rows
     again = ran.federation.evaluate_clients(ran.grid)
     assert again == own
 

@@ -93,9 +93,9 @@ def test_the_server_takes_the_weighted_mean_and_nothing_moves_off_the_mask(make,
 def test_the_mask_is_the_same_in_another_process_and_another_for_another_seed():
     home = places.__module__
     code = f"from {home} import places; print(places(5, 'wide', (5, 9), 12).tolist())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     found = places(5, "wide", (5, 9), 12)
-    assert told.strip() == str(found.tolist())
+    assert printed.strip() == str(found.tolist())
     assert len(set(found.tolist())) == 12
     assert not torch.equal(found, places(6, "wide", (5, 9), 12))
     assert not torch.equal(found, places(5, "tall", (5, 9), 12))
