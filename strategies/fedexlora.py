@@ -16,8 +16,8 @@ that clients who agree add nothing, to the last bit, and no SVD is needed.
 
 Sends: A and B up; down Ā and B̄, and what was added, of rank (K − 1) r. A client that missed a round gets
 all that was added so far, with min(d_out, d_in) directions at most.
-Differs from the paper: clients are weighted, by the same weights in all three means. Of clients of other
-scales, B_k counts as (s_k / s) B_k, as in FedIT. What is added is kept beside the base, in the precision
+Differs from the paper: clients are weighted, by the same weights in all three means. With another
+scale s_k, B_k counts as (s_k / s) B_k, as in FedIT. What is added is kept beside the base, in the precision
 of the adapter, so that a quantised base loses none of it; it is never truncated.
 """
 

@@ -108,14 +108,14 @@ class FedFold(Strategy):
         return max(0, math.floor((1 - self.fresh) * rank + 1e-9))
 
     def _reach(self, D: Pair) -> int:
-        """q, the fewest directions that have the energy; summed from the small end, where digits would go."""
+        """q, the fewest directions that have the energy; the sum begins at the small end, for accuracy."""
         squares = (D.B.double().norm(dim=0) * D.A.double().norm(dim=1)).square()
         tail = squares.flip(0).cumsum(0).flip(0)
         return int((tail > (1 - self.energy) * tail[0]).sum())
 
 
 def _given(update: Update, module: str) -> int:
-    """r, the rank that a client was given, whatever it sent; what it sent where nobody says who it is."""
+    """r, the rank that a client was given; where the update names no client, the rank that it sent."""
     if update.peer is None:
         return update.adapter.pairs[module].rank
     return update.peer.ranks.get(module, update.peer.rank)

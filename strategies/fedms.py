@@ -81,7 +81,7 @@ class FedMS(Strategy):
             raise ConfigError(f"strategy.threshold: expected a finite number, got {self.threshold}")
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
-        """The gate's adapter, the number of active modules and the last loss are what is remembered."""
+        """The memory holds the gate's adapter, the number of active modules and the last loss."""
         width = adapter.pairs[adapter.top_down()[0]].shape[1] + 1 if adapter.pairs else 1
         rng, bound = generator(seed, "gate"), width**-0.5
         memory = {

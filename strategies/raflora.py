@@ -57,7 +57,7 @@ class RaFLoRA(Strategy):
 
 
 def _partitioned(pairs: Sequence[Pair], weights: Sequence[float], old: Pair) -> Pair:
-    """D, and what of the old one is beyond every client's rank."""
+    """D, with the old directions that are beyond every client's rank."""
     p = held([pair.rank for pair in pairs], weights, max(pair.rank for pair in pairs))
     shares = [torch.where(p > 0, w / p, 0.0)[: pair.rank] for pair, w in zip(pairs, weights, strict=True)]
     unheld = beyond(old, int((p > 0).sum()))

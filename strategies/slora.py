@@ -13,8 +13,8 @@ keeps is reported at the hand-over, as `energy_kept` = Σ_m ‖s B_0 A_0‖² / 
 
 Sends: the values of V up and down, then A and B up and down; the head in all rounds.
 Differs from the paper: the density is by default that of the LoRA budget, r(d_out + d_in) values a layer, so
-that a round costs the same in both stages. Directions that Δ lacks up to r are random, with B = 0. Where the
-run starts from an adapter with B ≠ 0, that is held fixed in the first stage and counts to Δ.
+that a round costs the same in both stages. Directions that Δ lacks up to r are random, with B = 0. An adapter
+with B ≠ 0 that the run starts from is held fixed in the first stage and counts towards Δ.
 """
 
 import zlib
@@ -59,7 +59,7 @@ class SLoRA(Strategy):
         second: the rounds after: "fedit", or "flexlora" for clients of different ranks.
 
     Raises:
-        ConfigError: a field that cannot be.
+        ConfigError: a field is out of its range.
     """
 
     mixed_ranks = False
@@ -88,10 +88,10 @@ class SLoRA(Strategy):
                 object.__setattr__(self, fact, value)
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
-        """The first mask's values are zero.
+        """The state before round 1, with all values of the mask zero.
 
         Raises:
-            ConfigError: a base delta, since the first stage trains the base itself.
+            ConfigError: there is a base delta, and the first stage trains the base itself.
         """
         state = super().init(adapter, base_delta, seed)
         if not self.sparse_rounds:
@@ -143,7 +143,7 @@ class SLoRA(Strategy):
         return self._handed_over(new) if new.round == self.sparse_rounds else new
 
     def _handed_over(self, state: State) -> State:
-        """The best A_0 and B_0 of the rank for Δ, and the rest dropped or kept in the base."""
+        """Make the best A_0 and B_0 of the rank for Δ, and drop the rest or keep it in the base."""
         pairs, rest, all_of_it, kept = {}, {}, 0.0, 0.0
         for m, old in state.adapter.pairs.items():
             total = accumulate(old, state.base_delta[m]) if old.B.any() else state.base_delta[m]

@@ -21,7 +21,7 @@ Part = TypeVar("Part", bound=MethodPart)
 
 @dataclass(frozen=True)
 class Peer:
-    """What the server may know of a client. Never its data.
+    """What the server may know of a client, which never includes its data.
 
     Args:
         id: the client's number; updates are combined in its order.
@@ -39,7 +39,7 @@ class Peer:
 
     @property
     def called(self) -> str:
-        """What messages call it: its name, or its number."""
+        """The client's name in messages: its own, or one made of its number."""
         return self.name or f"client {self.id}"
 
 

@@ -237,7 +237,7 @@ def slice_to_rank(adapter: Adapter, peer: Peer) -> Adapter:
 
 
 def grow_rank(state: State, peer: Peer) -> Adapter:
-    """The global adapter with directions enough for a peer's ranks: fresh ones have B = 0, so ΔW stays."""
+    """The global adapter padded to a peer's ranks: the new directions have B = 0, so ΔW stays."""
     room = {}
     for name, pair in state.adapter.pairs.items():
         rng = generator(state.seed, "refill", zlib.crc32(name.encode()), state.round)

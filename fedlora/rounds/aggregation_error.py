@@ -1,4 +1,4 @@
-"""What a round's new state is held against: the mean of the updates that made it, and the state before."""
+"""Measures of a round's new state, against the mean of the round's updates and the state before."""
 
 import math
 import statistics
@@ -8,7 +8,7 @@ from fedlora.core.adapter import Pair
 from fedlora.core.algebra import compress, effective_rank, error_and_norm, norm, normalised
 from fedlora.core.messages import State, Task, Update
 
-ROUNDING = 1e-10  # of ‖ΔW‖²: a tail below it is none
+ROUNDING = 1e-10  # the share of ‖ΔW‖² below which a tail counts as none
 
 
 def aggregation_error(state: State, updates: Sequence[Update], tasks: Sequence[Task]) -> dict[str, float]:
@@ -51,8 +51,8 @@ def tail_kept(before: State, after: State, updates: Sequence[Update]) -> dict[st
     """The share that a round has kept of ΔW's tail T, its directions beyond the clients' smallest rank.
 
     ⟨ΔW_after, T⟩ / ‖T‖², over all modules. Where nobody learns it is 1, or the weight of those who hold such
-    directions if the others count as zeros, round after round: rank collapse. Nothing where ranks are equal,
-    where there is no tail yet, or where the base holds ΔW, which no client can cut.
+    directions if the others count as zeros, round after round: rank collapse. Empty where all ranks are
+    equal, where there is no tail yet, or where the base holds ΔW, which no client can cut.
     """
     kept, length, whole, now = 0.0, 0.0, 0.0, after.adapter.plain().pairs
     for name, pair in {} if before.base_delta else before.adapter.plain().pairs.items():

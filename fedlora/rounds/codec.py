@@ -1,7 +1,8 @@
 """Tasks and updates as Flower records, and back; what comes from a client is checked here.
 
-A task travels as it packs itself, without what the node holds from before; an update as its shared tensors
-under their names (`module.A`, `module.B`, the extras) and one scale a module, in the order of the names.
+A task is sent as it packs itself, without the tensors that the node already holds. An update is sent as its
+shared tensors under their names (`module.A`, `module.B`, the extras), with one scale for each module in the
+order of the names.
 """
 
 import json
@@ -49,14 +50,14 @@ class Held:
 def write_task(
     task: Task, round: int, seed: int, held: Held | None = None, version: int | None = None
 ) -> tuple[RecordDict, Held]:
-    """What the server sends, with the bytes of the whole task, and what the node holds once it has it.
+    """The records that the server sends for a task, and what the node holds once it has received them.
 
     A tensor is sent unless the node holds the same bits from the task before; it holds all tensors that it
     did not both train and share. Where a base delta has grown since the one that the node holds, only the
     increment is sent, if it is smaller.
 
     Args:
-        task: what is asked.
+        task: the client's task.
         round: the round, from 1.
         seed: the run's.
         held: what the node holds.
@@ -74,7 +75,7 @@ def write_task(
     grown = bool(follows and gain and _bytes(gain.values()) < _bytes(tensors[name] for name in base_delta))
     shared = tensors.keys() - digests.keys()
     still = {name for name in shared & held.digests.keys() if held.digests[name] == _seal(tensors[name])}
-    # A factor that was frozen the last time is there from then.
+    # The node still has a factor that was frozen the last time.
     sent = {name: tensors[name] for name in (shared - still) | (missing - base_delta if grown else missing)}
     to = _digest_of_all(of_base) if grown else ""
     whole = _bytes(tensors.values())
@@ -123,8 +124,8 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
 
     Raises:
         IncompatibleUpdates: the client failed, or sent another round, other records, names, shapes, ranks,
-            scales or dtypes, numbers that are not finite or absurdly large, or a number of rows that is none.
-            The message says what and where; the caller knows who.
+            scales or dtypes, numbers that are not finite or absurdly large, or an invalid number of rows.
+            The message says what and where; the caller adds the client.
     """
     numbers = numbers_of(reply, round)
     try:
@@ -172,7 +173,7 @@ def numbers_of(reply: Message, round: int) -> dict[str, Any]:
 
 
 def metrics_of(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """What of a reply's numbers goes into the logs."""
+    """Those of a reply's numbers that go into the logs."""
     return {
         name: float(value)
         for name, value in numbers.items()
@@ -181,7 +182,7 @@ def metrics_of(numbers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _said(words: object) -> str:
-    """A client's own words in one line, no more of them than anyone reads, and nothing a terminal obeys."""
+    """A client's own words in one line, cut to LONGEST characters and without control characters."""
     shown = "".join(c if c.isprintable() else " " for c in str(words)[: 2 * LONGEST])
     return " ".join(shown.split())[:LONGEST]
 
@@ -201,10 +202,10 @@ def _count(record: Any) -> int:
 
 
 def array_of(name: str, array: Array, kind: str, shape: tuple[int, ...]) -> Any:
-    """A copy of a client's array as numpy's, which must be of this dtype and shape; hostile bytes are none.
+    """A copy of a client's array in numpy, which must have this dtype and shape.
 
     Raises:
-        IncompatibleUpdates: it is another one, or its bytes are no array.
+        IncompatibleUpdates: it has another dtype or shape, or its bytes are no array.
     """
     if tuple(array.shape) != shape or array.dtype != kind:
         raise IncompatibleUpdates(
@@ -235,7 +236,7 @@ def _checked(name: str, array: Array, want: Tensor) -> Tensor:
 
 
 def _kept(task: Task) -> dict[str, Tensor]:
-    """The tensors of a packed task that a node holds on to: all but those that change hands every round."""
+    """The tensors of a packed task that a node keeps: all but those that are sent back every round."""
     shared = {f"adapter/{name}" for name in task.shared()}
     return {name: tensor for name, tensor in task.pack()[0].items() if name not in shared}
 

@@ -12,18 +12,18 @@ from fedlora.rounds.codec import Held, size, write_task
 from fedlora.rounds.pending import PendingMessages
 from fedlora.storage.client_state import BASE_DELTA, forgotten
 
-GRACE = 60.0  # seconds for which a message outlives its round, so that who is late is known to be alive
+GRACE = 60.0  # seconds for which a message outlives its round, so that a late node is known to be alive
 Read = Callable[[Message, Task, Peer, int], Update]
 
 
 @dataclass(frozen=True)
 class Received:
-    """What has come of a round's messages.
+    """The outcome of a round's messages.
 
     Args:
-        updates: the good ones, in the order of their clients' ids.
-        tasks: what each of them answers.
-        lines: what clients.jsonl says, a line a client, in the same order.
+        updates: the good updates, in the order of their clients' ids.
+        tasks: the task that each update answers.
+        lines: the lines of clients.jsonl, one for each client, in the order of the ids.
     """
 
     updates: list[Update]
@@ -44,12 +44,12 @@ class _Sent:
 
 
 class MessageExchange:
-    """Tasks out, updates in: each reply is checked against the task that its node was sent.
+    """Sends tasks and receives updates; a reply is checked against the task that its node was sent.
 
     Args:
         warn: takes a line for the user about every client that is dropped.
         seed: the run's, which every task carries.
-        timeout: seconds after which a reply is missing; None for never.
+        timeout: seconds after which a reply counts as missing; None for never.
     """
 
     def __init__(self, warn: Callable[[str], None], seed: int, timeout: float | None = None) -> None:
@@ -76,12 +76,12 @@ class MessageExchange:
         """The training message of a node, which is remembered until its reply has come.
 
         Args:
-            node: to whom it goes.
+            node: the node that it goes to.
             peer: the client there.
-            task: what it is asked.
+            task: the client's task.
             round: the round, from 1.
             version: the `State.round` of the state that the task comes from.
-            more: records that go along.
+            more: other records to send with it.
         """
         self._forget(version)
         held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
@@ -98,9 +98,9 @@ class MessageExchange:
 
         Args:
             round: the round that the replies belong to in the logs, from 1.
-            replies: what came.
-            read: from a reply, the task that it answers, who sent it and the round in which it was asked, to
-                an update. It raises IncompatibleUpdates where the reply is no update.
+            replies: those that came.
+            read: makes an update of a reply, given the task that it answers, the client, and the round of
+                that task. It raises IncompatibleUpdates where the reply is no update.
             keep_waiting: whether clients that have not answered may still do so in a later round.
         """
         good: list[tuple[Update, Task]] = []
@@ -146,7 +146,7 @@ class MessageExchange:
         return lines
 
     def _learn(self, node: int, held: Held) -> None:
-        """Count on what a node has received, now that it has answered."""
+        """Rely on what a node has received, now that it has answered."""
         self._held[node] = held
         if held.version is not None:
             self._seen |= dict.fromkeys(_base_deltas(held).values(), held.version)
@@ -171,6 +171,6 @@ def _base_deltas(held: Held) -> dict[str, str]:
 
 
 def line_of(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:
-    """What every line of clients.jsonl has."""
+    """The keys that every line of clients.jsonl has."""
     name = {"name": peer.name} if peer.name else {}
     return {"round": round, "client": peer.id, **name, "rank": peer.rank, "bytes_down": down, "bytes_up": up}

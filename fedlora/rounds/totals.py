@@ -14,15 +14,15 @@ def totals(
     named: Callable[[float, float], dict[str, float]] | None = None,
     score: str = "accuracy",
 ) -> dict[str, Any]:
-    """All that a round comes to.
+    """The line of a round in metrics.jsonl.
 
     Args:
         round: its number, from 1.
-        lines: those of clients.jsonl.
+        lines: the round's lines of clients.jsonl.
         metrics: what is known of the new state.
         seconds: how long it took.
-        losses: whether the clients' training losses may be told.
-        named: from loss and score to the metrics of what is trained for, where the clients' own models are
+        losses: whether the clients' training losses may be shown.
+        named: turns loss and score into the metrics of the learning task, where the clients' own models are
             the result.
         score: what clients call the score of their own models, after "local_" (`LearningTask.score`).
     """
