@@ -7,7 +7,8 @@ LoRA". NeurIPS 2025. https://arxiv.org/abs/2502.01755
     even rounds:    A ← Σ_k w_k A_k,    Σ_k w_k s B A_k = s B Ā exactly
 
 B comes first, since with B = 0 there is no gradient for A. The number of rounds that the state has behind it
-says whose turn it is, for every client alike, however often it was sampled. After one round the state is FFA-LoRA's.
+says whose turn it is, for every client alike, however often it was sampled. After one round the state is
+FFA-LoRA's.
 
 Sends: up, the factor of the round; down, the factor that the last round changed, and both to a client that
 was not in it.
