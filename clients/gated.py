@@ -106,7 +106,10 @@ class Mixture:
         self._base, self._open = base, ExitStack()
         self._bank = MultiAdapterModel(
             base,
-            [Task(expert, NOBODY, fold=task.fold), Task(own, frozen=mixed.frozen, fold=task.fold)],
+            [
+                Task(expert, NOBODY, base_delta=task.base_delta),
+                Task(own, frozen=mixed.frozen, base_delta=task.base_delta),
+            ],
             train,
             every_token=True,
         )

@@ -150,7 +150,7 @@ class LocalTraining(Client):
         outcomes = []
         for a, job, f, plan in zip(assignments, jobs, fitted, plans, strict=True):
             ledger, examples = plan.after(a.ledger), None if privacy.public_counts else 1
-            metrics = privacy.told(plan, ledger)
+            metrics = privacy.report(plan, ledger)
             if privacy.public_metrics and f.clipped is not None:
                 metrics |= {"loss": f.loss, "clipped": f.clipped}
             made = _outcome(a, job.task, f.adapter)

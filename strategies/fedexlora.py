@@ -16,8 +16,8 @@ that clients who agree add nothing, to the last bit, and no SVD is needed.
 
 Sends: A and B up; down Ā and B̄, and what was added, of rank (K − 1) r. A client that missed a round gets
 all that was added so far, with min(d_out, d_in) directions at most.
-Differs from the paper: clients are weighted, by the same weights in all three means. Of clients of other
-scales, B_k counts as (s_k / s) B_k, as in FedIT. What is added is kept beside the base, in the precision
+Differs from the paper: clients are weighted, by the same weights in all three means. With another
+scale s_k, B_k counts as (s_k / s) B_k, as in FedIT. What is added is kept beside the base, in the precision
 of the adapter, so that a quantised base loses none of it; it is never truncated.
 """
 
@@ -43,7 +43,7 @@ class FedExLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both mean factors, on the base with all that was added."""
-        return Task(slice_to_rank(state.adapter, peer), fold=state.fold)
+        return Task(slice_to_rank(state.adapter, peer), base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself, and add to the base what that loses."""
@@ -57,8 +57,8 @@ class FedExLoRA(Strategy):
                 gain[m] = lost
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
-        fold = BaseDelta.of(state.fold).plus(gain)
-        return replace(state, adapter=adapter, round=state.round + 1, fold=fold)
+        base_delta = BaseDelta.of(state.base_delta).plus(gain)
+        return replace(state, adapter=adapter, round=state.round + 1, base_delta=base_delta)
 
 
 def covariance(pairs: Sequence[Pair], weights: Sequence[float], scale: float) -> Pair | None:

@@ -8,9 +8,9 @@ The server holds the whole update D* = Σ_i σ_i u_i v_iᵀ, in the order of σ.
 
     D* = [D*]_l + (D* − [D*]_l),    l ≤ r,
 
-trains the first l directions as its pair, s B_in A_in = [D*]_l, and has the others, the fold, added to its
-frozen base. The r − l rows of A that are left are fresh ones, with B = 0. Whatever its rank, it starts from
-the model W_0 + D* itself, and ends at W_0 + D* − [D*]_l + s B A. The mean of where the clients end is
+trains the first l directions as its pair, s B_in A_in = [D*]_l, and has the others, its base delta, added to
+the frozen base. The r − l rows of A that are left are fresh ones, with B = 0. Whatever its rank, it starts
+from the model W_0 + D* itself, and ends at W_0 + D* − [D*]_l + s B A. The mean of where the clients end is
 
     D*_new = Σ_k w_k (D* − [D*]_{l_k} + s_k B_k A_k)
            = Σ_k w_k s_k B_k A_k + Σ_i (1 − p_i) σ_i u_i v_iᵀ,    p_i = Σ_{k: l_k ≥ i} w_k,
@@ -35,7 +35,7 @@ leave the server, q the fewest with Σ_{i≤q} σ_i² ≥ energy · ‖D*‖²_F
 the same, so the still round stays the identity and nothing is lost; but a client then starts from [D*]_q, and
 what it cannot see it cannot correct. At energy 0 the traffic is FlexLoRA's.
 
-Sends: A and B up at the client's rank; A and B down at the client's rank, and the fold.
+Sends: A and B up at the client's rank; A and B down at the client's rank, and the base delta.
 """
 
 import math
@@ -74,22 +74,22 @@ class FedFold(Strategy):
         if self.energy < 1:  # a client then starts from less than D*, and the mean is not of where it ends
             object.__setattr__(self, "exact", False)
 
-    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+    def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """D* is the adapter, in the order of its singular values; LoRA's own start, with B = 0, as it is."""
         pairs = {m: compress(pair) if pair.B.any() else pair for m, pair in adapter.pairs.items()}
-        return State(replace(adapter, pairs=pairs), fold=fold or {}, seed=seed)
+        return State(replace(adapter, pairs=pairs), base_delta=base_delta or {}, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
-        """The leading directions and fresh ones with B = 0 to train; the rest to fold."""
-        pairs, fold = {}, dict(state.fold)
+        """The leading directions and fresh ones with B = 0 to train; the rest is the base delta."""
+        pairs, base_delta = {}, dict(state.base_delta)
         for m, D in state.adapter.pairs.items():
             led = self._led(peer.ranks.get(m, peer.rank))
             pairs[m] = truncate(D, led)
             rest = beyond(truncate(D, self._reach(D)), led)
             if rest.rank:
-                fold[m] = accumulate(fold.get(m), rest)
+                base_delta[m] = accumulate(base_delta.get(m), rest)
         first = replace(state, adapter=replace(state.adapter, pairs=pairs))
-        return Task(slice_to_rank(grow_rank(first, peer), peer), fold=fold)
+        return Task(slice_to_rank(grow_rank(first, peer), peer), base_delta=base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """D*_new, by the SVD of its core."""
@@ -100,22 +100,22 @@ class FedFold(Strategy):
             pairs[m] = weighted_sum([*(u.adapter.pairs[m] for u in sent), D], [*w, 1 - p], D.scale)
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
-        told = {"rank": fmean(pair.rank for pair in pairs.values())} if pairs else {}
-        return replace(state, adapter=adapter, round=state.round + 1, metrics=told)
+        metrics = {"rank": fmean(pair.rank for pair in pairs.values())} if pairs else {}
+        return replace(state, adapter=adapter, round=state.round + 1, metrics=metrics)
 
     def _led(self, rank: int) -> int:
         """l, how many leading directions a client of this rank trains."""
         return max(0, math.floor((1 - self.fresh) * rank + 1e-9))
 
     def _reach(self, D: Pair) -> int:
-        """q, the fewest directions that have the energy; summed from the small end, where digits would go."""
+        """q, the fewest directions that have the energy; the sum begins at the small end, for accuracy."""
         squares = (D.B.double().norm(dim=0) * D.A.double().norm(dim=1)).square()
         tail = squares.flip(0).cumsum(0).flip(0)
         return int((tail > (1 - self.energy) * tail[0]).sum())
 
 
 def _given(update: Update, module: str) -> int:
-    """r, the rank that a client was given, whatever it sent; what it sent where nobody says who it is."""
+    """r, the rank that a client was given; where the update names no client, the rank that it sent."""
     if update.peer is None:
         return update.adapter.pairs[module].rank
     return update.peer.ranks.get(module, update.peer.rank)

@@ -9,7 +9,7 @@ Not the mean of the clients' updates: Σ_k w_k B_k A_k − B̄ Ā = Σ_k w_k (B_
 cross-covariance of the factors. The run reports this error each round as `aggregation_error`.
 
 Sends: A and B up, A and B down.
-Differs from the paper: nothing. Of clients of one rank but other scales, B_k counts as (s_k / s) B_k.
+Differs from the paper: nothing. Clients have one rank; with another scale s_k, B_k counts as (s_k / s) B_k.
 """
 
 from collections.abc import Sequence

@@ -80,8 +80,8 @@ class FedMS(Strategy):
         if not math.isfinite(self.threshold):
             raise ConfigError(f"strategy.threshold: expected a finite number, got {self.threshold}")
 
-    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
-        """The gate's adapter, the number of active modules and the last loss are what is remembered."""
+    def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+        """The memory holds the gate's adapter, the number of active modules and the last loss."""
         width = adapter.pairs[adapter.top_down()[0]].shape[1] + 1 if adapter.pairs else 1
         rng, bound = generator(seed, "gate"), width**-0.5
         memory = {
@@ -90,16 +90,16 @@ class FedMS(Strategy):
             "active": torch.tensor(min(self.active, len(adapter.pairs))),
             "loss": torch.tensor(math.inf, dtype=torch.float64),
         }
-        return State(adapter, fold=fold or {}, memory=memory, seed=seed)
+        return State(adapter, base_delta=base_delta or {}, memory=memory, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
         """Stage 1: the expert, partly to train. Stage 2: the gate, the expert, and the modules to train."""
         expert = slice_to_rank(state.adapter, peer)
         frozen = frozenset(expert.pairs) - self._trained(state, peer)
         if state.round < self.global_rounds:
-            return Task(expert, frozen=frozen, fold=state.fold)
+            return Task(expert, frozen=frozen, base_delta=state.base_delta)
         mixture = (GlobalExpert(expert, frozen),)
-        return Task(_gate(state), frozenset(), frozenset(), fold=state.fold, method=mixture)
+        return Task(_gate(state), frozenset(), frozenset(), base_delta=state.base_delta, method=mixture)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Stage 1: each module's mean over those that had it active. Stage 2: the gate's mean."""

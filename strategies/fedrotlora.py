@@ -13,7 +13,7 @@ with it. Softly, with blend λ, R_k gives way to the rotation nearest to (1 − 
 in the first round, there is no reference, and nothing is rotated.
 
 Sends: A and B up, A and B down, as FedIT.
-Differs from the paper: the server rotates, which is the same arithmetic. Of clients of other scales, B_k
+Differs from the paper: the server rotates, which is the same arithmetic. With another scale s_k, B_k
 counts as (s_k / s) B_k, as in FedIT.
 """
 

@@ -39,7 +39,7 @@ class FedSALoRA(Strategy):
         """A to train and share; B and the head, where the client has none yet, to train and keep."""
         adapter = slice_to_rank(state.adapter, peer)
         personal = frozenset(adapter.extra)
-        return Task(adapter, train=BOTH, share=frozenset("A"), personal=personal, fold=state.fold)
+        return Task(adapter, train=BOTH, share=frozenset("A"), personal=personal, base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A; the initial B and head stay as they were, for clients yet to come."""

@@ -8,7 +8,7 @@ Learning with LoRA". NeurIPS 2025. https://arxiv.org/abs/2505.12805
 Clients train B alone beside one Â, so that B̄ Â is the exact mean; it has no more than r directions, so the
 new factors hold all of it. The rows of Â are orthonormal: ‖Âx‖ ≤ ‖x‖, noise on B is not amplified, and every
 direction learns. Two thin QRs and the SVD of an r × r core do it, never the dense matrix. Where B̄ = 0 any
-orthonormal rows would do, and Â stays what it was; directions that B̄ Â lacks are refilled with random ones.
+orthonormal rows would do, and Â stays what it was; directions that B̄ Â lacks are padded with random ones.
 
 Sends: B up; B down, and Â whenever it has changed.
 Differs from the paper: mixed ranks. A client of rank r trains with the first r rows of one Â, its leading
@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fedlora.core.algebra import compress, mean_extras, refill
+from fedlora.core.algebra import compress, mean_extras, pad_orthonormal
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.ranges import check_whole
@@ -52,7 +52,10 @@ class FedSVD(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""
         return Task(
-            slice_to_rank(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold
+            slice_to_rank(state.adapter, peer),
+            train=frozenset("B"),
+            share=frozenset("B"),
+            base_delta=state.base_delta,
         )
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
@@ -63,7 +66,7 @@ class FedSVD(Strategy):
             for m, pair in pairs.items():
                 if pair.B.any():
                     fresh = generator(state.seed, "fedsvd", zlib.crc32(m.encode()), done)
-                    pairs[m] = refill(compress(pair), pair.rank, fresh)
+                    pairs[m] = pad_orthonormal(compress(pair), pair.rank, fresh)
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=done)

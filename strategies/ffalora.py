@@ -34,7 +34,10 @@ class FFALoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""
         return Task(
-            slice_to_rank(state.adapter, peer), train=frozenset("B"), share=frozenset("B"), fold=state.fold
+            slice_to_rank(state.adapter, peer),
+            train=frozenset("B"),
+            share=frozenset("B"),
+            base_delta=state.base_delta,
         )
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:

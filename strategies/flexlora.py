@@ -35,7 +35,7 @@ class FlexLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D*; where D* has fewer than the client's rank, fresh ones with B = 0."""
-        return Task(slice_to_rank(grow_rank(state, peer), peer), fold=state.fold)
+        return Task(slice_to_rank(grow_rank(state, peer), peer), base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """D* in factors, by the SVD of its core."""

@@ -40,29 +40,29 @@ class FLoRA(Strategy):
     exact = True
     products = True
 
-    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+    def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """An adapter that has learned something (B ≠ 0) is merged too, and a fresh one takes its place."""
-        merged, pairs = dict(fold or {}), dict(adapter.pairs)
+        merged, pairs = dict(base_delta or {}), dict(adapter.pairs)
         for m, pair in adapter.pairs.items():
             if pair.B.any():
                 merged[m] = accumulate(merged.get(m), pair)
                 pairs[m] = _fresh(m, pair, seed, 0)
-        return State(replace(adapter, pairs=pairs), fold=merged, seed=seed)
+        return State(replace(adapter, pairs=pairs), base_delta=merged, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
         """The fresh factors at the peer's rank, on the base with all that was merged."""
-        return Task(slice_to_rank(state.adapter, peer), fold=state.fold)
+        return Task(slice_to_rank(state.adapter, peer), base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Stack, merge, start anew."""
         sent, w = self.admit(state, updates)
         done, old = state.round + 1, state.adapter.pairs
         gain = {m: stack([u.adapter.pairs[m] for u in sent], w) for m in old}
-        fold = BaseDelta.of(state.fold).plus(gain)
+        base_delta = BaseDelta.of(state.base_delta).plus(gain)
         fresh = {m: _fresh(m, pair, state.seed, done) for m, pair in old.items()}
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=fresh, extra=extra)
-        return replace(state, adapter=adapter, round=done, fold=fold)
+        return replace(state, adapter=adapter, round=done, base_delta=base_delta)
 
 
 def _fresh(module: str, like: Pair, seed: int, round: int) -> Pair:

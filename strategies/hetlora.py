@@ -83,7 +83,9 @@ class HetLoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """The first directions, as many as the client has left, and the rule of the tail."""
         peer = replace(peer, ranks=self._ranks(state, peer))
-        return Task(slice_to_rank(grow_rank(state, peer), peer), fold=state.fold, method=(self._rule,))
+        return Task(
+            slice_to_rank(grow_rank(state, peer), peer), base_delta=state.base_delta, method=(self._rule,)
+        )
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself and weighted by norm; note who has pruned."""
@@ -96,9 +98,9 @@ class HetLoRA(Strategy):
             for m, old in state.adapter.pairs.items()
         }
         memory = {**state.memory, **self._prunings(state, heard)}
-        told = {"prunings": float(sum(int(n) for n in memory.values()))}
+        metrics = {"prunings": float(sum(int(n) for n in memory.values()))}
         adapter = replace(state.adapter, pairs=pairs, extra=heads)
-        return replace(state, adapter=adapter, round=state.round + 1, memory=memory, metrics=told)
+        return replace(state, adapter=adapter, round=state.round + 1, memory=memory, metrics=metrics)
 
     def _weights(self, sizes: dict[str, list[float]]) -> dict[str, list[float]]:
         """Module -> ω, from module -> ‖ΔW_k‖_F."""

@@ -13,7 +13,7 @@ layer's size, so that r can be large (the paper's is 128).
 Sends: M up, M down, and A and B once to each client, which keeps them.
 Differs from the paper: the mean over clients; mixed ranks, where a client of rank r trains the first r × r
 block of M, and M padded with zeros keeps the mean exact. The paper has no alpha: B is drawn with 1/s in it,
-so that the scale changes nothing. An adapter that a run starts from is folded into the base, and M learns on
+so that the scale changes nothing. An adapter that a run starts from goes into the base delta, and M learns on
 top.
 """
 
@@ -44,12 +44,12 @@ class PrivateLoRA(Strategy):
     linear = True
     exact = True
 
-    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
-        """Fresh frozen factors, uniform in ±1/√fan-in, and M = 0; a ΔW that was there is folded."""
-        folded, pairs, cores = dict(fold or {}), dict[str, Pair](), dict[str, Tensor]()
+    def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+        """Fresh frozen factors, uniform in ±1/√fan-in, and M = 0; an adapter's ΔW becomes base delta."""
+        added, pairs, cores = dict(base_delta or {}), dict[str, Pair](), dict[str, Tensor]()
         for m, given in adapter.pairs.items():
             if given.B.any():
-                folded[m] = accumulate(folded.get(m), given)
+                added[m] = accumulate(added.get(m), given)
             rng = generator(seed, "privatelora", zlib.crc32(m.encode()))
             (d_out, d_in), rank = given.shape, given.rank
             A = _uniform(rng, (rank, d_in), like=given.A)
@@ -57,12 +57,14 @@ class PrivateLoRA(Strategy):
             pairs[m] = rescale(Pair(A, B), given.scale)
             cores[f"{m}.core"] = given.A.new_zeros(rank, rank)
         form = composed(CoreMatrix(), adapter.parametrization)
-        return State(Adapter(pairs, {**adapter.extra, **cores}, form), fold=folded, seed=seed)
+        return State(Adapter(pairs, {**adapter.extra, **cores}, form), base_delta=added, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
         """The client's rows of A, columns of B and block of the core; A and B neither train nor come back."""
         nothing = frozenset[str]()
-        return Task(slice_to_rank(state.adapter, peer), train=nothing, share=nothing, fold=state.fold)
+        return Task(
+            slice_to_rank(state.adapter, peer), train=nothing, share=nothing, base_delta=state.base_delta
+        )
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average the cores, padded to the rank of A and B, which stay as they are, bit for bit."""

@@ -42,7 +42,7 @@ class RaFLoRA(Strategy):
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D; where D has fewer than the client's rank, fresh ones with B = 0."""
-        return Task(slice_to_rank(grow_rank(state, peer), peer), fold=state.fold)
+        return Task(slice_to_rank(grow_rank(state, peer), peer), base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Each direction's mean over those who hold it, then the SVD."""
@@ -57,7 +57,7 @@ class RaFLoRA(Strategy):
 
 
 def _partitioned(pairs: Sequence[Pair], weights: Sequence[float], old: Pair) -> Pair:
-    """D, and what of the old one is beyond every client's rank."""
+    """D, with the old directions that are beyond every client's rank."""
     p = held([pair.rank for pair in pairs], weights, max(pair.rank for pair in pairs))
     shares = [torch.where(p > 0, w / p, 0.0)[: pair.rank] for pair, w in zip(pairs, weights, strict=True)]
     unheld = beyond(old, int((p > 0).sum()))

@@ -1,4 +1,4 @@
-"""RoLoRA: B and A take turns, a round each; the one whose turn it is not stays frozen and common to all.
+"""RoLoRA: B and A take turns, a round each; the other factor stays frozen, and the same for all.
 
 Chen, Guo, Ju, Dalal, Zhu, Khisti. "Robust Federated Finetuning of LLMs via Alternating Optimization of
 LoRA". NeurIPS 2025. https://arxiv.org/abs/2502.01755
@@ -6,12 +6,12 @@ LoRA". NeurIPS 2025. https://arxiv.org/abs/2502.01755
     odd rounds:     B ← Σ_k w_k B_k,    Σ_k w_k s B_k A = s B̄ A exactly
     even rounds:    A ← Σ_k w_k A_k,    Σ_k w_k s B A_k = s B Ā exactly
 
-B comes first, since with B = 0 there is no gradient for A. Whose turn it is follows from the number of rounds
-that the state has behind it, which is the same for every client, however often it was sampled. After one
-round the state is FFA-LoRA's.
+B comes first, since with B = 0 there is no gradient for A. The number of rounds that the state has behind it
+says whose turn it is, for every client alike, however often it was sampled. After one round the state is
+FFA-LoRA's.
 
-Sends: the factor of the round up; down the one that the last round changed, and both to a client that was not
-there.
+Sends: up, the factor of the round; down, the factor that the last round changed, and both to a client that
+was not in it.
 Differs from the paper: mixed ranks. A client of rank r trains with the first r directions of both factors, so
 that the trained one padded with zeros keeps the mean exact; without learning, direction i is then multiplied
 each round by the weight of the clients whose rank reaches i.
@@ -40,7 +40,7 @@ class RoLoRA(Strategy):
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors, one of them to train and to send back."""
         turn = frozenset(_turn(state))
-        return Task(slice_to_rank(state.adapter, peer), train=turn, share=turn, fold=state.fold)
+        return Task(slice_to_rank(state.adapter, peer), train=turn, share=turn, base_delta=state.base_delta)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average the factor of the round; the other stays as it is, bit for bit."""

@@ -13,8 +13,8 @@ keeps is reported at the hand-over, as `energy_kept` = Σ_m ‖s B_0 A_0‖² / 
 
 Sends: the values of V up and down, then A and B up and down; the head in all rounds.
 Differs from the paper: the density is by default that of the LoRA budget, r(d_out + d_in) values a layer, so
-that a round costs the same in both stages. Directions that Δ lacks up to r are random, with B = 0. Where the
-run starts from an adapter with B ≠ 0, that is held fixed in the first stage and counts to Δ.
+that a round costs the same in both stages. Directions that Δ lacks up to r are random, with B = 0. An adapter
+with B ≠ 0 that the run starts from is held fixed in the first stage and counts towards Δ.
 """
 
 import zlib
@@ -33,7 +33,7 @@ from fedlora.core.algebra import (
     negative,
     norm,
     of_dense,
-    refill,
+    pad_orthonormal,
     stack,
     weighted_sum,
 )
@@ -59,7 +59,7 @@ class SLoRA(Strategy):
         second: the rounds after: "fedit", or "flexlora" for clients of different ranks.
 
     Raises:
-        ConfigError: a field that cannot be.
+        ConfigError: a field is out of its range.
     """
 
     mixed_ranks = False
@@ -87,16 +87,16 @@ class SLoRA(Strategy):
             for fact, value in facts.items():
                 object.__setattr__(self, fact, value)
 
-    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
-        """The first mask's values are zero.
+    def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+        """The state before round 1, with all values of the mask zero.
 
         Raises:
-            ConfigError: a fold, since the first stage trains the base itself.
+            ConfigError: there is a base delta, and the first stage trains the base itself.
         """
-        state = super().init(adapter, fold, seed)
+        state = super().init(adapter, base_delta, seed)
         if not self.sparse_rounds:
             return state
-        if state.fold:
+        if state.base_delta:
             raise ConfigError(
                 "strategy SLoRA finds its own start by sparse fine-tuning of the base; "
                 "use lora.init=lora, or strategy.sparse_rounds=0"
@@ -108,11 +108,11 @@ class SLoRA(Strategy):
         """First the values and the head, on the frozen base; then the client's cut of A and B."""
         own = slice_to_rank(grow_rank(state, peer) if self.second == "flexlora" else state.adapter, peer)
         if state.round >= self.sparse_rounds:
-            return Task(own, fold=state.fold)
+            return Task(own, base_delta=state.base_delta)
         values = {name: tensor.clone() for name, tensor in state.memory.items()}
         held = {m: stack([pair], [1.0]) for m, pair in state.adapter.pairs.items() if pair.B.any()}
         form = composed(Sparse(state.seed), state.adapter.parametrization)
-        return Task(Adapter({}, {**own.extra, **values}, form), frozenset(), frozenset(), fold=held)
+        return Task(Adapter({}, {**own.extra, **values}, form), frozenset(), frozenset(), base_delta=held)
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """The mean of the values, until they become factors; then FedIT's or FlexLoRA's step."""
@@ -133,29 +133,29 @@ class SLoRA(Strategy):
         sent, w = self.admit(state, updates, Adapter({}, {**state.adapter.extra, **state.memory}))
         mean = mean_extras([u.adapter.extra for u in sent], w)
         values = {name: mean.pop(name) for name in state.memory}
-        fold = {}
+        base_delta = {}
         for m, pair in state.adapter.pairs.items():
             own = values[f"{m}.sparse"]
             where = places(state.seed, m, pair.shape, len(own)).to(own.device)
-            fold[m] = of_dense(spread(own, where, pair.shape))
+            base_delta[m] = of_dense(spread(own, where, pair.shape))
         trained = replace(state.adapter, extra=mean)
-        new = replace(state, adapter=trained, round=state.round + 1, fold=fold, memory=values)
+        new = replace(state, adapter=trained, round=state.round + 1, base_delta=base_delta, memory=values)
         return self._handed_over(new) if new.round == self.sparse_rounds else new
 
     def _handed_over(self, state: State) -> State:
-        """The best A_0 and B_0 of the rank for Δ, and the rest dropped or kept in the base."""
+        """Make the best A_0 and B_0 of the rank for Δ, and drop the rest or keep it in the base."""
         pairs, rest, all_of_it, kept = {}, {}, 0.0, 0.0
         for m, old in state.adapter.pairs.items():
-            total = accumulate(old, state.fold[m]) if old.B.any() else state.fold[m]
+            total = accumulate(old, state.base_delta[m]) if old.B.any() else state.base_delta[m]
             best = compress(total, old.rank, old.scale)
             rng = generator(state.seed, "refill", zlib.crc32(m.encode()), state.round)
-            pairs[m] = refill(best, old.rank, rng)
+            pairs[m] = pad_orthonormal(best, old.rank, rng)
             all_of_it, kept = all_of_it + norm(total) ** 2, kept + norm(best) ** 2
             if self.keep_residual:
                 rest[m] = accumulate(total, negative(best))
-        told = {"energy_kept": kept / all_of_it if all_of_it else 1.0}
+        metrics = {"energy_kept": kept / all_of_it if all_of_it else 1.0}
         adapter = replace(state.adapter, pairs=pairs)
-        return replace(state, adapter=adapter, fold=rest, memory={}, metrics=told)
+        return replace(state, adapter=adapter, base_delta=rest, memory={}, metrics=metrics)
 
     def _places(self, pair: Pair) -> int:
         """How many values M has in a layer."""

@@ -103,8 +103,8 @@ class Dense:
         return pair.scale * (B @ C @ A)
 
     def effective(self, task: Task, adapter: Adapter, module: str, shape: tuple[int, int]) -> np.ndarray:
-        """All that a client's model adds to one weight: the task's fold, the pair, the sparse values."""
-        total = self.delta(task.fold[module]) if module in task.fold else np.zeros(shape)
+        """All that a client's model adds to one weight: base delta, pair, sparse values."""
+        total = self.delta(task.base_delta[module]) if module in task.base_delta else np.zeros(shape)
         if module in adapter.pairs:
             total = total + self.change(adapter, module)
         values, form = adapter.extra.get(f"{module}.sparse"), adapter.parametrization

@@ -140,10 +140,10 @@ class Waiting:
         found = {}
         for thread in os.listdir("/proc/self/task"):
             try:
-                told = Path(f"/proc/self/task/{thread}/schedstat").read_text()
+                statistics = Path(f"/proc/self/task/{thread}/schedstat").read_text()
             except OSError:  # it has ended
                 continue
-            found[thread] = int(told.split()[1]) / 1e9
+            found[thread] = int(statistics.split()[1]) / 1e9
         return found
 
 
@@ -167,9 +167,9 @@ def measure(cells: Sequence[Cell], repeats: int, words: Sequence[str]) -> dict[C
         }
         try:
             for cell in cells:
-                told = [{name: _ask(one, cell) for name, one in running.items()} for _ in range(repeats)]
+                timed = [{name: _ask(one, cell) for name, one in running.items()} for _ in range(repeats)]
                 found[cell] = {
-                    name: {key: min(one[name][key] for one in told) for key in told[0][name]}
+                    name: {key: min(one[name][key] for one in timed) for key in timed[0][name]}
                     for name in running
                 }
                 print(_line(cell, found[cell]), flush=True)
@@ -202,8 +202,8 @@ def main() -> None:
     print(f"\nfree, fedlora over plain: geometric mean {mean:.2f}, largest {max(ratios):.2f}")
     if given.to is not None:
         given.to.mkdir(parents=True, exist_ok=True)
-        told = [{"length": c[0], "batch": c[1], "clients": c[2], **one} for c, one in found.items()]
-        (given.to / "grid.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        records = [{"length": c[0], "batch": c[1], "clients": c[2], **one} for c, one in found.items()]
+        (given.to / "grid.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     return None
 
 

@@ -70,9 +70,9 @@ class Run:
             return f"Run({str(self.path)!r}, unfinished: {done} of {self.config['rounds']} rounds)"
         found = self.summary
         score = found.get(found["metric"])
-        told = "" if score is None else f", {found['metric']} {score:.3f}"
+        score_text = "" if score is None else f", {found['metric']} {score:.3f}"
         where = "in memory" if self._kept else repr(str(self.path))
-        return f"Run({where}, {found['strategy']}, {found['model']} on {found['data']}{told})"
+        return f"Run({where}, {found['strategy']}, {found['model']} on {found['data']}{score_text})"
 
     def _repr_html_(self) -> str:
         """A table of the rounds and the curve of the headline metric, for a notebook."""
@@ -177,7 +177,7 @@ class Run:
                 raise ConfigError(f"predict: expected texts, got {text!r:.60} at position {at}")
         base, state = self.base(), self.state
         examples = base.task.encode_sources(texts, base.tokenizer, self._read.data.max_length)
-        task = Task(state.adapter, fold=state.fold)
+        task = Task(state.adapter, base_delta=state.base_delta)
         if base.task.generates:
             return [said.strip() for said in answer(base, task, examples, longest=longest)]
         return predictions(base, task, examples, self.task.labels)

@@ -46,14 +46,14 @@ class Sweep:
 
     def name(self, overrides: Sequence[str]) -> str:
         """The folder of a job: what is swept, as far as a file system takes it."""
-        told = []
+        settings = []
         for override in overrides:
             key, _, value = override.lstrip("+").partition("=")
             if key == "pair":
-                told += [f"{key}={value}" for key, value in self.pairs[int(value[1:])].items()]
+                settings += [f"{key}={value}" for key, value in self.pairs[int(value[1:])].items()]
             elif key not in self.fixed:
-                told.append(f"{key}={value}")
-        whole = ",".join(told).replace(" ", "").replace("'", "") or "run"
+                settings.append(f"{key}={value}")
+        whole = ",".join(settings).replace(" ", "").replace("'", "") or "run"
         safe = re.sub(r"[^\w=.,+\[\]{}:()-]", "-", whole)
         if safe == whole and len(safe) <= LONGEST:
             return safe

@@ -54,9 +54,9 @@ def mean_extras(extras: Sequence[Mapping[str, Tensor]], weights: Sequence[float]
 def mean_factors(pairs: Sequence[Pair], weights: Sequence[float], scale: float | None = None) -> Pair:
     """A and B averaged each by itself, (Σ w_k A_k, Σ w_k (s_k / s) B_k), for a product with `scale` s.
 
-    s is the first pair's scale if none is given. The ratio goes on B alone, as in `rescale`, which made what
-    the clients got: in a round without learning the mean is what was sent, whatever the scales, and an
-    update stated as (A, B / c, c · s_k) counts alike. The product of the means is not the mean of the
+    s is the first pair's scale if none is given. The ratio goes on B alone, as in `rescale`, by which the
+    clients' pairs were made: in a round without learning the mean is what was sent, whatever the scales, and
+    an update given as (A, B / c, c · s_k) counts alike. The product of the means is not the mean of the
     products; it depends on how each is split: (c · A, B / c, s_k) gives another, with any rule for scales.
     """
     scale = pairs[0].scale if scale is None else scale
@@ -246,8 +246,8 @@ def _compress(pair: Pair, rank: int | None, scale: float, dtype: torch.dtype) ->
 
 
 @one_thread()
-def refill(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
-    """The same ΔW with room to learn up to `rank`: new rows of A orthonormal to the others, B zero there.
+def pad_orthonormal(pair: Pair, rank: int, rng: np.random.Generator) -> Pair:
+    """The same ΔW padded to `rank`: new rows of A are orthonormal to all others, and B is zero there.
 
     Beyond d_in rows no more orthonormal ones exist; the rest are random rows of length 1.
     """

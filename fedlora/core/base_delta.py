@@ -1,4 +1,4 @@
-"""What is added to the frozen base besides an adapter, and what of it is new."""
+"""What is added to the frozen base besides an adapter, and the increment since the round before."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class BaseDelta(Mapping[str, Pair]):
 
     Args:
         pairs: module -> its change.
-        increment: module -> what `pairs` has gained since the round before; empty where nobody says.
+        increment: module -> what `pairs` has gained since the round before; empty where it is not known.
     """
 
     pairs: Mapping[str, Pair] = field(default_factory=dict)

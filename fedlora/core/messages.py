@@ -15,12 +15,13 @@ from fedlora.core.packing import pack, unpack
 from fedlora.errors import CheckpointError, ConfigError, IncompatibleUpdates
 
 BOTH = frozenset({"A", "B"})
+PACKED_AS = {"base_delta": "fold"}  # field -> its name in files and on the wire, which older runs have too
 Part = TypeVar("Part", bound=MethodPart)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What the server may know of a client. Never its data.
+    """What the server may know of a client, which never includes its data.
 
     Args:
         id: the client's number; updates are combined in its order.
@@ -38,7 +39,7 @@ class Peer:
 
     @property
     def called(self) -> str:
-        """What messages call it: its name, or its number."""
+        """The client's name in messages: its own, or one made of its number."""
         return self.name or f"client {self.id}"
 
 
@@ -46,8 +47,8 @@ class Peer:
 class Task:
     """What the server asks of one client this round.
 
-    A client trains `adapter` on the base with `fold` added, and sends back what is shared. What it is sent
-    and does not both train and share, it keeps: the server need not send the same bits again.
+    A client trains `adapter` on the base with `base_delta` added, and sends back what is shared. It keeps
+    what it is sent and does not both train and share: the server need not send the same bits again.
 
     Args:
         adapter: where the client starts, in the client's own ranks and scales.
@@ -57,7 +58,7 @@ class Task:
         personal: names of tensors that are trained and never sent, whatever `share` says. A name stands for
             the tensor of that name and for all below it, so that a module or head stands for its tensors.
         frozen: names, as for `personal`, of tensors that are neither trained nor sent.
-        fold: module name -> a low-rank change of the frozen base, of this task alone; scale 1.
+        base_delta: module name -> a low-rank change of the frozen base, of this task alone; scale 1.
         method: what the method needs of the client beyond this.
 
     Raises:
@@ -69,11 +70,11 @@ class Task:
     share: frozenset[str] = BOTH
     personal: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
-    fold: Mapping[str, Pair] = field(default_factory=BaseDelta)
+    base_delta: Mapping[str, Pair] = field(default_factory=BaseDelta)
     method: tuple[MethodPart, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fold", BaseDelta.of(self.fold))
+        object.__setattr__(self, "base_delta", BaseDelta.of(self.base_delta))
         for what in ("personal", "frozen"):
             named = getattr(self, what)
             known = {above for name, _ in self.adapter.tensors() if named for above in _above(name)}
@@ -102,13 +103,13 @@ class Task:
         return next((part for part in self.method if isinstance(part, kind)), None)
 
     def pack(self) -> tuple[dict[str, Tensor], str]:
-        """The task as named tensors and one line of JSON; without the fold's increment."""
+        """The task as named tensors and one line of JSON; without the base delta's increment."""
         tensors, header = self._packed
         return dict(tensors), header
 
     @cached_property
     def _packed(self) -> tuple[dict[str, Tensor], str]:
-        return pack({f.name: getattr(self, f.name) for f in fields(self)})
+        return _pack(self)
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], header: str) -> "Task":
@@ -118,7 +119,8 @@ class Task:
             KeyError: a tensor is missing.
             ConfigError: the task has a part of a class that this process has not imported.
         """
-        return cls(**unpack(tensors, header))
+        names = {packed: name for name, packed in PACKED_AS.items()}
+        return cls(**{names.get(key, key): value for key, value in unpack(tensors, header).items()})
 
     def _of(self, factors: frozenset[str]) -> Iterator[str]:
         """The names of these factors of every pair, and of the extras."""
@@ -153,7 +155,7 @@ class State:
     Args:
         adapter: the global adapter, in full rank; what a client gets of it is the strategy's `task`.
         round: how many rounds have been aggregated; it is the state's version.
-        fold: module name -> what has been added to the frozen base besides the adapter; scale 1.
+        base_delta: module name -> what has been added to the frozen base besides the adapter; scale 1.
         memory: whatever else the strategy has to remember, as tensors.
         seed: of the strategy's own random choices.
         metrics: numbers that the strategy wants in the round's line of the log.
@@ -161,22 +163,22 @@ class State:
 
     adapter: Adapter
     round: int = 0
-    fold: Mapping[str, Pair] = field(default_factory=BaseDelta)
+    base_delta: Mapping[str, Pair] = field(default_factory=BaseDelta)
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fold", BaseDelta.of(self.fold))
+        object.__setattr__(self, "base_delta", BaseDelta.of(self.base_delta))
 
     def delta(self, module: str) -> Tensor:
-        """The effective update of one module's weight, dense, (d_out, d_in): the fold and the pair."""
+        """The effective update of one module's weight, dense, (d_out, d_in): the base delta and the pair."""
         own = dense(self.adapter.plain().pairs[module])
-        return own + dense(self.fold[module]) if module in self.fold else own
+        return own + dense(self.base_delta[module]) if module in self.base_delta else own
 
     def whole(self) -> Adapter:
-        """The adapter that has the function of the fold and the adapter together, for use and export."""
-        return whole(self.adapter, self.fold)
+        """One adapter with the function of the base delta and the adapter together, for use and export."""
+        return whole(self.adapter, self.base_delta)
 
     def digest(self) -> str:
         """SHA-256 over all of it: equal if and only if the states are."""
@@ -194,7 +196,7 @@ class State:
 
     @cached_property
     def _packed(self) -> tuple[dict[str, Tensor], str]:
-        return pack({f.name: getattr(self, f.name) for f in fields(self)})
+        return _pack(self)
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], header: str) -> "State":
@@ -205,16 +207,23 @@ class State:
         """
         try:
             read = unpack(tensors, header)
-            return cls(**{f.name: read[f.name] for f in fields(cls)})
+            return cls(**{f.name: read[PACKED_AS.get(f.name, f.name)] for f in fields(cls)})
         except (AttributeError, KeyError, TypeError, ValueError, IncompatibleUpdates, ConfigError) as error:
             raise CheckpointError(f"this is not a packed fedlora state: {error!r}") from error
 
 
-def whole(adapter: Adapter, fold: Mapping[str, Pair]) -> Adapter:
-    """One adapter with the function of `fold` and `adapter` together, its low-rank term in plain pairs."""
+def whole(adapter: Adapter, base_delta: Mapping[str, Pair]) -> Adapter:
+    """One adapter of plain pairs, with the function of `base_delta` and `adapter` together."""
     adapter = adapter.plain()
-    pairs = {m: accumulate(fold[m], pair) if m in fold else pair for m, pair in adapter.pairs.items()}
-    return replace(adapter, pairs={**fold, **pairs})
+    pairs = {
+        m: accumulate(base_delta[m], pair) if m in base_delta else pair for m, pair in adapter.pairs.items()
+    }
+    return replace(adapter, pairs={**base_delta, **pairs})
+
+
+def _pack(message: Task | State) -> tuple[dict[str, Tensor], str]:
+    """The fields as named tensors and one line of JSON, by the names of `PACKED_AS`."""
+    return pack({PACKED_AS.get(f.name, f.name): getattr(message, f.name) for f in fields(message)})
 
 
 def _within(name: str, names: frozenset[str]) -> bool:

@@ -68,24 +68,24 @@ def _value(name: str, form: Any, tensors: Mapping[str, Tensor]) -> Any:
     """The value of a form whose tensors have the name."""
     if not isinstance(form, dict):
         return form
-    ((kind, told),) = form.items()
+    ((kind, content),) = form.items()
     if kind == "set":
-        return frozenset(told)
+        return frozenset(content)
     if kind == "tensor":
         return tensors[name]
     if kind == "pair":
-        return Pair(tensors[f"{name}.A"], tensors[f"{name}.B"], told)
+        return Pair(tensors[f"{name}.A"], tensors[f"{name}.B"], content)
     if kind == "adapter":
-        pairs = {m: _value(f"{name}/{m}", {"pair": scale}, tensors) for m, scale in told["scales"].items()}
-        extra = {own: tensors[f"{name}/{own}"] for own in told["extra"]}
-        form = _value(name, told["form"], tensors) if "form" in told else LORA
+        pairs = {m: _value(f"{name}/{m}", {"pair": scale}, tensors) for m, scale in content["scales"].items()}
+        extra = {own: tensors[f"{name}/{own}"] for own in content["extra"]}
+        form = _value(name, content["form"], tensors) if "form" in content else LORA
         return Adapter(pairs, extra, form)
     if kind == "tuple":
-        return tuple(_value(f"{name}/{i}", item, tensors) for i, item in enumerate(told))
+        return tuple(_value(f"{name}/{i}", item, tensors) for i, item in enumerate(content))
     if kind == "map":
-        return {key: _value(f"{name}/{key}", item, tensors) for key, item in told.items()}
+        return {key: _value(f"{name}/{key}", item, tensors) for key, item in content.items()}
     if kind == "part":
-        path, own = told
+        path, own = content
         return _loaded(path)(**{field: _value(f"{name}/{field}", f, tensors) for field, f in own.items()})
     raise ValueError(f"'{name}' has the form '{kind}', which nobody packs")
 

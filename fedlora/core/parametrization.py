@@ -12,9 +12,8 @@ from fedlora.core.method import MethodPart
 if TYPE_CHECKING:
     from fedlora.core.adapter import Pair
 
-Factors = Mapping[
-    str, Tensor
-]  # the tensors of one layer: A and B where there are any, and others by their words
+# The tensors of one layer: A and B where there are any, and others by their words.
+Factors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,14 @@ class Layer:
         weight: gives W₀, (d_out, d_in), in float32 at least, and raises ModelError where it is quantised.
             None where no model is at hand.
         bias: (d_out,), or None.
-        folded: what the base has folded in there besides, (d_out, d_in); 0 for nothing.
+        base_delta: what is added to the weight of the base besides, dense, (d_out, d_in); 0 for nothing.
     """
 
     name: str
     shape: tuple[int, int]
     weight: Callable[[], Tensor] | None = None
     bias: Tensor | None = None
-    folded: Tensor | float = 0.0
+    base_delta: Tensor | float = 0.0
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedlora.core.algebra import (
     mean_tensors,
     normalised,
     pad,
-    refill,
+    pad_orthonormal,
     rescale,
     truncate,
 )
@@ -40,7 +40,7 @@ class Strategy(ABC):
         linear: does the new state depend on the updates through their weighted mean alone, so that a server
             which sees nothing but a sum could run it?
         products: is the weighted mean of the products s·B·A, and of the extras, enough for it?
-        exact: is the new ΔW the weighted mean of the clients' own, fold and s_k B_k A_k together?
+        exact: is the new ΔW the weighted mean of the clients', base delta and s_k B_k A_k together?
         personal: do clients keep a trained part, so that the global state alone is nobody's model?
         start: the initial adapter that the paper asks for, a value of `lora.init`.
         client: the name of the client class that it needs; empty where ordinary local training does.
@@ -57,7 +57,7 @@ class Strategy(ABC):
     client: ClassVar[str] = ""
     lr_factor: ClassVar[float] = 1.0
 
-    def init(self, adapter: Adapter, fold: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
+    def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """The state before round 1.
 
         Where ranks may differ, an adapter that has learned something is put in the order of its singular
@@ -67,18 +67,19 @@ class Strategy(ABC):
 
         Args:
             adapter: of the largest rank any client has.
-            fold: what is added to the frozen base from the start, such as minus an adapter taken out of it.
+            base_delta: what is added to the frozen base from the start, such as minus an
+                adapter that was taken out of it.
             seed: of the strategy's own random choices.
         """
-        fold = fold or {}
-        given = {m: pair for m, pair in adapter.pairs.items() if m not in fold}
+        base_delta = base_delta or {}
+        given = {m: pair for m, pair in adapter.pairs.items() if m not in base_delta}
         if self.mixed_ranks:
             adapter = replace(adapter, pairs={**adapter.pairs, **ordered(given, seed)})
-        return State(adapter, fold=fold, seed=seed)
+        return State(adapter, base_delta=base_delta, seed=seed)
 
     def task(self, state: State, peer: Peer) -> Task:
         """What `peer` downloads, trains and shares: by default its cut of both factors, all of it trained."""
-        return Task(slice_to_rank(state.adapter, peer), fold=state.fold)
+        return Task(slice_to_rank(state.adapter, peer), base_delta=state.base_delta)
 
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
@@ -202,7 +203,7 @@ def ordered(pairs: Mapping[str, Pair], seed: int) -> dict[str, Pair]:
     for name, pair in pairs.items():
         if pair.B.any():
             rng = generator(seed, "refill", zlib.crc32(name.encode()), 0)
-            found[name] = refill(compress(pair), pair.rank, rng)
+            found[name] = pad_orthonormal(compress(pair), pair.rank, rng)
     return found
 
 
@@ -236,11 +237,11 @@ def slice_to_rank(adapter: Adapter, peer: Peer) -> Adapter:
 
 
 def grow_rank(state: State, peer: Peer) -> Adapter:
-    """The global adapter with directions enough for a peer's ranks: fresh ones have B = 0, so ΔW stays."""
+    """The global adapter padded to a peer's ranks: the new directions have B = 0, so ΔW stays."""
     room = {}
     for name, pair in state.adapter.pairs.items():
         rng = generator(state.seed, "refill", zlib.crc32(name.encode()), state.round)
-        room[name] = refill(pair, peer.ranks.get(name, peer.rank), rng)
+        room[name] = pad_orthonormal(pair, peer.ranks.get(name, peer.rank), rng)
     return replace(state.adapter, pairs=room)
 
 

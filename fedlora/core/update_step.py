@@ -67,7 +67,8 @@ class ClientUpdate:
         Args:
             adapter: what the next step is given, or what is sent; in the shapes, precisions and scales of
                 this one.
-            memory: what this step keeps until the client trains again; None or nothing leaves what it kept.
+            memory: what this step keeps until the client trains again; None or nothing
+                changes nothing.
         """
         return replace(self, adapter=adapter, memory=memory or self.memory)
 
@@ -145,14 +146,14 @@ class UpdateStep:
     A step has a half at the client, a half at the server, or both. A run has a list of steps, which is read
     from the training to the message. Clients apply their halves in its order, to what training gave and
     before anything is written or masked. The server applies its halves in the reverse order, and a robust
-    rule last. So the code that a client puts on last is undone first, and at the server a step sees updates
-    from which the codes of all later steps are off.
+    rule last. So the code that a client applies last is undone first, and at the server a step sees updates
+    from which the codes of all later steps have been removed.
 
     Subclasses are frozen dataclasses of their settings, and both halves are pure: the result depends on the
     arguments and on the fields alone. A subclass overrides at least one half.
 
-    Masks are no step. They need messages of their own before and after the training, and what they make is no
-    adapter but one vector of fixed-point numbers, whose clip has to be the last thing before it is rounded.
+    Masks are not a step. They need messages of their own before and after the training, and they make one
+    vector of fixed-point numbers instead of an adapter, which has to be clipped right before it is rounded.
     `fedlora.secure_aggregation.masked_round` applies both to what the last client half returns.
     """
 

@@ -1,4 +1,4 @@
-"""The updates of a linear strategy as vectors of one form, so that a sum of them says all it needs.
+"""The updates of a linear strategy as vectors of one form, of which it needs no more than the sum.
 
 A strategy that depends on its updates through their weighted mean alone gives the same state from all of
 them as from one update, the mean. So a server may be shown no more than a sum: with noise (client-level

@@ -163,9 +163,9 @@ def _table_records(
             if quoted and before > first:
                 several.append((first, before))
             if not quoted:
-                told = [cell for cell in cells if '"' in cell]
-                marks += len(told)
-                whole += sum(re.fullmatch(r'"(?:[^"]|"")*"', cell) is not None for cell in told)
+                with_quotes = [cell for cell in cells if '"' in cell]
+                marks += len(with_quotes)
+                whole += sum(re.fullmatch(r'"(?:[^"]|"")*"', cell) is not None for cell in with_quotes)
             yield where, record
     except csv.Error as error:
         raise DataError(

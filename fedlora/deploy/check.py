@@ -52,11 +52,11 @@ def check(config: DictConfig, public: str | None, console: Console) -> None:
             find(finding)
         run = sent.result()
     console.print("asking the sites about their settings and rows, then about the model", style="dim")
-    sites, told = _asked(run, superlink, find)
+    sites, attendance = _asked(run, superlink, find)
     console.print(_table(sites))
-    if told[0] < told[1]:
-        away = f", without {', '.join(told[2])}" if told[2] else ""
-        find(f"{told[0]} of {told[1]} sites can take part{away}")
+    if attendance[0] < attendance[1]:
+        away = f", without {', '.join(attendance[2])}" if attendance[2] else ""
+        find(f"{attendance[0]} of {attendance[1]} sites can take part{away}")
     for finding in [finding for site in sites for finding in _look(site)]:
         find(finding)
     if found:

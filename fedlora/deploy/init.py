@@ -130,8 +130,8 @@ def _write(folder: Path, names: Sequence[str], sites: Sequence[NewSite], port: i
             _put(at / f"fedlora-{service}.service", unit)
     for number, site in enumerate(sites):
         _add(folder, site, number, NODE_PORT + number, signer.certificate, words["address"])
-    told = {site.name: {"client": i, "port": NODE_PORT + i} for i, site in enumerate(sites)}
-    _put(at / SITES, (json.dumps({"address": words["address"], "sites": told}, indent=2) + "\n").encode())
+    entries = {site.name: {"client": i, "port": NODE_PORT + i} for i, site in enumerate(sites)}
+    _put(at / SITES, (json.dumps({"address": words["address"], "sites": entries}, indent=2) + "\n").encode())
     name = "checklist.md" if proxied else "trial.md"
     _put(folder / "CHECKLIST.md", _text(name, words))
 

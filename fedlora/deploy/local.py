@@ -161,7 +161,7 @@ def _joined(part: Part, offset: int, console: Console) -> None:
     Raises:
         FedLoraError: it has ended for another reason, or the time is over.
     """
-    until, told = time.monotonic() + BACK, False
+    until, printed = time.monotonic() + BACK, False
 
     def said() -> str:
         return part.log.read_bytes()[offset:].decode(errors="replace")
@@ -172,14 +172,14 @@ def _joined(part: Part, offset: int, console: Console) -> None:
         except FedLoraError:
             if TURNED_AWAY not in said() or time.monotonic() > until:
                 raise
-        if not told:
+        if not printed:
             console.print(
                 f"{part.name}: turned away, as a site that was killed is for up to 60 s, and one whose key "
                 f"is not registered; trying again for {BACK:g} s",
                 soft_wrap=True,
                 highlight=False,
             )
-        told = True
+        printed = True
         time.sleep(TURN)
         offset = _started(part, Console(quiet=True)) or offset
 

@@ -20,7 +20,7 @@ def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
 
 
 def adapted(modules: Mapping[str, nn.Module], tasks: Sequence[Task]) -> list[str]:
-    """The layers that the tasks' pairs and folds change.
+    """The layers that the tasks' pairs and base deltas change.
 
     Args:
         modules: of the model, by name.
@@ -29,7 +29,7 @@ def adapted(modules: Mapping[str, nn.Module], tasks: Sequence[Task]) -> list[str
     Raises:
         ModelError: the model has no such layer, or one of another shape.
     """
-    named = [item for task in tasks for item in (*task.adapter.pairs.items(), *task.fold.items())]
+    named = [item for task in tasks for item in (*task.adapter.pairs.items(), *task.base_delta.items())]
     for name, pair in named:
         if name not in modules:
             raise ModelError(f"the adapter has a pair for '{name}', a module that the model lacks")
@@ -73,11 +73,11 @@ def constants(
     }
 
 
-def folds(base: Base, tasks: Sequence[Task]) -> dict[str, list[Pair]]:
-    """Module -> what each slot's base has folded in; one pair for all where it is the same for all."""
+def base_deltas(base: Base, tasks: Sequence[Task]) -> dict[str, list[Pair]]:
+    """Module -> the base delta of each slot; one pair for all where it is the same for all."""
     found = {}
-    for name in {name: None for task in tasks for name in task.fold}:
-        own = [task.fold.get(name) for task in tasks]
+    for name in {name: None for task in tasks for name in task.base_delta}:
+        own = [task.base_delta.get(name) for task in tasks]
         first = next(pair for pair in own if pair is not None)
         if all(pair is not None and _same(pair, first) for pair in own):
             own = [first]

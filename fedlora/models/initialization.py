@@ -10,8 +10,8 @@ https://arxiv.org/abs/2406.01775
 
     W = Q R,    B = Q_{:,:r},    A = R_{:r}
 
-The base then works as W − s B A, which here is W itself with a fold of −s B A: the model begins as it was,
-and clients of any start share one base.
+The base then works as W − s B A, which here is W itself with a base delta of −s B A: the model begins as it
+was, and clients of any start share one base.
 """
 
 import zlib
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.algebra import negative, refill
+from fedlora.core.algebra import negative, pad_orthonormal
 from fedlora.core.threads import one_thread
 from fedlora.errors import ConfigError
 from fedlora.models.base import Base
@@ -34,7 +34,7 @@ STARTS = ("lora", "pissa", "olora")
 def take_out_of_base(
     base: Base, adapter: Adapter, init: str, seed: int = 0
 ) -> tuple[Adapter, dict[str, Pair]]:
-    """The adapter with its pairs in the directions of the base's weights, and the fold that takes them out.
+    """The adapter with its pairs along the base's weights, and the base delta that takes them out.
 
     Args:
         base: the model.
@@ -55,7 +55,7 @@ def take_out_of_base(
         weight = layer_weight(base.model.get_submodule(name), name).double().cpu()
         B, A = _principal(weight, old) if init == "pissa" else _orthonormal(weight, old)
         pair = Pair(A.to(old.A.dtype).contiguous(), B.to(old.B.dtype).contiguous(), old.scale)
-        pairs[name] = refill(pair, old.rank, generator(seed, "adapter", zlib.crc32(name.encode())))
+        pairs[name] = pad_orthonormal(pair, old.rank, generator(seed, "adapter", zlib.crc32(name.encode())))
     return replace(adapter, pairs=pairs), {name: negative(pair) for name, pair in pairs.items()}
 
 

@@ -103,7 +103,7 @@ def fresh_adapter(
     return Adapter(pairs, extra)
 
 
-def layer_of(base: Base, name: str, fold: Mapping[str, Pair] | None = None) -> Layer:
+def layer_of(base: Base, name: str, base_delta: Mapping[str, Pair] | None = None) -> Layer:
     """A linear layer of the model as a parametrization sees it.
 
     Raises:
@@ -113,16 +113,16 @@ def layer_of(base: Base, name: str, fold: Mapping[str, Pair] | None = None) -> L
         module = base.model.get_submodule(name)
     except AttributeError as error:
         raise ModelError(f"the adapter has factors for '{name}', a module that the model lacks") from error
-    folded = dense(fold[name]) if fold and name in fold else 0.0
+    added = dense(base_delta[name]) if base_delta and name in base_delta else 0.0
     weight = partial(layer_weight, module, name)
-    return Layer(name, layer_shape(module, name), weight, getattr(module, "bias", None), folded)
+    return Layer(name, layer_shape(module, name), weight, getattr(module, "bias", None), added)
 
 
 def parametrized(
     base: Base,
     adapter: Adapter,
     form: Parametrization,
-    fold: Mapping[str, Pair] | None = None,
+    base_delta: Mapping[str, Pair] | None = None,
     seed: int = 0,
 ) -> Adapter:
     """An adapter of LoRA in another parametrization, at its start; factors that it has already stay.
@@ -131,7 +131,7 @@ def parametrized(
         base: the model.
         adapter: its pairs say which layers, ranks and scales; its heads are kept.
         form: the parametrization.
-        fold: what is added to the base besides.
+        base_delta: what is added to the base besides.
         seed: of its random choices.
 
     Raises:
@@ -141,7 +141,7 @@ def parametrized(
     pairs, own = {}, dict[str, Tensor]()
     for name, pair in adapter.pairs.items():
         rng = generator(seed, "parametrization", zlib.crc32(name.encode()))
-        found = dict(form.start(layer_of(base, name, fold), pair, rng))
+        found = dict(form.start(layer_of(base, name, base_delta), pair, rng))
         if found.keys() != {*("AB" if form.pairs else ""), *form.factors}:
             raise ConfigError(
                 f"{type(form).__name__}.start: expected the factors of '{name}', got {sorted(found)}"

@@ -2,8 +2,8 @@
 
 A batch holds its rows client by client. At every target layer each client's rows meet that client's own
 factors, at that client's own rank, so that one pass over the shared base trains K clients and nothing is
-padded. The base is never written to: what each adapter's parametrization makes of a layer, and what a
-client's base has folded in, is done by forward hooks, and trained whole modules (the head) stand in for the
+padded. The base is never written to: what each adapter's parametrization makes of a layer is done by
+forward hooks, and so are the clients' base deltas, and trained whole modules (the head) stand in for the
 base's while the bank is open.
 """
 
@@ -37,7 +37,7 @@ class MultiAdapterModel:
 
     Args:
         base: the frozen model; identical before, during and after.
-        tasks: one a slot, of any ranks, scales and folds.
+        tasks: one a slot, of any ranks, scales and base deltas.
         train: whether gradients reach what the tasks train.
         per_row: whether each row gets its own gradient, by differentiating by `leaves`.
         every_token: whether a classifier's last layer is wanted of every token, whatever its head reads.
@@ -88,7 +88,7 @@ class MultiAdapterModel:
             for form, own in zip(self._forms, self._factors, strict=True)
         ]
         self._layers = {name: layer_of(base, name) for name in self._factors[0] if self._forms[0] != LORA}
-        self._folds = adapter_parameters.folds(base, tasks)
+        self._base_deltas = adapter_parameters.base_deltas(base, tasks)
         self._heads = [adapter_parameters.copies(base, task.adapter, trained) for task, trained in each]
         if per_row and self._factors[0] and not self._forms[0].by_row:
             raise ModelError(
@@ -207,7 +207,7 @@ class MultiAdapterModel:
         paired = own and name in self._tasks[0].adapter.pairs
         low_rank = own and (paired if form.pairs else form.has_low_rank)
         scales = [task.adapter.pairs[name].scale if paired else 1.0 for task in self._tasks]
-        folds = self._folds.get(name, [])
+        base_deltas = self._base_deltas.get(name, [])
 
         def add(
             module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
@@ -224,11 +224,10 @@ class MultiAdapterModel:
                 factors = [f for k in live for f in self._low_rank(k, name)]
                 ends, s = [segments[k] for k in live], [scales[k] for k in live]
                 output = add_low_rank(output, x, units, ends, s, factors)
-            if folds:
-                every = segments if len(folds) > 1 else [(0, units)]
-                output = add_low_rank(
-                    output, x, units, every, [p.scale for p in folds], [f for p in folds for f in (p.A, p.B)]
-                )
+            if base_deltas:
+                every = segments if len(base_deltas) > 1 else [(0, units)]
+                factors = [f for p in base_deltas for f in (p.A, p.B)]
+                output = add_low_rank(output, x, units, every, [p.scale for p in base_deltas], factors)
             if own and form != LORA:
                 output = self._beyond_low_rank(name, x, output, [(k, *segments[k]) for k in live], units)
             return output
@@ -276,9 +275,9 @@ class MultiAdapterModel:
         scale = pairs[name].scale if name in pairs else 1.0
         found = self._forms[slot].change(self._layers[name], factors, scale)
         change = next(iter(factors.values())).new_zeros(()) if found is None else found
-        if name in self._folds:
-            fold = self._folds[name][slot if len(self._folds[name]) > 1 else 0]
-            change = change + fold.scale * fold.B @ fold.A
+        if name in self._base_deltas:
+            base_delta = self._base_deltas[name][slot if len(self._base_deltas[name]) > 1 else 0]
+            change = change + base_delta.scale * base_delta.B @ base_delta.A
         return change
 
     def _stand_in(self, name: str) -> Any:

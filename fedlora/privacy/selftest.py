@@ -68,7 +68,7 @@ def _form(task: Task) -> tuple[Parametrization, str] | None:
     hash, as with a mapping among its settings: such a task is tested every time.
     """
     tensors = [f"{name}{tuple(tensor.shape)}" for name, tensor in task.adapter.tensors()]
-    form = (task.adapter.parametrization, f"{task.trained()} {sorted(task.fold)} {tensors}")
+    form = (task.adapter.parametrization, f"{task.trained()} {sorted(task.base_delta)} {tensors}")
     try:
         hash(form)
     except TypeError:

@@ -155,7 +155,7 @@ class DPSGD(Privacy):
         """The same settings, with this number of rounds where they give none."""
         return self if self.participations is not None else replace(self, participations=rounds)
 
-    def told(self, plan: Plan, spent: Ledger) -> dict[str, float]:
+    def report(self, plan: Plan, spent: Ledger) -> dict[str, float]:
         """What a client reports of its privacy; it depends on the settings and on public counts only."""
         known = {"delta": plan.delta, "epsilon_valid": float(spent.valid)}
         if not self.public_counts:  # the epsilon spent so far tells the steps, and so the number of rows

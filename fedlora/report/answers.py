@@ -10,12 +10,12 @@ from fedlora.report.tables import Table, score, turned
 
 def answers_table(runs: Sequence[Run]) -> Table | None:
     """A row for each run, and for a single run also a row for each client; None if no run has answers."""
-    told = [(name, run) for name, run in zip(labels(runs), runs, strict=True) if _asked(run.summary)]
-    if not told:
+    answered = [(name, run) for name, run in zip(labels(runs), runs, strict=True) if _asked(run.summary)]
+    if not answered:
         return None
-    rows = [(name, _initial(run), run.summary) for name, run in told]
+    rows = [(name, _initial(run), run.summary) for name, run in answered]
     if len(runs) == 1:
-        (_, base, final), found = rows[0], told[0][1].summary.get("answers")
+        (_, base, final), found = rows[0], answered[0][1].summary.get("answers")
         own, before = (part if isinstance(part, dict) else {} for part in (found, base.get("answers")))
         rows = [("all", base, final), *((clean(name), before.get(name) or {}, own[name]) for name in own)]
     columns = {

@@ -65,8 +65,8 @@ def absences(run: Run) -> str:
     away = run.summary.get("away")
     if not isinstance(away, dict) or not away:
         return ""
-    told = ", ".join(f"{clean(name)} in {count}" for name, count in away.items())
-    return f"{told} of {run.summary.get('rounds')} rounds"
+    by_reason = ", ".join(f"{clean(name)} in {count}" for name, count in away.items())
+    return f"{by_reason} of {run.summary.get('rounds')} rounds"
 
 
 def ranks_table(run: Run) -> Table | None:
@@ -139,21 +139,25 @@ def worst_first(values: Sequence[float], metric: str) -> list[float]:
 
 def fairness_table(runs: Sequence[Run]) -> Table | None:
     """Mean, spread and worst decile of the clients' own metrics; None if no client has any."""
-    told = [group for group in groups(runs) if all(own_values(run) for run in group)]
-    if not told:
+    with_values = [group for group in groups(runs) if all(own_values(run) for run in group)]
+    if not with_values:
         return None
-    columns: dict[str, list[str]] = {"runs": labels([group[0] for group in told])}
-    metrics = [own_metric(group[0]) or "" for group in told]
+    columns: dict[str, list[str]] = {"runs": labels([group[0] for group in with_values])}
+    metrics = [own_metric(group[0]) or "" for group in with_values]
     columns["of the clients’"] = [_called(metric) for metric in metrics]
-    columns["clients"] = [str(len(own_values(group[0]))) for group in told]
-    facts = [[_facts(run, metric) for run in group] for group, metric in zip(told, metrics, strict=True)]
+    columns["clients"] = [str(len(own_values(group[0]))) for group in with_values]
+    facts = [
+        [_facts(run, metric) for run in group] for group, metric in zip(with_values, metrics, strict=True)
+    ]
     for at, name in enumerate(["mean", "spread", "worst decile"]):
         columns[name] = [spread((fact[at] for fact in each), "loss") for each in facts]
-    columns["worst client"] = [_worst(group[0], metric) for group, metric in zip(told, metrics, strict=True)]
+    columns["worst client"] = [
+        _worst(group[0], metric) for group, metric in zip(with_values, metrics, strict=True)
+    ]
     if len(runs) == 1:
         columns.pop("runs")
     note = "Spread: standard deviation over clients. Worst decile: mean of the worst tenth, at least one."
-    note += f" {INTERVAL}; the worst client is that of the first." if max(map(len, told)) > 1 else ""
+    note += f" {INTERVAL}; the worst client is that of the first." if max(map(len, with_values)) > 1 else ""
     return Table("Fairness", [*columns], turned(columns), note)
 
 
@@ -195,5 +199,5 @@ def _left_out(row: dict[str, Any]) -> str:
 
 
 def _status(row: dict[str, Any]) -> str:
-    told = (_left_out(row) or row.get("status"), row.get("reason") or row.get("rejected"))
-    return clean(": ".join(str(part) for part in told if part))
+    parts = (_left_out(row) or row.get("status"), row.get("reason") or row.get("rejected"))
+    return clean(": ".join(str(part) for part in parts if part))

@@ -72,12 +72,12 @@ def _suffixes(runs: Sequence[Run]) -> list[str]:
         # A key that several groups repeat, such as the seed, is named once.
         once = {(key.rsplit(".", 1)[-1], *row): row for key, row in settings.items()}
         short = [key for key, *_ in once]
-        told = [
+        suffixes = [
             "".join(f", {key} {value}" for key, value in zip(short, row, strict=True))
             for row in zip(*once.values(), strict=True)
         ]
-        if len(set(told)) == len(told):
-            return told
+        if len(set(suffixes)) == len(suffixes):
+            return suffixes
     folders = [run.path.name for run in runs]
     distinct = len(set(folders)) == len(folders)
     return [f" ({clean(run.path.name if distinct else run.path)})" for run in runs]

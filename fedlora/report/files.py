@@ -41,7 +41,8 @@ def write_files(runs: Sequence[Run], to: Path) -> Path:
     )
     _write(to / "rounds.csv", [{"run": name, **row} for name, run in named for row in run.metrics])
     _write(
-        to / "clients.csv", [{"run": name, **_told(run, row)} for name, run in named for row in run.clients]
+        to / "clients.csv",
+        [{"run": name, **_public(run, row)} for name, run in named for row in run.clients],
     )
     _write(
         to / "over-seeds.csv",
@@ -66,7 +67,7 @@ def _over(group: Sequence[Run]) -> dict[str, Any]:
     return row
 
 
-def _told(run: Run, row: Mapping[str, Any]) -> dict[str, Any]:
+def _public(run: Run, row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key != "examples" or run.counts}
 
 

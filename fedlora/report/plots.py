@@ -31,13 +31,13 @@ class Picture:
         name: the name of its file, without an extension.
         figure: the matplotlib figure.
         caption: the text below it.
-        told: its content in words and numbers, for readers who cannot see it.
+        description: its content in words and numbers, for readers who cannot see it.
     """
 
     name: str
     figure: Figure
     caption: str
-    told: str
+    description: str
 
 
 def results(runs: Sequence[Run]) -> list[Picture]:
@@ -51,7 +51,7 @@ def results(runs: Sequence[Run]) -> list[Picture]:
 
 def aggregation(runs: Sequence[Run]) -> list[Picture]:
     """The aggregation error, the effective rank of ΔW and the kept share of its tail, over rounds."""
-    told = {
+    captions = {
         "aggregation_error": "How far the server’s update is from the exact weighted sum of the clients’, "
         "relative to that sum.",
         "effective_rank": "How many directions carry ΔW, the mean over modules: exp of σ / Σσ’s entropy.",
@@ -60,8 +60,8 @@ def aggregation(runs: Sequence[Run]) -> list[Picture]:
     }
     bounds = {"tail_kept": KEPT}
     if exact(runs) is not None:
-        told.pop("aggregation_error")
-    shown = [_simple(runs, name, words(name), told[name], bounds.get(name)) for name in told]
+        captions.pop("aggregation_error")
+    shown = [_simple(runs, name, words(name), captions[name], bounds.get(name)) for name in captions]
     return [picture for picture in shown if picture]
 
 
@@ -112,10 +112,10 @@ def over_rank(runs: Sequence[Run], metric: str) -> Picture | None:
     order = {line.label: line.at for line in alike}
     mixed = []
     for group in groups([run for run in runs if len(_ranks(run)) > 1]):
-        told = [value for run in group if (value := number(run.summary.get(metric))) is not None]
+        scores = [value for run in group if (value := number(run.summary.get(metric))) is not None]
         at = order.setdefault(clean(group[0].strategy), len(order))
-        if told:
-            point = (mean_rank(group[0]), statistics.fmean(told))
+        if scores:
+            point = (mean_rank(group[0]), statistics.fmean(scores))
             mixed.append(Line(clean(group[0].strategy), [point], at=at, style=""))
     if len({x for line in [*alike, *mixed] for x, _ in line.points}) < 2:
         return None
@@ -192,11 +192,11 @@ def data(run: Run, name: str = "clients") -> Picture | None:
     ticks = [f"{n}\n{row['rank']}" for n, row in zip(names, held.values(), strict=True)] if ranks else names
     caption = f"Rows of each client{', by label' if named else ''}.{thin}"
     rows = [row["rows"] for row in held.values()]
-    told = "; ".join(f"{n}: {count}" for n, count in zip(names, rows, strict=True))
+    description = "; ".join(f"{n}: {count}" for n, count in zip(names, rows, strict=True))
     if len(names) > _NAMED:
-        told = f"{len(names)} clients of {min(rows)} to {max(rows)} rows."
+        description = f"{len(names)} clients of {min(rows)} to {max(rows)} rows."
     x = "client and its rank" if ranks else "client"
-    return Picture(name, bars(ticks, parts, x, "rows"), caption, told)
+    return Picture(name, bars(ticks, parts, x, "rows"), caption, description)
 
 
 def allowed(run: Run) -> float:
@@ -246,11 +246,11 @@ def _picture(
         return None
     if any(line.band for line in drawn):
         caption = f"{caption} {_BAND}"
-    told = " ".join(_told(line, x) for line in drawn)
-    return Picture(name, lines(drawn, x, y, more, bound), caption, told)
+    description = " ".join(_described(line, x) for line in drawn)
+    return Picture(name, lines(drawn, x, y, more, bound), caption, description)
 
 
-def _told(line: Line, x: str) -> str:
+def _described(line: Line, x: str) -> str:
     (first, start), (last, end) = line.points[0], line.points[-1]
     at = "in round" if x == "round" else "at"
     name = f"{line.label}{' in training' if line.style == '--' else ''}: " if line.label else ""

@@ -55,7 +55,7 @@ class Run:
     @property
     def local_metric(self) -> str:
         """The key of what clients measure on rows of their own beside the loss, such as `local_accuracy`."""
-        keys = (key for told in (self.summary, *self.metrics) for key in told if key.startswith("local_"))
+        keys = (key for line in (self.summary, *self.metrics) for key in line if key.startswith("local_"))
         return next((key for key in keys if key != "local_loss"), "local_accuracy")
 
     @property

@@ -74,8 +74,8 @@ def without_privacy(runs: Sequence[Run], metric: str, drawn: Sequence[Line]) -> 
     found = []
     for line in drawn:
         alike = [run for run in runs if clean(run.strategy) == line.label]
-        told = [value for run in alike if (value := number(run.summary.get(metric))) is not None]
-        if told and len(groups(alike)) == 1:
-            across = [(at, statistics.fmean(told)) for at in (line.points[0][0], line.points[-1][0])]
+        scores = [value for run in alike if (value := number(run.summary.get(metric))) is not None]
+        if scores and len(groups(alike)) == 1:
+            across = [(at, statistics.fmean(scores)) for at in (line.points[0][0], line.points[-1][0])]
             found.append(Line("", across, at=line.at, style="--"))
     return found

@@ -61,8 +61,8 @@ class Krum(Robust):
                 if k not in chosen:
                     why = f"Krum: score {scores[k]:.3g}, those that count have {most:.3g} at most"
                     notes[update.peer.id]["rejected"] = why
-        kept, told = [updates[k] for k in chosen], {"rejected": len(updates) - len(chosen)}
-        return given.become(capped(kept), [tasks[k] for k in chosen], notes, told)
+        kept, metrics = [updates[k] for k in chosen], {"rejected": len(updates) - len(chosen)}
+        return given.become(capped(kept), [tasks[k] for k in chosen], notes, metrics)
 
 
 def krum_scores(apart: Tensor, near: int) -> list[float]:

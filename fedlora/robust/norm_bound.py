@@ -50,5 +50,5 @@ class NormBound(Robust):
             for update, way, t in zip(updates, ways, kept, strict=True)
             if update.peer
         }
-        told = {"bound": bound, "bounded": sum(t < 1 for t in kept)}
-        return given.become(bounded, notes=notes, metrics=told)
+        metrics = {"bound": bound, "bounded": sum(t < 1 for t in kept)}
+        return given.become(bounded, notes=notes, metrics=metrics)

@@ -1,4 +1,4 @@
-"""What a round's new state is held against: the mean of the updates that made it, and the state before."""
+"""Measures of a round's new state, against the mean of the round's updates and the state before."""
 
 import math
 import statistics
@@ -8,13 +8,13 @@ from fedlora.core.adapter import Pair
 from fedlora.core.algebra import compress, effective_rank, error_and_norm, norm, normalised
 from fedlora.core.messages import State, Task, Update
 
-ROUNDING = 1e-10  # of ‖ΔW‖²: a tail below it is none
+ROUNDING = 1e-10  # the share of ‖ΔW‖² below which a tail counts as none
 
 
 def aggregation_error(state: State, updates: Sequence[Update], tasks: Sequence[Task]) -> dict[str, float]:
     """How far the new global ΔW is from the clients' weighted mean, relative, over all modules.
 
-    A client's ΔW is its pair with what its base had folded in. Zero where a strategy is exact; FedIT's is the
+    A client's ΔW is its pair with its base delta. Zero where a strategy is exact; FedIT's is the
     cross-covariance of its factors.
     """
     weights = normalised([update.weight for update in updates])
@@ -23,11 +23,12 @@ def aggregation_error(state: State, updates: Sequence[Update], tasks: Sequence[T
     sent = [update.adapter.plain().pairs for update in updates]
     for name in sent[0]:
         terms = [(pairs[name], w) for pairs, w in zip(sent, weights, strict=True)]
-        folds: dict[int, tuple[Pair, float]] = {}  # one that several clients share counts once
+        base_deltas: dict[int, tuple[Pair, float]] = {}  # one that several clients share is added up once
         for task, weight in zip(tasks, weights, strict=True):
-            if (fold := task.fold.get(name)) is not None:
-                folds[id(fold)] = (fold, folds.get(id(fold), (fold, 0.0))[1] + weight)
-        terms += folds.values()
+            if (base_delta := task.base_delta.get(name)) is not None:
+                _, total = base_deltas.get(id(base_delta), (base_delta, 0.0))
+                base_deltas[id(base_delta)] = (base_delta, total + weight)
+        terms += base_deltas.values()
         error, length = error_and_norm([pair for pair, _ in terms], [w for _, w in terms], result[name])
         errors.append(error)
         lengths.append(length)
@@ -50,11 +51,11 @@ def tail_kept(before: State, after: State, updates: Sequence[Update]) -> dict[st
     """The share that a round has kept of ΔW's tail T, its directions beyond the clients' smallest rank.
 
     ⟨ΔW_after, T⟩ / ‖T‖², over all modules. Where nobody learns it is 1, or the weight of those who hold such
-    directions if the others count as zeros, round after round: rank collapse. Nothing where ranks are equal,
-    where there is no tail yet, or where the base holds ΔW, which no client can cut.
+    directions if the others count as zeros, round after round: rank collapse. Empty where all ranks are
+    equal, where there is no tail yet, or where the base holds ΔW, which no client can cut.
     """
     kept, length, whole, now = 0.0, 0.0, 0.0, after.adapter.plain().pairs
-    for name, pair in {} if before.fold else before.adapter.plain().pairs.items():
+    for name, pair in {} if before.base_delta else before.adapter.plain().pairs.items():
         ranks = [update.adapter.pairs[name].rank for update in updates if name in update.adapter.pairs]
         if ranks and min(ranks) < max(ranks):
             old = _wide(pair)

@@ -1,7 +1,8 @@
 """Tasks and updates as Flower records, and back; what comes from a client is checked here.
 
-A task travels as it packs itself, without what the node holds from before; an update as its shared tensors
-under their names (`module.A`, `module.B`, the extras) and one scale a module, in the order of the names.
+A task is sent as it packs itself, without the tensors that the node already holds. An update is sent as its
+shared tensors under their names (`module.A`, `module.B`, the extras), with one scale for each module in the
+order of the names.
 """
 
 import json
@@ -19,7 +20,7 @@ from fedlora.core.adapter import Adapter, Pair, digest
 from fedlora.core.base_delta import BaseDelta
 from fedlora.core.messages import Peer, Task, Update
 from fedlora.errors import CheckpointError, IncompatibleUpdates
-from fedlora.storage.client_state import FOLD
+from fedlora.storage.client_state import BASE_DELTA
 from fedlora.training.client import TrainResult
 
 MOST_EXAMPLES = 1e12  # more rows than any client has; sums of such weights stay exact enough
@@ -29,13 +30,18 @@ REFUSED = 1000  # code of the error with which a client replies that it must not
 MOST_METRICS = 64  # numbers that a client may report
 LONGEST = 400  # characters of a client's own words that are worth repeating
 RECORDS = {"arrays", "metrics", "config"}  # of an update
-GAIN = "gain/"  # begins the name of a tensor of a fold's increment
+GAIN = "gain/"  # begins the name of a tensor of a base delta's increment
 LARGEST = 1e6  # a trained tensor's norm beyond this is a diverged or hostile client, never a useful update
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the server knows that a node holds: digests of tensors by name, and the state its fold is from."""
+    """What the server knows that a node holds.
+
+    Args:
+        digests: tensor name -> its digest.
+        version: of the state that the node's base delta comes from; None where it is not known.
+    """
 
     digests: Mapping[str, str] = field(default_factory=dict)
     version: int | None = None
@@ -44,14 +50,14 @@ class Held:
 def write_task(
     task: Task, round: int, seed: int, held: Held | None = None, version: int | None = None
 ) -> tuple[RecordDict, Held]:
-    """What the server sends, with the bytes of the whole task, and what the node holds once it has it.
+    """The records that the server sends for a task, and what the node holds once it has received them.
 
-    A tensor goes unless the node holds the same bits from the task before, as it does those that it did not
-    both train and share; and of a fold that has grown since the node's only the increment, where that is
-    less.
+    A tensor is sent unless the node holds the same bits from the task before; it holds all tensors that it
+    did not both train and share. Where a base delta has grown since the one that the node holds, only the
+    increment is sent, if it is smaller.
 
     Args:
-        task: what is asked.
+        task: the client's task.
         round: the round, from 1.
         seed: the run's.
         held: what the node holds.
@@ -59,18 +65,19 @@ def write_task(
     """
     held = held or Held()
     tensors, header = task.pack()
-    folded = _folded(task)
-    digests = {n: folded[n] if n in folded else _seal(tensor) for n, tensor in _kept(task).items()}
+    of_base = _base_delta_digests(task)
+    digests = {n: of_base[n] if n in of_base else _seal(tensor) for n, tensor in _kept(task).items()}
     missing = {name for name in digests if held.digests.get(name) != digests[name]}
-    gain = {f"{GAIN}{name}": tensor for name, tensor in Adapter(BaseDelta.of(task.fold).increment).tensors()}
-    fold = missing & folded.keys()
+    increment = Adapter(BaseDelta.of(task.base_delta).increment)
+    gain = {f"{GAIN}{name}": tensor for name, tensor in increment.tensors()}
+    base_delta = missing & of_base.keys()
     follows = None not in (version, held.version) and version == held.version + 1  # type: ignore[operator]
-    grown = bool(follows and gain and _bytes(gain.values()) < _bytes(tensors[name] for name in fold))
+    grown = bool(follows and gain and _bytes(gain.values()) < _bytes(tensors[name] for name in base_delta))
     shared = tensors.keys() - digests.keys()
     still = {name for name in shared & held.digests.keys() if held.digests[name] == _seal(tensors[name])}
-    # A factor that was frozen the last time is there from then.
-    sent = {name: tensors[name] for name in (shared - still) | (missing - fold if grown else missing)}
-    to = _fold_seal(folded) if grown else ""
+    # The node still has a factor that was frozen the last time.
+    sent = {name: tensors[name] for name in (shared - still) | (missing - base_delta if grown else missing)}
+    to = _digest_of_all(of_base) if grown else ""
     whole = _bytes(tensors.values())
     numbers = {"round": round, "seed": seed, "whole": whole, "version": -1 if version is None else version}
     config = ConfigRecord({**numbers, "task": header, "grown": to})
@@ -84,8 +91,8 @@ def read_task(
     """The task, the round and the seed that `write_task` wrote, and what the node now has to hold.
 
     Raises:
-        CheckpointError: the server counts on tensors that this node does not hold, or on a fold to which the
-            increment does not lead here.
+        CheckpointError: the server counts on tensors that this node does not hold, or the increment does
+            not lead to the base delta that the server has.
         ConfigError: the task has a part of a class that this node has not imported.
     """
     config, arrays = content.config_records["config"], content.array_records["arrays"]
@@ -97,8 +104,8 @@ def read_task(
     except KeyError as error:
         raise CheckpointError(f"this node was restarted and lacks {error}, which it held before") from error
     kept = _kept(task)
-    if config["grown"] and config["grown"] != _fold_seal(_folded(task)):
-        raise CheckpointError("this node was restarted: what it holds is not the fold that has grown")
+    if config["grown"] and config["grown"] != _digest_of_all(_base_delta_digests(task)):
+        raise CheckpointError("this node was restarted: what it holds is not the base delta that has grown")
     return task, int(config["round"]), int(config["seed"]), kept  # type: ignore[arg-type]
 
 
@@ -117,10 +124,10 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
 
     Raises:
         IncompatibleUpdates: the client failed, or sent another round, other records, names, shapes, ranks,
-            scales or dtypes, numbers that are not finite or absurdly large, or a number of rows that is none.
-            The message says what and where; the caller knows who.
+            scales or dtypes, numbers that are not finite or absurdly large, or an invalid number of rows.
+            The message says what and where; the caller adds the client.
     """
-    numbers = told(reply, round)
+    numbers = numbers_of(reply, round)
     try:
         arrays = reply.content.array_records["arrays"]
         config = reply.content.config_records["config"]
@@ -144,7 +151,7 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
     return Update(sent.with_tensors(found), float(weight), peer, metrics_of(numbers))
 
 
-def told(reply: Message, round: int) -> dict[str, Any]:
+def numbers_of(reply: Message, round: int) -> dict[str, Any]:
     """The numbers of a client's reply, which must be of this round.
 
     Raises:
@@ -166,7 +173,7 @@ def told(reply: Message, round: int) -> dict[str, Any]:
 
 
 def metrics_of(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """What of a reply's numbers goes into the logs."""
+    """Those of a reply's numbers that go into the logs."""
     return {
         name: float(value)
         for name, value in numbers.items()
@@ -175,7 +182,7 @@ def metrics_of(numbers: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _said(words: object) -> str:
-    """A client's own words in one line, no more of them than anyone reads, and nothing a terminal obeys."""
+    """A client's own words in one line, cut to LONGEST characters and without control characters."""
     shown = "".join(c if c.isprintable() else " " for c in str(words)[: 2 * LONGEST])
     return " ".join(shown.split())[:LONGEST]
 
@@ -195,10 +202,10 @@ def _count(record: Any) -> int:
 
 
 def array_of(name: str, array: Array, kind: str, shape: tuple[int, ...]) -> Any:
-    """A copy of a client's array as numpy's, which must be of this dtype and shape; hostile bytes are none.
+    """A copy of a client's array in numpy, which must have this dtype and shape.
 
     Raises:
-        IncompatibleUpdates: it is another one, or its bytes are no array.
+        IncompatibleUpdates: it has another dtype or shape, or its bytes are no array.
     """
     if tuple(array.shape) != shape or array.dtype != kind:
         raise IncompatibleUpdates(
@@ -229,29 +236,29 @@ def _checked(name: str, array: Array, want: Tensor) -> Tensor:
 
 
 def _kept(task: Task) -> dict[str, Tensor]:
-    """The tensors of a packed task that a node holds on to: all but those that change hands every round."""
+    """The tensors of a packed task that a node keeps: all but those that are sent back every round."""
     shared = {f"adapter/{name}" for name in task.shared()}
     return {name: tensor for name, tensor in task.pack()[0].items() if name not in shared}
 
 
-def _folded(task: Task) -> dict[str, str]:
-    """The digests of the fold's tensors, by their packed names."""
-    return {f"{FOLD}{name}": seal for name, seal in BaseDelta.of(task.fold).digests.items()}
+def _base_delta_digests(task: Task) -> dict[str, str]:
+    """The digests of the base delta's tensors, by their packed names."""
+    return {f"{BASE_DELTA}{name}": seal for name, seal in BaseDelta.of(task.base_delta).digests.items()}
 
 
 def _grown(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The fold's tensors after its increment, from those before; it has scale 1 once it has grown."""
+    """The base delta's tensors after its increment, from those before; it has scale 1 once it has grown."""
     parts = [
         {
             name.removeprefix(part).removesuffix(".A"): Pair(tensor, tensors[f"{name.removesuffix('.A')}.B"])
             for name, tensor in sorted(tensors.items())
             if name.startswith(part) and name.endswith(".A")
         }
-        for part in (FOLD, GAIN)
+        for part in (BASE_DELTA, GAIN)
     ]
     before, gain = parts
     grown = BaseDelta(before).plus(gain)
-    return {f"{FOLD}{name}": tensor for name, tensor in Adapter({m: grown[m] for m in gain}).tensors()}
+    return {f"{BASE_DELTA}{name}": tensor for name, tensor in Adapter({m: grown[m] for m in gain}).tensors()}
 
 
 def _answered(task: Task, arrays: ArrayRecord) -> Adapter:
@@ -277,8 +284,8 @@ def _seal(tensor: Tensor) -> str:
     return digest("", [("", tensor)])
 
 
-def _fold_seal(seals: Mapping[str, str]) -> str:
-    """One digest of a whole fold, from those of its tensors."""
+def _digest_of_all(seals: Mapping[str, str]) -> str:
+    """One digest of a whole base delta, from the digests of its tensors."""
     return digest(json.dumps(sorted(seals.items())), [])
 
 

@@ -10,20 +10,20 @@ from fedlora.core.messages import Peer, Task, Update
 from fedlora.errors import IncompatibleUpdates
 from fedlora.rounds.codec import Held, size, write_task
 from fedlora.rounds.pending import PendingMessages
-from fedlora.storage.client_state import FOLD, forgotten
+from fedlora.storage.client_state import BASE_DELTA, forgotten
 
-GRACE = 60.0  # seconds for which a message outlives its round, so that who is late is known to be alive
+GRACE = 60.0  # seconds for which a message outlives its round, so that a late node is known to be alive
 Read = Callable[[Message, Task, Peer, int], Update]
 
 
 @dataclass(frozen=True)
 class Received:
-    """What has come of a round's messages.
+    """The outcome of a round's messages.
 
     Args:
-        updates: the good ones, in the order of their clients' ids.
-        tasks: what each of them answers.
-        lines: what clients.jsonl says, a line a client, in the same order.
+        updates: the good updates, in the order of their clients' ids.
+        tasks: the task that each update answers.
+        lines: the lines of clients.jsonl, one for each client, in the order of the ids.
     """
 
     updates: list[Update]
@@ -44,12 +44,12 @@ class _Sent:
 
 
 class MessageExchange:
-    """Tasks out, updates in: each reply is checked against the task that its node was sent.
+    """Sends tasks and receives updates; a reply is checked against the task that its node was sent.
 
     Args:
         warn: takes a line for the user about every client that is dropped.
         seed: the run's, which every task carries.
-        timeout: seconds after which a reply is missing; None for never.
+        timeout: seconds after which a reply counts as missing; None for never.
     """
 
     def __init__(self, warn: Callable[[str], None], seed: int, timeout: float | None = None) -> None:
@@ -57,7 +57,7 @@ class MessageExchange:
         self._pending = PendingMessages()
         self._sent: dict[int, _Sent] = {}
         self._held: dict[int, Held] = {}
-        self._seen: dict[str, int] = {}  # a fold's tensor -> the last version in which a client received it
+        self._seen: dict[str, int] = {}  # digest of a base delta's tensor -> the last version sent
 
     @property
     def waiting(self) -> set[int]:
@@ -76,12 +76,12 @@ class MessageExchange:
         """The training message of a node, which is remembered until its reply has come.
 
         Args:
-            node: to whom it goes.
+            node: the node that it goes to.
             peer: the client there.
-            task: what it is asked.
+            task: the client's task.
             round: the round, from 1.
             version: the `State.round` of the state that the task comes from.
-            more: records that go along.
+            more: other records to send with it.
         """
         self._forget(version)
         held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
@@ -98,9 +98,9 @@ class MessageExchange:
 
         Args:
             round: the round that the replies belong to in the logs, from 1.
-            replies: what came.
-            read: from a reply, the task that it answers, who sent it and the round in which it was asked, to
-                an update. It raises IncompatibleUpdates where the reply is no update.
+            replies: those that came.
+            read: makes an update of a reply, given the task that it answers, the client, and the round of
+                that task. It raises IncompatibleUpdates where the reply is no update.
             keep_waiting: whether clients that have not answered may still do so in a later round.
         """
         good: list[tuple[Update, Task]] = []
@@ -126,8 +126,8 @@ class MessageExchange:
             self._learn(node, sent.held)
             good.append((replace(update, version=sent.version), sent.task))
             valid = {n: bool(x) for n, x in update.metrics.items() if n == "epsilon_valid"}
-            told = {**update.metrics, **valid, **line}
-            lines.append({**told, "examples": int(update.weight), "status": "ok"})
+            reported = {**update.metrics, **valid, **line}
+            lines.append({**reported, "examples": int(update.weight), "status": "ok"})
         if not keep_waiting:
             lines += self._missing(round, strays)
         good.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
@@ -146,13 +146,13 @@ class MessageExchange:
         return lines
 
     def _learn(self, node: int, held: Held) -> None:
-        """Count on what a node has received, now that it has answered."""
+        """Rely on what a node has received, now that it has answered."""
         self._held[node] = held
         if held.version is not None:
-            self._seen |= dict.fromkeys(_folds(held).values(), held.version)
+            self._seen |= dict.fromkeys(_base_deltas(held).values(), held.version)
 
     def _forget(self, version: int) -> None:
-        """No longer count on folds that clients of one process have dropped by now (`DownloadCache`)."""
+        """Stop relying on base deltas that clients of one process have dropped by now (`DownloadCache`)."""
         old = forgotten(self._seen, version)
         for seal in old:
             del self._seen[seal]
@@ -160,17 +160,17 @@ class MessageExchange:
             kept = {
                 name: seal
                 for name, seal in held.digests.items()
-                if not (name.startswith(FOLD) and seal in old)
+                if not (name.startswith(BASE_DELTA) and seal in old)
             }
             self._held[node] = Held(kept, held.version)
 
 
-def _folds(held: Held) -> dict[str, str]:
-    """The digests of a fold's tensors by name."""
-    return {name: seal for name, seal in held.digests.items() if name.startswith(FOLD)}
+def _base_deltas(held: Held) -> dict[str, str]:
+    """The digests of a base delta's tensors by name."""
+    return {name: seal for name, seal in held.digests.items() if name.startswith(BASE_DELTA)}
 
 
 def line_of(round: int, peer: Peer, down: int, up: int) -> dict[str, Any]:
-    """What every line of clients.jsonl has."""
+    """The keys that every line of clients.jsonl has."""
     name = {"name": peer.name} if peer.name else {}
     return {"round": round, "client": peer.id, **name, "rank": peer.rank, "bytes_down": down, "bytes_up": up}

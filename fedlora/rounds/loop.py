@@ -1,8 +1,8 @@
 """The server side of a run: the steps of a round, around a pure strategy.
 
 A round samples clients, sends tasks, checks what comes back, lets the strategy combine it, evaluates, records
-and checkpoints. When each of these happens is the scheduler's decision; which engine carries the messages is
-the Grid's business.
+and checkpoints. The scheduler decides when each of these happens; the Grid decides which engine carries the
+messages.
 """
 
 import logging
@@ -46,15 +46,15 @@ class ServerLoop:
     Args:
         strategy: the algorithm.
         run: the state to start from, how many rounds are done, and the callbacks that watch the rest.
-        registry: who takes part.
+        registry: the clients that take part.
         config: sampling, weights, evaluation.
-        evaluate: loss and share of right answers of tasks' adapters, as they are, on the server's test rows.
-        named: from those two to the metrics of what is trained for.
+        evaluate: gives the loss and the share of right answers of each task's adapter on the test rows.
+        named: turns those two numbers into the metrics of the learning task.
         folder: where every round is recorded; None for nowhere.
-        spent: from the clients' lines of a round to what privacy has cost so far, for the round's own line:
-            "epsilon" and what belongs to it.
+        spent: gives, from the clients' lines of a round, the privacy spent so far ("epsilon" and its details)
+            for the round's own line.
         aggregation: how the next state follows from a round's replies; None takes what `config` asks for.
-        recording: keeps what the strategy is given.
+        recording: records the updates that the strategy is given; None for no recording.
         scheduler: when tasks are sent, and when updates are aggregated.
         score: what clients call the score of their own models (`LearningTask.score`).
     """
@@ -151,7 +151,7 @@ class ServerLoop:
 
         Args:
             round: what `begin_round` returned.
-            replies: what has come, to this round's messages or to earlier ones.
+            replies: those that have come, to this round's messages or to earlier ones.
             keep_waiting: whether clients that have not answered may still do so in a later round; else they
                 count as dropped.
 
@@ -167,7 +167,7 @@ class ServerLoop:
         every = self.config.evaluate_every
         due = every and (round.number % every == 0 or round.number == self.config.rounds)
         if due and not self.strategy.personal:
-            metrics |= self._named(*self._evaluate([Task(state.adapter, fold=state.fold)])[0])
+            metrics |= self._named(*self._evaluate([Task(state.adapter, base_delta=state.base_delta)])[0])
         if self._registry.apart:
             metrics["away"] = list(round.away)
             gone = {"status": "away", "reason": "not connected when the round began"}
@@ -184,9 +184,10 @@ class ServerLoop:
         return line
 
     def evaluate_clients(self, grid: Grid) -> dict[int, dict[str, float]]:
-        """What each client's own model reaches on the rows that the client keeps back, by client id.
+        """The metrics of each client's own model on the rows that the client keeps back, by client id.
 
-        Of the run's result. Empty unless `config.evaluate_clients` asks for it.
+        The models are those of the run's result. The mapping is empty unless `config.evaluate_clients` is
+        set.
         """
         if not self.config.evaluate_clients:
             return {}
@@ -210,7 +211,7 @@ class ServerLoop:
             yield Message(content, node, "evaluate", ttl=self.config.timeout)
 
     def _sample(self, grid: Grid, round: int) -> tuple[list[int], list[str]]:
-        """This round's nodes, in the order of their clients' ids, and what those are called that are away."""
+        """This round's nodes, in the order of their clients' ids, and the names of the clients away."""
         config, registry = self.config, self._registry
         there = registry.gather(grid, config.least(config.sampled(config.clients)), config.wait)
         if away := registry.away(config.clients):
@@ -222,7 +223,7 @@ class ServerLoop:
         return self._aggregation.sample(there, busy, round, config), away
 
     def _open(self, grid: Grid, nodes: list[int], round: int) -> Delivery:
-        """Let the clients of a round agree on what they need; none is left where they could not."""
+        """Let the clients of a round agree on what they need; no node is left if they could not."""
         wide = lambda: self.strategy.task(self.state, self._registry.widest)  # noqa: E731
         try:
             return self._aggregation.open(grid, nodes, round, wide)
@@ -231,7 +232,7 @@ class ServerLoop:
             return Delivery([])
 
     def _aggregate(self, round: Round, received: Received) -> tuple[State, dict[str, Any]]:
-        """The next state, and what there is to say of it; clients' lines get what is said of them."""
+        """The next state and its metrics; a note on a client's update goes into the client's line."""
         number, updates = round.number, received.updates
         least = self._aggregation.least(self.config.least(round.sampled))
         if round.refusal or len(updates) < least:
@@ -254,7 +255,7 @@ class ServerLoop:
         return found.state, dict(found.metrics)
 
     def _evaluate_updates(self, received: Received) -> None:
-        """Put what each client's update reaches by itself into the client's line."""
+        """Evaluate each client's update by itself, and put the metrics into the client's line."""
         both = zip(received.updates, received.tasks, strict=True)
         alone = self._evaluate([replace(task, adapter=update.adapter) for update, task in both])
         found = {u.peer.id: self._named(*m) for u, m in zip(received.updates, alone, strict=True) if u.peer}

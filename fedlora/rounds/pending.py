@@ -1,14 +1,14 @@
-"""Messages that are out, and which of them a reply answers."""
+"""Messages that wait for a reply, and which of them a reply answers."""
 
 from collections import deque
 
 from flwr.app import Message
 
-SUPERLINK = 1  # the node id under which a SuperLink speaks for nodes that do not
+SUPERLINK = 1  # the node id under which a SuperLink replies for nodes that do not
 
 
 class PendingMessages:
-    """Which node a reply is of: errors that a SuperLink writes for a node name the SuperLink as sender."""
+    """Finds the node of a reply; where a SuperLink reports an error of a node, it is itself the sender."""
 
     def __init__(self) -> None:
         self._open: deque[Message] = deque()
@@ -22,7 +22,7 @@ class PendingMessages:
     def node(self, reply: Message) -> int | None:
         """The node whose message this answers; None if nobody asked for it, or another node answers.
 
-        Only what a SuperLink says itself, an error, may come from elsewhere.
+        Only an error may come from another sender, which is the SuperLink.
         """
         if reply.metadata.reply_to_message_id not in self._nodes:
             self._learn(reply.metadata.reply_to_message_id)
@@ -31,7 +31,10 @@ class PendingMessages:
         return node if reply.metadata.src_node_id in senders else None
 
     def _learn(self, wanted: str) -> None:
-        """Take up the ids that a grid has given since: as sent until one has none, then of all."""
+        """Note the ids that the grid has given to messages since.
+
+        They are given in the order of sending as a rule, so all messages are searched only if that fails.
+        """
         while self._open and self._open[0].metadata.message_id:
             self._take(self._open.popleft())
         if wanted not in self._nodes:

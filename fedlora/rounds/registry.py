@@ -1,4 +1,4 @@
-"""Who takes part: the nodes that are there, and which client each of them is."""
+"""The clients that take part: which nodes are connected, and which client each of them is."""
 
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -15,19 +15,19 @@ from fedlora.rounds.pending import PendingMessages
 
 AWAY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 PATIENCE = 900.0  # seconds for a node on another machine to load its model and say who it is
-PAUSE = 0.5  # seconds between two looks at who is there
-SILENT = 5.0  # seconds of waiting before anything is said of it
+PAUSE = 0.5  # seconds between two checks of which nodes are connected
+SILENT = 5.0  # seconds of waiting before the user is told of it
 
 
 class ClientRegistry:
-    """Nodes and their clients; a node says once which client it is, and again when it was away.
+    """Nodes and their clients. A node is asked once which client it is, and again after it was away.
 
     Args:
-        peer: from a client's id and rank to what the strategy knows of it.
+        peer: makes what the strategy knows of a client, from the client's id and rank.
         most: the largest rank that the run can serve.
         warn: takes a line for the user about every node that cannot take part.
         plan: what a node has to know of the run before it can say whether it takes part.
-        names: of the sites, by their nodes, as the operator has registered them.
+        names: node -> the name of its site, as the operator has registered it.
         mixed: whether clients may hold smaller ranks; the strategy's `mixed_ranks`.
     """
 
@@ -44,22 +44,23 @@ class ClientRegistry:
         self._plan = dict(plan or {})
         self._patience = PATIENCE if plan else None  # in one process nobody is ever late
         self._names = dict(names or {})
-        self._met: dict[int, Peer] = {}  # whoever was there before, by its client
-        self.refused: set[int] = set()  # nodes that are there and cannot take part
+        self._met: dict[int, Peer] = {}  # client id -> every client that was ever connected
+        self.refused: set[int] = set()  # connected nodes that cannot take part
         self.peers: dict[int, Peer] = {}
-        self.profiles: dict[int, dict[str, Any]] = {}  # what each said of itself
-        self.heard: dict[int, float] = {}  # and when, by this machine's clock
+        self.profiles: dict[int, dict[str, Any]] = {}  # node -> what it said of itself
+        self.heard: dict[int, float] = {}  # node -> when it said so, by this machine's clock
 
     @property
     def widest(self) -> Peer:
-        """A client of the largest rank that the run can serve, whether or not one is there.
+        """A client of the largest rank that the run can serve, whether or not one is connected.
 
-        Every sum of a round has the form of this client's task: its length must not depend on who is there.
+        Every sum of a round has the form of this client's task: its length must not depend on which clients
+        are connected.
         """
         return self._peer(0, self._most)
 
     def gather(self, grid: Grid, least: int = 1, wait: float = 0.0) -> list[int]:
-        """The nodes that are there, in the order of their clients' ids.
+        """The connected nodes that can take part, in the order of their clients' ids.
 
         Args:
             grid: how they are reached.
@@ -67,7 +68,7 @@ class ClientRegistry:
             wait: seconds to wait for that many.
 
         Raises:
-            FedLoraError: there is none at all after that time.
+            FedLoraError: no client can take part after that time.
         """
         began, said = time.monotonic(), False
         while True:
@@ -76,7 +77,7 @@ class ClientRegistry:
             if len(there) >= least or waited >= wait:
                 break
             if self._plan and len(there) + len(self.refused) >= least:
-                break  # all have come, and who was refused does not change its mind
+                break  # all have come, and a refused node stays refused
             if waited > SILENT and not said:
                 others = ", ".join(self.away(least)) or "the others"
                 self._warn(
@@ -91,7 +92,7 @@ class ClientRegistry:
         return sorted(there, key=lambda node: self.peers[node].id)
 
     def called(self, node: int) -> str:
-        """What messages call a node: the name of its site, or the number of its client."""
+        """The name of a node in messages: that of its site, or the number of its client."""
         return self._names.get(node) or (self.peers[node].called if node in self.peers else f"node {node}")
 
     @property
@@ -100,19 +101,19 @@ class ClientRegistry:
         return bool(self._plan)
 
     def missing(self) -> list[Peer]:
-        """The clients that were there before and are not now, in the order of their ids."""
+        """The clients that were connected before and are not now, in the order of their ids."""
         here = {peer.id for peer in self.peers.values()}
         return [peer for client, peer in sorted(self._met.items()) if client not in here]
 
     def away(self, clients: int) -> list[str]:
-        """What the clients are called that are not there, of so many; in one process nobody is away."""
+        """The names of those of so many clients that are not connected; none in one process."""
         if not self.apart:
             return []
         missing = self.missing()
         never = sorted(set(range(clients)) - self._met.keys())
         seen = {peer.name for peer in self._met.values()}
         named = [name for name in self._names.values() if name not in seen]
-        # Who never came has told no number; the operator's names are theirs where none is left over.
+        # Clients that never came have given no number; if as many site names are unused, those are theirs.
         others = named if len(named) == len(never) else [f"client {client}" for client in never]
         return [peer.called for peer in missing] + others
 
@@ -149,10 +150,10 @@ class ClientRegistry:
                 self._warn(f"{self.called(node)} cannot take part: {error}")
 
     def _read(self, reply: Message, taken: Collection[int]) -> Peer:
-        """Who a node says it is, if no other is that client.
+        """The client that a node says it is, unless another node is that client.
 
         Raises:
-            IncompatibleUpdates: it cannot take part, or what it says cannot be.
+            IncompatibleUpdates: it cannot take part, or its profile is not valid.
         """
         if reply.has_error():
             raise IncompatibleUpdates(reply.error.reason)

@@ -1,4 +1,4 @@
-"""One round that goes on, and what the loop asks of a grid that does not wait for everybody."""
+"""A round in progress, and what the loop needs of a grid that does not wait for everybody."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ class PatientGrid(Protocol):
 
     Args:
         busy: the nodes of those clients.
-        called: from a node to what messages call it.
+        called: gives the name of a node in messages.
     """
 
     busy: set[int]
@@ -27,10 +27,10 @@ class Round:
     Args:
         number: from 1.
         delivery: what its clients have agreed on, and how they deliver their updates.
-        sampled: how many were sampled, those included with whom no agreement was reached.
-        away: what those clients are called that are not there.
+        sampled: how many clients were sampled, including those with whom no agreement was reached.
+        away: the names of the clients that are not connected.
         began: when, by time.perf_counter.
-        refusal: why it cannot change the state, whatever comes; None if it can.
+        refusal: why the round cannot change the state, whatever replies come; None if it can.
     """
 
     number: int

@@ -13,21 +13,23 @@ class RoundConfig:
     """How a federation is run, whatever the algorithm.
 
     Args:
-        rounds: in all, those before a resume included.
+        rounds: the number of rounds in all, including those before a resume.
         seed: of sampling, and of all that clients draw.
-        clients_per_round: how many are sampled without replacement; None takes all.
-        clients: how many there are, for whom the first round waits.
-        weights: what a client counts, "examples" or "uniform".
+        clients_per_round: how many clients are sampled without replacement; None takes all.
+        clients: the number of clients; the first round waits for all of them.
+        weights: how clients are weighted, "examples" or "uniform".
         min_updates: with fewer good updates a round ends without changing the state.
         evaluate_every: rounds between evaluations on the server's test rows; 0 never.
         evaluate_updates: whether each client's update is also evaluated by itself on those rows, which shows
             what the client would have reached alone.
         evaluate_clients: whether clients evaluate their own models, before they train and at the end.
-        secure_sum: whether clients send under masks that cancel in the sum, so that the server sees no more.
+        secure_sum: whether the server sees only the sum of the updates: clients send them under masks.
         timeout: seconds after which a round goes on without those who have not answered; None waits.
-        over_select: share of clients sampled beyond `clients_per_round`, for whose number the round waits.
-        min_replies: share of the clients waited for whose good updates a round needs to change the state.
-        wait: seconds to wait at the beginning of a round until there are nodes enough.
+        over_select: the share of clients that are sampled beyond `clients_per_round`; the round waits for
+            `clients_per_round` replies.
+        min_replies: the share of the clients waited for that must send a good update, so that the round may
+            change the state.
+        wait: seconds to wait at the beginning of a round until enough nodes are connected.
     """
 
     rounds: int
@@ -57,15 +59,15 @@ class RoundConfig:
             check_number(f"engine.{name}", getattr(self, name), least=0, most=most)
 
     def sampled(self, there: int) -> int:
-        """How many of the clients that are there a round asks."""
+        """How many of the connected clients a round samples."""
         if self.clients_per_round is None:
             return there
         return min(there, math.ceil(self.clients_per_round * (1 + self.over_select)))
 
     def enough(self, sampled: int) -> int:
-        """How many of the clients that were asked a round waits for."""
+        """For how many of the sampled clients a round waits."""
         return min(sampled, self.clients_per_round or sampled)
 
     def least(self, sampled: int) -> int:
-        """Good updates without which a round of so many clients changes nothing."""
+        """How many good updates a round of so many sampled clients needs to change the state."""
         return max(self.min_updates, math.ceil(self.min_replies * self.enough(sampled)))

@@ -1,10 +1,10 @@
-"""What must not happen silently: every round is looked over, and the user is told what looks wrong.
+"""Sanity checks: every round is checked, and the user is warned of what looks wrong.
 
-A run that learns nothing, or the wrong thing, shows falling losses for a long time. Each canary here is a
-wrong result that a federated LoRA code base has had: adapters that never moved, snapshots of before the
+A run that learns nothing, or the wrong thing, shows falling losses for a long time. Each check here is for
+a wrong result that a federated LoRA code base has had: adapters that never moved, snapshots from before the
 training sent as its result, heads that nobody aggregated, scales that differ between server and clients,
-clients that a sum left out. That all keys have arrived is checked as a reply is read (`wire.read_update`);
-one without is dropped.
+clients that a sum left out. `codec.read_update` checks that a reply has all keys, and a reply without one is
+dropped.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def check_updates(updates: Sequence[Update], tasks: Sequence[Task]) -> Iterator[
 
     Args:
         updates: those that passed the checks.
-        tasks: what each answers to.
+        tasks: the task that each update answers.
     """
     asked, moved, still, seals = dict[str, None](), set[str](), list[str](), dict[str, str]()
     for task, update in zip(tasks, updates, strict=True):
@@ -53,11 +53,11 @@ def check_state(
     """The numbers of a round's new state, and what looks wrong with it, a sentence each.
 
     Args:
-        strategy: what has made it.
+        strategy: the algorithm that has made the new state.
         before: the state that the updates answer to.
         after: the new one.
         updates: what the strategy combined.
-        tasks: what each answers to.
+        tasks: the task that each update answers.
     """
     found = (
         []
@@ -103,14 +103,14 @@ def _scales(before: State, after: State, updates: Sequence[Update], tasks: Seque
 def _heads(
     strategy: Strategy, before: State, after: State, updates: Sequence[Update], tasks: Sequence[Task]
 ) -> Iterator[str]:
-    """Extras that clients moved and the new state has not, or has not at their weighted mean."""
+    """Extras that clients changed and the new state did not, or did not set to their weighted mean."""
     weights = normalised([update.weight for update in updates])
-    # Whatever a strategy of means does to factors, it averages what is none.
+    # A strategy of means averages every tensor that is no factor, whatever it does to factors.
     averages = strategy.exact or strategy.linear or strategy.products
     shared = set(tasks[0].shared()).intersection(*(task.shared() for task in tasks))
     for name, old in before.adapter.extra.items():
         sent, new = [update.adapter.extra.get(name) for update in updates], after.adapter.extra[name]
-        # A factor of the client's rank is no head, and has a mean of its strategy's own.
+        # A factor of the client's rank is no head; its strategy has a mean of its own for it.
         if name not in shared or any(tensor is None or tensor.shape != old.shape for tensor in sent):
             continue
         mean = mean_tensors([tensor.double() for tensor in sent if tensor is not None], weights)

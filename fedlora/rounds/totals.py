@@ -14,22 +14,22 @@ def totals(
     named: Callable[[float, float], dict[str, float]] | None = None,
     score: str = "accuracy",
 ) -> dict[str, Any]:
-    """All that a round comes to.
+    """The line of a round in metrics.jsonl.
 
     Args:
         round: its number, from 1.
-        lines: those of clients.jsonl.
+        lines: the round's lines of clients.jsonl.
         metrics: what is known of the new state.
         seconds: how long it took.
-        losses: whether the clients' training losses may be told.
-        named: from loss and score to the metrics of what is trained for, where the clients' own models are
+        losses: whether the clients' training losses may be shown.
+        named: turns loss and score into the metrics of the learning task, where the clients' own models are
             the result.
         score: what clients call the score of their own models, after "local_" (`LearningTask.score`).
     """
     metrics = dict(metrics)
     good = [line for line in lines if line["status"] == "ok"]
-    told = [line for line in good if "loss" in line] if losses else []
-    examples = sum(line["examples"] for line in told)
+    with_loss = [line for line in good if "loss" in line] if losses else []
+    examples = sum(line["examples"] for line in with_loss)
     local = f"local_{score}"
     own = [line for line in good if line.keys() >= {local, "local_loss"}]
     if own:
@@ -43,7 +43,9 @@ def totals(
         "round": round,
         **metrics,
         # By shares: a sum of absurd losses that clients report would be infinite, and that is no JSON.
-        "train_loss": sum(line["loss"] * (line["examples"] / examples) for line in told) if told else None,
+        "train_loss": sum(line["loss"] * (line["examples"] / examples) for line in with_loss)
+        if with_loss
+        else None,
         "bytes_down": sum(line["bytes_down"] for line in lines),
         "bytes_up": sum(line["bytes_up"] for line in lines),
         "seconds": seconds,

@@ -109,7 +109,7 @@ class Assembly:
         """The model before round 1; the bare one where the adapter is no part of it."""
         modules = {name for name, _ in self.base.model.named_modules()}
         if self.start.adapter.pairs.keys() <= modules:
-            return Task(self.start.adapter, fold=self.start.fold)
+            return Task(self.start.adapter, base_delta=self.start.base_delta)
         return Task(Adapter({}))
 
     def baseline(self) -> dict[str, float | None]:

@@ -41,19 +41,19 @@ def initial_state(
         FedLoraError: settings that cannot work together, or a rank that the strategy cannot serve.
     """
     init, scaling = spec.init or strategy.start, spec.scaling
-    fold: dict[str, Pair] = {}
+    base_delta: dict[str, Pair] = {}
     if spec.adapter is None:
         fresh = fresh_adapter(base, modules, scaling.peer(0, max(ranks), modules), heads, seed)
-        adapter, fold = take_out_of_base(base, fresh, init, seed)
+        adapter, base_delta = take_out_of_base(base, fresh, init, seed)
     else:
         adapter = _given(Path(spec.adapter), base, heads, spec.form)
     if not adapter.pairs and not adapter.extra:
         raise ConfigError("lora.targets is empty and no head is trained: there is nothing to train")
     if spec.form != LORA:
-        adapter = parametrized(base, adapter, spec.form, fold, seed)
-    start = strategy.init(adapter, fold, seed)
+        adapter = parametrized(base, adapter, spec.form, base_delta, seed)
+    start = strategy.init(adapter, base_delta, seed)
     peers = [scaling.peer(0, rank, adapter.pairs) for rank in sorted(set(ranks))]
-    _check_served(strategy, start, peers, fold)
+    _check_served(strategy, start, peers, base_delta)
     return start
 
 
@@ -72,18 +72,20 @@ def _given(folder: Path, base: Base, heads: Sequence[str], form: Parametrization
     return replace(adapter, extra=kept | own)
 
 
-def _check_served(strategy: Strategy, start: State, peers: Iterable[Peer], fold: Mapping[str, Pair]) -> None:
+def _check_served(
+    strategy: Strategy, start: State, peers: Iterable[Peer], base_delta: Mapping[str, Pair]
+) -> None:
     """Refuse a rank that cannot be served, and one that gets less than what was taken out of the base."""
     name = type(strategy).__name__
     for peer in peers:
         task = strategy.task(start, peer)
-        if fold and any(part.replies(task.adapter) for part in task.method):
+        if base_delta and any(part.replies(task.adapter) for part in task.method):
             raise ConfigError(
                 f"lora.init: strategy {name} prunes directions, which here are a part of the base; "
                 "use lora.init=lora"
             )
-        for m, out in fold.items():
-            parts = [pair for pair in (task.fold.get(m), task.adapter.pairs.get(m)) if pair is not None]
+        for m, out in base_delta.items():
+            parts = [pair for pair in (task.base_delta.get(m), task.adapter.pairs.get(m)) if pair is not None]
             lost = norm(stack(parts, [1.0] * len(parts))) if parts else 0.0
             if lost > ROUNDING * norm(out):
                 raise ConfigError(

@@ -58,8 +58,8 @@ def check_ledgers(privacy: Privacy | None, folder: RunFolder) -> None:
         )
     if isinstance(privacy, ClientLevel):
         # A round that released nothing, such as one whose sum was not known, has cost nothing.
-        told = [0.0, *(line["epsilon"] for line in folder.rounds())]
-        let_out[SERVER] = sum(after > before for before, after in pairwise(told))
+        epsilons = [0.0, *(line["epsilon"] for line in folder.rounds())]
+        let_out[SERVER] = sum(after > before for before, after in pairwise(epsilons))
     elif privacy is not None:
         for line in folder.clients():
             if line["status"] == "ok":  # where counts are no one's business, no less than a step
@@ -75,7 +75,7 @@ def check_ledgers(privacy: Privacy | None, folder: RunFolder) -> None:
             )
 
 
-def told_ledgers(lines: Iterable[Mapping[str, Any]], accountant: Accountant) -> dict[int, Ledger]:
+def reported_ledgers(lines: Iterable[Mapping[str, Any]], accountant: Accountant) -> dict[int, Ledger]:
     """What clients on other machines say they have spent, by their lines of clients.jsonl.
 
     A round whose reply was lost is in the client's own ledger only. The epsilon that it tells from then on
@@ -98,15 +98,15 @@ def told_ledgers(lines: Iterable[Mapping[str, Any]], accountant: Accountant) -> 
     return found
 
 
-def _with_lost(ledger: Ledger, entry: Entry, told: float, most: int) -> Ledger:
+def _with_lost(ledger: Ledger, entry: Entry, epsilon: float, most: int) -> Ledger:
     """The ledger with as many more rounds of an entry as it takes to reach the epsilon that is told."""
 
     def more(rounds: int) -> Ledger:
         return ledger.plus(replace(entry, steps=rounds * entry.steps))
 
-    if not told < math.inf or ledger.epsilon >= told * (1 - 1e-9):
+    if not epsilon < math.inf or ledger.epsilon >= epsilon * (1 - 1e-9):
         return ledger
-    return more(bisect_left(range(most), told * (1 - 1e-9), key=lambda rounds: more(rounds).epsilon))
+    return more(bisect_left(range(most), epsilon * (1 - 1e-9), key=lambda rounds: more(rounds).epsilon))
 
 
 def planned(privacy: Privacy) -> int:

@@ -36,13 +36,13 @@ def spent(privacy: Privacy, ledgers: Iterable[Ledger]) -> dict[str, Any]:
     epsilon, delta = 0.0 if top is None else top.epsilon, privacy.delta
     if found:
         delta = max(ledger.delta for ledger in found)
-    told: dict[str, Any] = {"epsilon": epsilon, "delta": delta}
+    line: dict[str, Any] = {"epsilon": epsilon, "delta": delta}
     if privacy.hides_counts:
-        told = {"epsilon": privacy.epsilon, "delta": 1e-5 if privacy.delta is None else privacy.delta}
+        line = {"epsilon": privacy.epsilon, "delta": 1e-5 if privacy.delta is None else privacy.delta}
     elif found:
-        told["sigma"] = min((e.sigma for ledger in found for e in ledger.entries), default=None)
+        line["sigma"] = min((e.sigma for ledger in found for e in ledger.entries), default=None)
     valid = privacy.valid and all(ledger.valid for ledger in found)
-    return told | {"clip": privacy.clip, "epsilon_valid": valid}
+    return line | {"clip": privacy.clip, "epsilon_valid": valid}
 
 
 def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -> dict[str, Any]:
@@ -53,20 +53,20 @@ def summary(privacy: Privacy, ledgers: Mapping[int, Ledger], secure_sum: bool) -
         ledgers: by client; under client-level privacy the server's alone.
         secure_sum: whether the run used secure aggregation.
     """
-    told = spent(privacy, ledgers.values())
+    totals = spent(privacy, ledgers.values())
     unit: Unit = "contribution" if isinstance(privacy, ClientLevel) and secure_sum else privacy.unit
     form = Ledger(1.0, accountant=privacy.accountant, unit=unit).record()
     names = ("epsilon", "delta", "valid", "entries")
     each = {str(k): {n: ledger.record()[n] for n in names} for k, ledger in ledgers.items()}
     server = each.pop(str(SERVER), None)
     return {
-        "epsilon": told["epsilon"],
-        "delta": told["delta"],
-        "epsilon_valid": told["epsilon_valid"],
+        "epsilon": totals["epsilon"],
+        "delta": totals["delta"],
+        "epsilon_valid": totals["epsilon_valid"],
         "ledger": {
             "budget": privacy.epsilon,
             "clip": privacy.clip,
-            "valid": told["epsilon_valid"],
+            "valid": totals["epsilon_valid"],
             **{name: form[name] for name in ("unit", "adjacency", "mechanism", "accountant")},
             "not_covered": not_covered(privacy, secure_sum),
             **({"server": server} if server else {}),

@@ -95,9 +95,9 @@ def finish(
     last = _final_line(job, run)
     task = job.dataset.task
     names, local = [*sorted(task.metrics(math.nan, math.nan)), "aggregation_error"], f"local_{task.score}"
-    told = [found for found in own.values() if found.keys() >= {local, "local_loss"}]
-    ends = {n: fmean(found[n] for found in told) for n in (local, "local_loss") if told}
-    if spec.strategy.personal and told:
+    evaluated = [found for found in own.values() if found.keys() >= {local, "local_loss"}]
+    ends = {n: fmean(found[n] for found in evaluated) for n in (local, "local_loss") if evaluated}
+    if spec.strategy.personal and evaluated:
         ends |= job.named(ends["local_loss"], ends[local])
     away = dict(Counter(name for line in rounds for name in line.get("away", [])))
     privacy: dict[str, Any] = {}
@@ -152,7 +152,7 @@ def _final_line(job: Assembly, run: RunHandle) -> dict[str, Any]:
     line = next((line for line in run.metrics if line["round"] == number), {})
     if "loss" in line:
         return line
-    task = Task(run.result.adapter, fold=run.result.fold)
+    task = Task(run.result.adapter, base_delta=run.result.base_delta)
     return line | job.named(*job.evaluate([task])[0])
 
 
@@ -171,8 +171,8 @@ def closing(path: Path) -> str:
         lines.append(f"selected round {run.summary['selected_round']}, by the validation rows")
     if "exact_match" in run.summary:
         lines.append(_answered(run.summary))
-    if told := absences(run):
-        lines.append(f"away     {told}")
+    if absent := absences(run):
+        lines.append(f"away     {absent}")
     if "ledger" in run.summary:
         lines.append(privacy_report.closing(run.summary))
     files = {"adapter": "adapter", "metrics": "metrics.jsonl", "answers": ANSWERS, "report": "report.html"}

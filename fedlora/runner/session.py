@@ -252,7 +252,7 @@ class Session:
         """What was spent; where clients keep their ledgers on machines of their own, by what they tell."""
         privacy = self.spec.privacy
         if apart and isinstance(privacy, DPSGD):
-            return privacy_checks.told_ledgers([*self.folder.clients(), *lines], privacy.accountant)
+            return privacy_checks.reported_ledgers([*self.folder.clients(), *lines], privacy.accountant)
         return self.folder.ledgers()
 
     def _spent(self, apart: bool, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

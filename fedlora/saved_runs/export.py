@@ -94,7 +94,7 @@ def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
         )
     memory = ClientStore(run / "checkpoint" / "clients").read(client, round + 1)
     own = TrainRequest(client, round + 1, spec.seed, task, [], memory).start
-    save_adapter(whole(own, task.fold), learnt.load_base(spec), to)
+    save_adapter(whole(own, task.base_delta), learnt.load_base(spec), to)
     return f"adapter of client {client} -> {to} (peft.PeftModel.from_pretrained)"
 
 
@@ -124,7 +124,7 @@ def verify(run: Path, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
     base = learnt.load_base(spec)
     rows = dataset.task.encode(dataset.test, dataset.labels, base.tokenizer, spec.data.max_length)
     some = rows[:16]
-    with MultiAdapterModel(base, [Task(state.adapter, fold=state.fold)]):
+    with MultiAdapterModel(base, [Task(state.adapter, base_delta=state.base_delta)]):
         ours, exact = _logits(base, some), _logits(_in_float32(base), some)
 
     def plain(widened: bool = False) -> Base:
@@ -146,9 +146,9 @@ def verify(run: Path, trust: Trust = NONE, spec: RunSpec | None = None) -> str:
     one = 1 / len(rows) if rows and coarse > 1 else 0.0  # rounding may turn a row, of however few
     if said is not None and abs(right - said) > 0.005 * coarse + one:
         raise CheckpointError(f"PEFT reaches {right:.4f} on the {where}, the summary says {said:.4f}")
-    told = summary.get("loss")
-    if told is not None and abs(loss - told) > 1e-3 * coarse * max(1, loss):
-        raise CheckpointError(f"PEFT has loss {loss:.4f} on the {where}, the summary says {told:.4f}")
+    expected = summary.get("loss")
+    if expected is not None and abs(loss - expected) > 1e-3 * coarse * max(1, loss):
+        raise CheckpointError(f"PEFT has loss {loss:.4f} on the {where}, the summary says {expected:.4f}")
     return (
         f"ok: SHA-256 {found[:16]}..., logits of plain PEFT within {gap:.1e}, "
         f"loss {loss:.4f} and share of right answers {right:.4f} on {len(rows)} {where}"

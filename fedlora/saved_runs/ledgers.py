@@ -5,7 +5,7 @@ from pathlib import Path
 from fedlora.config.instantiate import Trust, read
 from fedlora.errors import CheckpointError
 from fedlora.report import Table
-from fedlora.runner.privacy_checks import told_ledgers
+from fedlora.runner.privacy_checks import reported_ledgers
 from fedlora.storage.run_folder import SERVER, RunFolder
 
 
@@ -17,11 +17,11 @@ def ledgers(path: Path) -> Table:
     """
     if not (path / "config.yaml").is_file():
         raise CheckpointError(f"privacy show: expected a run's folder, '{path}' has no config.yaml")
-    folder, told = RunFolder(path), ""
+    folder, source = RunFolder(path), ""
     if not (found := folder.ledgers()) and (path / "clients.jsonl").exists():
         # Clients on machines of their own keep it there.
         accountant = read(path, Trust()).get("privacy", {}).get("accountant", "prv")
-        found, told = told_ledgers(folder.clients(), accountant), " The sites have reported these."
+        found, source = reported_ledgers(folder.clients(), accountant), " The sites have reported these."
     if not found:
         raise CheckpointError(
             f"privacy show: '{path}' has no ledger: it ran without privacy, or has released nothing yet"
@@ -42,5 +42,5 @@ def ledgers(path: Path) -> Table:
         ]
     form = next(iter(found.values())).record()
     header = ["client", "epsilon", "delta", "sigma", "q", "steps", ""]
-    note = f"Definition: {form['adjacency']}. {form['mechanism']}; accountant {form['accountant']}.{told}"
+    note = f"Definition: {form['adjacency']}. {form['mechanism']}; accountant {form['accountant']}.{source}"
     return Table(f"What {path} has spent", header, rows, note)

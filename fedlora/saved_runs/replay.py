@@ -78,7 +78,9 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         began = _began(recording, at, before, updates)
         after, tasks = again(recorder, other, widest, spec.seed, before, updates, began, round)
         found = {**sizes(after), **aggregation_error(after, updates, tasks)}
-        found |= base.task.metrics(*evaluate(base, [Task(after.adapter, fold=after.fold)], [test])[0])
+        found |= base.task.metrics(
+            *evaluate(base, [Task(after.adapter, base_delta=after.base_delta)], [test])[0]
+        )
         kept = {key: had[round][key] for key in SHOWN if key in had.get(round, {})}
         stale = max(before.round - state.round for state in began)
         line = {"round": round, "staleness": stale, "recorded": kept, "replayed": found}
@@ -124,8 +126,8 @@ def again(
     def own(state: State) -> State:
         """What the widest client starts from is the state in a form that every strategy knows."""
         start = recorder.task(state, widest)
-        made = other.init(start.adapter, start.fold, state.seed)
-        return replace(made, adapter=start.adapter, fold=start.fold, round=state.round)
+        made = other.init(start.adapter, start.base_delta, state.seed)
+        return replace(made, adapter=start.adapter, base_delta=start.base_delta, round=state.round)
 
     owns = {state.round: own(state) for state in (before, *began)}
     for (peer, state), task in zip(asked, tasks, strict=True):

@@ -22,7 +22,7 @@ from fedlora.core.messages import Peer, Task, Update
 from fedlora.core.vectors import clipped, embed, flat, form, split, with_shared
 from fedlora.errors import IncompatibleUpdates
 from fedlora.rounds.aggregation.base import Delivery
-from fedlora.rounds.codec import array_of, metrics_of, told
+from fedlora.rounds.codec import array_of, metrics_of, numbers_of
 from fedlora.rounds.exchange import line_of
 from fedlora.secure_aggregation.crypto import POINT, Words, decode, encode
 from fedlora.secure_aggregation.protocol import RECORD, mask
@@ -144,7 +144,7 @@ class SecureSum(Delivery):
         Raises:
             IncompatibleUpdates: the client failed, or its reply is of another round or is not one vector.
         """
-        metrics = metrics_of(told(reply, round))
+        metrics = metrics_of(numbers_of(reply, round))
         length = sum(math.prod(shape) for shape in self._terms.form.values()) + 1
         arrays = reply.content.array_records.get("arrays") or ArrayRecord()
         if set(arrays) != {"masked"}:

@@ -14,7 +14,7 @@ from fedlora.privacy.ledger_files import LEDGER, read_ledger, spend
 from fedlora.storage.atomic import locked, write_whole
 from fedlora.storage.tensors import digest_of, read_tensors, write_tensors
 
-FOLD = "fold/"  # prefix of the names of fold tensors in a packed task
+BASE_DELTA = "fold/"  # prefix of the names of base delta tensors in a packed task
 ANSWERED = "answered"  # the file that counts a client's trainings
 STEPS = "steps"  # the folder of what update steps keep, beside those of the clients
 LOCKS = 64  # lock files that all clients share
@@ -134,11 +134,10 @@ class ClientStore:
 class DownloadCache:
     """The tensors that clients received and keep, so that the server need not send them again.
 
-    In memory, where one process holds many clients, equal tensors are stored once, and outdated folds are
-    dropped: a fold that was sent to nobody since the state before the last one cannot be extended to the
-        current fold, and
-    the server knows by the same rule (`forgotten`) that it has to send the whole fold. A client on a machine
-    of its own keeps its fold in a file.
+    In memory, where one process holds many clients, equal tensors are stored once, and outdated base deltas
+    are dropped: a base delta that was sent to nobody since the state before the last one cannot be extended
+    to the current one, and the server knows by the same rule (`forgotten`) that it has to send the whole base
+    delta. A client on a machine of its own keeps its base delta in a file.
 
     Args:
         folder: the folder with a file for each client; None keeps the tensors in memory.
@@ -164,7 +163,7 @@ class DownloadCache:
         Args:
             client: the client's id.
             tensors: the new tensors by name.
-            version: the version of the state that they come from, see `write_task`; None drops no fold.
+            version: the version of the state that they come from, see `write_task`; None drops no base delta.
         """
         if self._folder is not None:
             if not tensors and not self._file(client).exists():
@@ -175,7 +174,7 @@ class DownloadCache:
             return
         seals = {name: digest("", [("", tensor)]) for name, tensor in tensors.items()}
         self._held[client] = {n: self._known.setdefault(seals[n], tensor) for n, tensor in tensors.items()}
-        self._seals[client] = {name: seal for name, seal in seals.items() if name.startswith(FOLD)}
+        self._seals[client] = {name: seal for name, seal in seals.items() if name.startswith(BASE_DELTA)}
         if not tensors:
             del self._held[client]
         if version is None:
@@ -186,7 +185,7 @@ class DownloadCache:
             self._forget()
 
     def _forget(self) -> None:
-        """Drop the folds that are outdated by the rule `forgotten`."""
+        """Drop the base deltas that are outdated by the rule `forgotten`."""
         old = forgotten(self._seen, self._version)
         for client, seals in self._seals.items():
             for name in [name for name, seal in seals.items() if seal in old]:
@@ -207,13 +206,13 @@ class DownloadCache:
 
 
 def forgotten(seen: Mapping[str, int], version: int) -> set[str]:
-    """The digests of outdated folds, which clients drop and on which the server no longer relies.
+    """The digests of outdated base deltas, which clients drop and on which the server no longer relies.
 
-    A new fold extends the fold of the version before, or is sent whole. Server and clients use the same rule,
-    so the server never relies on a fold that a client has dropped.
+    A new base delta extends the one of the version before, or is sent whole. Server and clients use the same
+    rule, so the server never relies on a base delta that a client has dropped.
 
     Args:
-        seen: digest -> the last version of the state in whose tasks the fold was sent.
+        seen: digest -> the last version of the state in whose tasks the base delta was sent.
         version: the version of the state whose tasks are now sent.
     """
     return {seal for seal, last in seen.items() if last < version - 1}

@@ -27,13 +27,13 @@ class UpdateLog:
     def write(self, round: int, before: State, updates: Sequence[Update]) -> None:
         """Record a round atomically; a repeated round replaces the first recording."""
         tensors, header = _packed("state", before)
-        told = []
+        entries = []
         for at, update in enumerate(updates):
             own, form = _packed(str(at), State(update.adapter))
             tensors |= own
             peer = _of_peer(update.peer)
-            told.append({"form": form, "weight": update.weight, "peer": peer, "version": update.version})
-        text = json.dumps({"round": round, "state": header, "updates": told})
+            entries.append({"form": form, "weight": update.weight, "peer": peer, "version": update.version})
+        text = json.dumps({"round": round, "state": header, "updates": entries})
         write_tensors(self._file(round), tensors, {"recording": text})
 
     def rounds(self) -> list[int]:
@@ -52,7 +52,7 @@ class UpdateLog:
         """
         try:
             tensors, header = read_tensors(self._file(round))
-            told = json.loads(header["recording"])
+            recording = json.loads(header["recording"])
             updates = [
                 Update(
                     _unpacked(str(at), tensors, one["form"]).adapter,
@@ -60,9 +60,9 @@ class UpdateLog:
                     _peer(one["peer"]),
                     version=one.get("version"),
                 )
-                for at, one in enumerate(told["updates"])
+                for at, one in enumerate(recording["updates"])
             ]
-            return _unpacked("state", tensors, told["state"]), updates
+            return _unpacked("state", tensors, recording["state"]), updates
         except (CheckpointError, KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"'{self._file(round)}', a recorded round, is damaged: {error}") from error
 
@@ -85,5 +85,5 @@ def _of_peer(peer: Peer | None) -> list[Any] | None:
     return None if peer is None else [peer.id, peer.rank, dict(peer.ranks), dict(peer.scales)]
 
 
-def _peer(told: Sequence[Any] | None) -> Peer | None:
-    return None if told is None else Peer(*told)
+def _peer(fields: Sequence[Any] | None) -> Peer | None:
+    return None if fields is None else Peer(*fields)

@@ -118,13 +118,13 @@ class Instruction(LearningTask):
         self, examples: Sequence[Example], starts: Sequence[int], outputs: Outputs
     ) -> tuple[Tensor, Tensor]:
         """`scores`; no logits but those of the response are ever made."""
-        told = [
+        predicted = [
             (row, start + at - 1, token)  # a token is foretold one place before it
             for row, (start, example) in enumerate(zip(starts, examples, strict=True))
             for at, token in enumerate(example.target)
             if at and token != IGNORED
         ]
-        rows, places, wanted = torch.tensor(told, dtype=torch.long).view(-1, 3).T
+        rows, places, wanted = torch.tensor(predicted, dtype=torch.long).view(-1, 3).T
         return _by_row(*outputs.cross_entropy(places, wanted), rows, len(examples))
 
     def metrics(self, loss: float, score: float) -> dict[str, float]:

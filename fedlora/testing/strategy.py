@@ -157,7 +157,7 @@ def a_refused_update_is_named(one: Round) -> None:
 
 
 def exact_means_the_weighted_mean(one: Round) -> None:
-    """With exact=True the new ΔW is Σ w_k s_k B_k A_k, whatever the ranks, the folded part included."""
+    """With exact=True the new ΔW is Σ w_k s_k B_k A_k, whatever the ranks, the base delta included."""
     if not one.strategy.exact or one.strategy.personal:
         return
     after = one.aggregate()
@@ -226,7 +226,7 @@ def _digests(one: Round) -> list[str]:
 def _effective(task: Task, adapter: Adapter, module: str) -> Tensor:
     """All that a client's model adds to a module's weight."""
     found = torch.zeros(LAYERS[module], dtype=torch.float64)
-    for pairs in (task.fold, adapter.plain().pairs):
+    for pairs in (task.base_delta, adapter.plain().pairs):
         if module in pairs:
             found = found + dense(pairs[module])
     return found

@@ -96,7 +96,7 @@ def answer(
 
     Args:
         base: the frozen model, a decoder.
-        task: the adapter, and what is folded into the base.
+        task: the adapter, and the base delta.
         examples: as the base's task encodes them.
         tokens: padded tokens of the prompts of one batch; None takes 4,096.
         longest: tokens of an answer at most, in the place of the longest response of the examples.

@@ -20,26 +20,26 @@ from fedlora.callbacks import Callback
 
 class Bound(Callback):
     def __init__(self, loss=0.0, broken=False):
-        self.loss, self.broken, self.told = loss, broken, []
+        self.loss, self.broken, self.calls = loss, broken, []
 
     def on_run_begin(self, run):
-        self.told.append(("run", run.rounds, run.done, len(run.metrics), run.config["seed"]))
+        self.calls.append(("run", run.rounds, run.done, len(run.metrics), run.config["seed"]))
 
     def on_round_begin(self, run, round, clients):
-        self.told.append(("round", round, clients))
+        self.calls.append(("round", round, clients))
 
     def on_client_done(self, run, count):
-        self.told.append(("clients", count))
+        self.calls.append(("clients", count))
 
     def on_round_end(self, run, metrics):
         if self.broken:
             1 / 0
-        self.told.append(("ended", metrics["round"], run.done, run.state.round, len(run.clients)))
+        self.calls.append(("ended", metrics["round"], run.done, run.state.round, len(run.clients)))
         if metrics["loss"] < self.loss:
             run.stop(f"the loss is below {self.loss}")
 
     def on_run_end(self, run, summary):
-        self.told.append(("end", summary.get("rounds")))
+        self.calls.append(("end", summary.get("rounds")))
 '''
 
 
@@ -58,20 +58,20 @@ def small(**more: Any) -> fl.Run:
 def test_it_is_told_of_everything_in_order(own: Any, tmp_path: Path) -> None:
     seen = own.Bound()
     run = small(callbacks=[seen], seed=4, out=tmp_path / "run")
-    assert seen.told[0] == ("run", 2, 0, 0, 4)
-    assert [told for told in seen.told if told[0] != "clients"][1:] == [
+    assert seen.calls[0] == ("run", 2, 0, 0, 4)
+    assert [call for call in seen.calls if call[0] != "clients"][1:] == [
         ("round", 1, 3),
         ("ended", 1, 1, 1, 3),
         ("round", 2, 3),
         ("ended", 2, 2, 2, 3),
         ("end", 2),
     ]
-    assert sum(told[1] for told in seen.told if told[0] == "clients") == 6
+    assert sum(call[1] for call in seen.calls if call[0] == "clients") == 6
     assert "stopped" not in run.summary
     again = own.Bound()
     run.resume(rounds=3, progress=False, callbacks=[again])
-    assert again.told[0] == ("run", 3, 2, 2, 4)
-    assert again.told[-1] == ("end", 3)
+    assert again.calls[0] == ("run", 3, 2, 2, 4)
+    assert again.calls[-1] == ("end", 3)
 
 
 def test_it_can_stop_the_run_which_then_is_one_of_fewer_rounds(own: Any) -> None:
@@ -100,7 +100,7 @@ def test_its_error_ends_the_run_with_its_own_traceback_and_all_are_told(own: Any
         small(callbacks=[other, broken])
     frames = traceback.extract_tb(caught.value.__traceback__)
     assert Path(frames[-1].filename).name == "own_callback.py"
-    assert other.told[-1] == broken.told[-1] == ("end", None)
+    assert other.calls[-1] == broken.calls[-1] == ("end", None)
 
 
 def test_who_leaves_a_session_early_has_a_run_that_was_cut_off(own: Any) -> None:
@@ -108,7 +108,7 @@ def test_who_leaves_a_session_early_has_a_run_that_was_cut_off(own: Any) -> None
     session = fl.Session("tiny", "tiny", clients=3, rounds=3, callbacks=[seen])
     assert next(session)["round"] == 1
     session.close()
-    assert seen.told[-1] == ("end", None)
+    assert seen.calls[-1] == ("end", None)
 
 
 def test_all_are_told_of_the_end_and_then_the_first_error_comes(own: Any) -> None:
@@ -119,7 +119,7 @@ def test_all_are_told_of_the_end_and_then_the_first_error_comes(own: Any) -> Non
     last = own.Bound()
     with pytest.raises(OSError, match="disk is full"):
         Callbacks(fl.callbacks.RunHandle(1, callbacks=[Broken(), last])).run_end({})
-    assert last.told == [("end", None)]
+    assert last.calls == [("end", None)]
 
 
 def test_its_warnings_reach_every_callback() -> None:

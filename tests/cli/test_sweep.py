@@ -214,10 +214,10 @@ def test_a_job_returns_the_headline_metric_which_an_optimiser_needs(tmp_path: Pa
 
     config = compose([*JOB, "evaluate.every=1"])
     this = Sweep(tmp_path, fixed=frozenset({"rounds"}))
-    told = this.run(config.copy(), ["rounds=1", "client.lr=0.01"])
+    result = this.run(config.copy(), ["rounds=1", "client.lr=0.01"])
     summary = json.loads((tmp_path / "client.lr=0.01" / "summary.json").read_text())
-    assert told == summary["accuracy"]
-    assert this.run(config.copy(), ["client.lr=0.01"]) == told  # it is not run again
+    assert result == summary["accuracy"]
+    assert this.run(config.copy(), ["client.lr=0.01"]) == result  # it is not run again
     config.ranks = 0
     assert this.run(config, ["client.lr=0.02"]) is None
 

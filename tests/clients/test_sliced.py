@@ -138,18 +138,18 @@ def test_gradients_over_the_cut_are_those_without_it() -> None:
 def test_a_token_costs_its_hidden_states_and_their_gradients(dtype: torch.dtype, b: int) -> None:
     base = made(_llama, dtype)
     job = dataclasses.replace(work(base), rows=[Example([5] * 6, [-100] + [5] * 5) for _ in range(8)])
-    told = SlicedTraining.of(1, **OWN).train(base, [job])[0].metrics
+    metrics = SlicedTraining.of(1, **OWN).train(base, [job])[0].metrics
     tokens, messages = 8 * 6 * 2, 4  # two epochs of two batches, each one micro-batch
-    assert told["cut_bytes_up"] == told["cut_bytes_down"] == b * tokens * WIDTH + messages * OVERHEAD
-    assert told["cut_bytes_per_token"] == pytest.approx(2 * b * WIDTH + 2 * messages * OVERHEAD / tokens)
+    assert metrics["cut_bytes_up"] == metrics["cut_bytes_down"] == b * tokens * WIDTH + messages * OVERHEAD
+    assert metrics["cut_bytes_per_token"] == pytest.approx(2 * b * WIDTH + 2 * messages * OVERHEAD / tokens)
 
 
 def test_no_gradient_comes_back_where_the_client_trains_nothing() -> None:
     base = made(_bert)
     job = work(base, names=["layer.2.*.query"])
-    told = SlicedTraining.of(2, **OWN).train(base, [job])[0].metrics
-    assert told["cut_bytes_up"] > 0
-    assert told["cut_bytes_down"] == 0
+    metrics = SlicedTraining.of(2, **OWN).train(base, [job])[0].metrics
+    assert metrics["cut_bytes_up"] > 0
+    assert metrics["cut_bytes_down"] == 0
 
 
 def test_every_client_has_a_channel_of_its_own_in_any_group() -> None:

@@ -59,7 +59,7 @@ def rounds(strategy, make, rng, ranks, count):
     """(down, up) in numbers of every client in every round, over the wire, and the state after the last."""
     state = strategy.init(make.adapter(rng, LAYERS, max(ranks), 2.0, torch.float32), seed=3)
     held, kept = {}, {}
-    told = []
+    sizes = []
     for round in range(1, count + 1):
         updates, line = [], []
         for id, rank in enumerate(ranks):
@@ -74,8 +74,8 @@ def rounds(strategy, make, rng, ranks, count):
             line.append((numbers(down), numbers(up)))
         assert all(isinstance(update, Update) for update in updates)
         state = strategy.aggregate(state, updates, np.random.default_rng(0))
-        told.append(line)
-    return told, state
+        sizes.append(line)
+    return sizes, state
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
@@ -83,15 +83,15 @@ def rounds(strategy, make, rng, ranks, count):
 def test_a_round_sends_what_the_formula_says(make, rng, name, count):
     strategy = getattr(strategies, name)()
     ranks = MIXED if strategy.mixed_ranks else RANKS
-    told, _ = rounds(strategy, make, rng, ranks, count)
-    assert told[-1] == [FORMULAS[name](rank, ranks) for rank in ranks]
+    sizes, _ = rounds(strategy, make, rng, ranks, count)
+    assert sizes[-1] == [FORMULAS[name](rank, ranks) for rank in ranks]
 
 
 @pytest.mark.parametrize("ranks", [RANKS, MIXED])
 def test_rolora_sends_one_factor_up_and_the_other_one_down(make, rng, ranks):
-    told, _ = rounds(strategies.RoLoRA(), make, rng, ranks, 4)
-    for line in (told[2], told[3]):
-        odd = line is told[2]  # B is trained, and A is what the round before has changed
+    sizes, _ = rounds(strategies.RoLoRA(), make, rng, ranks, 4)
+    for line in (sizes[2], sizes[3]):
+        odd = line is sizes[2]  # B is trained, and A is what the round before has changed
         up, down = (S_OUT, S_IN) if odd else (S_IN, S_OUT)
         assert line == [(rank * down + HEAD, rank * up + HEAD) for rank in ranks]
 
@@ -100,22 +100,22 @@ def test_what_is_frozen_for_good_goes_down_once(make, rng):
     first = rounds(strategies.FFALoRA(), make, rng, RANKS, 1)[0][0]
     assert first == [(both(4), 4 * S_OUT + HEAD)] * 3
     [line] = rounds(strategies.PrivateLoRA(), make, rng, RANKS, 1)[0]
-    # A and B, and what the adapter that the run began with had learned, folded into the base.
+    # A and B, and what the adapter that the run began with had learned, in the base delta.
     assert line == [(4 * 4 * len(LAYERS) + HEAD + 2 * 4 * (S_OUT + S_IN), 4 * 4 * len(LAYERS) + HEAD)] * 3
 
 
 def test_fedfold_sends_every_direction_that_there_is(make):
-    told, _ = rounds(strategies.FedFold(), make, np.random.default_rng(7), MIXED, 3)
+    sizes, _ = rounds(strategies.FedFold(), make, np.random.default_rng(7), MIXED, 3)
     before = rounds(strategies.FedFold(), make, np.random.default_rng(7), MIXED, 2)[1]
     width = sum(pair.rank * sum(pair.shape) for pair in before.adapter.pairs.values())
     fresh = [rank - rank // 2 for rank in MIXED]  # the half of each rank that goes to new directions
-    assert [down for down, _ in told[-1]] == [width + both(count) for count in fresh]
-    assert [up for _, up in told[-1]] == [both(rank) for rank in MIXED]
+    assert [down for down, _ in sizes[-1]] == [width + both(count) for count in fresh]
+    assert [up for _, up in sizes[-1]] == [both(rank) for rank in MIXED]
 
 
 def test_fedms_sends_active_modules_then_its_expert_once_and_then_the_gate(make, rng):
     strategy = strategies.FedMS(global_rounds=3, active=1, capacity=(1, 2, 3), threshold=9.0)
-    told, _ = rounds(strategy, make, rng, RANKS, 5)
+    sizes, _ = rounds(strategy, make, rng, RANKS, 5)
     order = ["square", "tall", "wide"]  # by name, since none has a number
 
     def trained(modules):
@@ -123,12 +123,12 @@ def test_fedms_sends_active_modules_then_its_expert_once_and_then_the_gate(make,
 
     # From round 2 on there is a round before to compare with, and no loss falls by 9: one more each time, of
     # which a client trains as many as it can.
-    for line in told[:2]:
+    for line in sizes[:2]:
         assert [up for _, up in line] == [trained(order[:1])] * 3
-    assert [up for _, up in told[2]] == [trained(order[:n]) for n in (1, 2, 2)]
+    assert [up for _, up in sizes[2]] == [trained(order[:n]) for n in (1, 2, 2)]
     gate = 4 * (LAYERS[order[0]][1] + 1) + 2 * 4
-    assert [down for down, _ in told[3]] == [both(4) + gate] * 3
-    assert told[4] == [(gate, gate)] * 3
+    assert [down for down, _ in sizes[3]] == [both(4) + gate] * 3
+    assert sizes[4] == [(gate, gate)] * 3
 
 
 def test_every_strategy_has_a_formula():

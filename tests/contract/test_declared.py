@@ -94,11 +94,13 @@ def test_who_is_up_to_date_needs_only_the_increment(
     """Bit for bit: else server and clients drift apart without anybody seeing it."""
     for _ in range(3):
         new = aggregate(strategy, state, make.round(rng, strategy, state, peers, weights))
-        pairs = [(m, p) for part in (new.fold, new.fold.increment) for m, p in part.items()]
+        pairs = [(m, p) for part in (new.base_delta, new.base_delta.increment) for m, p in part.items()]
         assert all(p.scale == 1 and p.shape == layers[m] for m, p in pairs)
-        folds = [(state.fold, new.fold)]
-        folds += [(strategy.task(state, one).fold, strategy.task(new, one).fold) for one in peers]
-        for old, now in folds:
+        base_deltas = [(state.base_delta, new.base_delta)]
+        base_deltas += [
+            (strategy.task(state, one).base_delta, strategy.task(new, one).base_delta) for one in peers
+        ]
+        for old, now in base_deltas:
             if gain := now.increment:
                 for m, pair in now.items():
                     want = accumulate(old.get(m), gain[m]) if m in gain else old[m]

@@ -55,7 +55,7 @@ def test_names_shapes_dtypes_and_scales_are_kept(strategy, state, updates, dtype
         assert pair.A.dtype == pair.B.dtype == dtype
         assert pair.scale == state.adapter.pairs[m].scale == 0.7
     assert list(new.adapter.pairs) == list(state.adapter.pairs)
-    for m, pair in (*new.fold.items(), *new.fold.increment.items()):
+    for m, pair in (*new.base_delta.items(), *new.base_delta.increment.items()):
         assert pair.shape == layers[m]
         assert (pair.A.dtype, pair.scale) == (dtype, 1.0)
     kept = {name: (t.shape, t.dtype) for name, t in state.adapter.extra.items()}
@@ -74,7 +74,9 @@ def test_low_precision_costs_its_own_rounding_and_no_more(
 
     def doubled(state: State) -> State:
         memory = {n: t.double() if t.is_floating_point() else t for n, t in state.memory.items()}
-        return dataclasses.replace(state, adapter=double(state.adapter), fold=wide(state.fold), memory=memory)
+        return dataclasses.replace(
+            state, adapter=double(state.adapter), base_delta=wide(state.base_delta), memory=memory
+        )
 
     # In the state's scale: a frozen factor in another has a rounding of its own, by which it is recognised.
     peers = [dataclasses.replace(one, scales={}) for one in peers]

@@ -179,7 +179,7 @@ def test_the_scale_in_which_a_client_states_its_update_changes_nothing(
 
 
 def test_the_first_cut_of_a_given_adapter_is_the_best_of_its_rank(strategy, make, np64, rng, layers, largest):
-    """Eckart–Young; who also sends the rest as a fold starts nearer still. The global update stays."""
+    """Eckart–Young; who also sends the rest as a base delta starts nearer still. The global update stays."""
     given = make.adapter(rng, layers, largest, 0.7)
     given = Adapter(
         {m: dataclasses.replace(p, B=p.B.flip(1) * 9) for m, p in given.pairs.items()}, given.extra
@@ -205,7 +205,7 @@ def test_several_rounds_from_nothing_learned_stay_finite_and_count_up(
     for done in range(1, 6):
         state = aggregate(strategy, state, make.round(rng, strategy, state, peers, weights, step=0.1))
         assert state.round == done
-        named = [*state.adapter.tensors(), *((m, p.B) for m, p in state.fold.items())]
+        named = [*state.adapter.tensors(), *((m, p.B) for m, p in state.base_delta.items())]
         assert all(tensor.isfinite().all() for _, tensor in named)
         assert all(math.isfinite(value) for value in state.metrics.values())
 

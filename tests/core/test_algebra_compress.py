@@ -226,9 +226,9 @@ def test_an_svd_that_does_not_converge_is_tried_once_more(make, np64, rng, monke
 
 
 @EVERY_SHAPE
-def test_every_direction_can_learn_after_compress_and_refill(make, rng, shape):
+def test_every_direction_can_learn_after_compress_and_pad_orthonormal(make, rng, shape):
     d_out, d_in, rank = shape
-    start = algebra.refill(algebra.compress(make.pair(rng, *shape), 2), rank + 2, rng)
+    start = algebra.pad_orthonormal(algebra.compress(make.pair(rng, *shape), 2), rank + 2, rng)
     A, B = start.A.clone().requires_grad_(), start.B.clone().requires_grad_()
     ((B @ A) * make.tensor(rng, d_out, d_in)).sum().backward()
     assert (B.grad.norm(dim=0) > 1e-6).all()

@@ -29,7 +29,7 @@ CALLS = {
     "singular_values": lambda p, q, rng: algebra.singular_values(p),
     "effective_rank": lambda p, q, rng: algebra.effective_rank(p),
     "compress": lambda p, q, rng: algebra.compress(p, 2, 5.0),
-    "refill": lambda p, q, rng: algebra.refill(p, 9, rng),
+    "pad_orthonormal": lambda p, q, rng: algebra.pad_orthonormal(p, 9, rng),
 }
 
 

@@ -13,12 +13,16 @@ from fedlora.core.messages import State, Task
 
 def test_it_is_a_mapping_of_pairs_and_of_any_mapping_one_is_made(make, rng):
     pairs = {"b": make.pair(rng, 4, 3, 1), "a": make.pair(rng, 4, 3, 2)}
-    for delta in (BaseDelta(pairs), BaseDelta.of(pairs), Task(Adapter({}), fold=pairs).fold):
+    for delta in (BaseDelta(pairs), BaseDelta.of(pairs), Task(Adapter({}), base_delta=pairs).base_delta):
         assert dict(delta) == pairs
         assert (len(delta), "a" in delta, delta.get("c")) == (2, True, None)
         assert delta.increment == {}
         assert BaseDelta.of(delta) is delta
-        assert Task(Adapter({}), fold=delta).fold is delta is State(Adapter({}), fold=delta).fold
+        assert (
+            Task(Adapter({}), base_delta=delta).base_delta
+            is delta
+            is State(Adapter({}), base_delta=delta).base_delta
+        )
     assert not BaseDelta()
 
 
@@ -27,7 +31,7 @@ def test_what_grew_by_its_increments_is_the_same_for_server_and_client(make, rng
     server = client = BaseDelta()
     for _ in range(6):
         server = server.plus({"a": make.pair(rng, 4, 3, 1)})
-        sent = Task.unpack(*Task(Adapter({}), fold=server.increment).pack()).fold
+        sent = Task.unpack(*Task(Adapter({}), base_delta=server.increment).pack()).base_delta
         client = client.plus(sent)
         assert Adapter(server).digest() == Adapter(client).digest()
         assert server.increment["a"].rank == 1
@@ -41,11 +45,11 @@ def test_a_module_without_an_increment_stays(make, rng):
 
 
 def test_its_tensors_are_hashed_once_however_many_clients_are_sent_it(make, rng, monkeypatch):
-    state = State(Adapter({}), fold={"m": make.pair(rng, 4, 3, 1)})
-    tasks = [Task(Adapter({}), fold=state.fold) for _ in range(3)]
+    state = State(Adapter({}), base_delta={"m": make.pair(rng, 4, 3, 1)})
+    tasks = [Task(Adapter({}), base_delta=state.base_delta) for _ in range(3)]
     hashed = []
     monkeypatch.setattr(base_delta, "digest", lambda header, tensors: hashed.append(list(tensors)) or "x")
-    assert [task.fold.digests for task in tasks] == [{"m.A": "x", "m.B": "x"}] * 3
+    assert [task.base_delta.digests for task in tasks] == [{"m.A": "x", "m.B": "x"}] * 3
     assert len(hashed) == 2
 
 

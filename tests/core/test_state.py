@@ -40,20 +40,23 @@ def test_a_state_survives_safetensors_bytes_bit_for_bit(state):
     assert {n: (t.dtype, t.shape) for n, t in back.memory.items()} == {
         n: (t.dtype, t.shape) for n, t in state.memory.items()
     }
-    assert back.fold.keys() == {"a", "b"}
+    assert back.base_delta.keys() == {"a", "b"}
     assert back.pack()[1] == header
 
 
 def test_the_digest_of_a_state_is_over_all_of_it(state):
-    one, double = torch.ones(1), {**state.fold, "a": replace(state.fold["a"], B=2 * state.fold["a"].B)}
+    one, double = (
+        torch.ones(1),
+        {**state.base_delta, "a": replace(state.base_delta["a"], B=2 * state.base_delta["a"].B)},
+    )
     others = [
         replace(state, adapter=Adapter(state.adapter.pairs)),
         replace(state, adapter=replace(state.adapter, parametrization=LORA)),
         replace(state, round=6),
-        replace(state, fold={"a": state.fold["a"]}),
-        replace(state, fold={"b": state.fold["a"], "a": state.fold["b"]}),
-        replace(state, fold={}),
-        replace(state, fold=double),
+        replace(state, base_delta={"a": state.base_delta["a"]}),
+        replace(state, base_delta={"b": state.base_delta["a"], "a": state.base_delta["b"]}),
+        replace(state, base_delta={}),
+        replace(state, base_delta=double),
         replace(state, memory={**state.memory, "active": torch.tensor(4)}),
         replace(state, memory={**state.memory, "more": one}),
         replace(state, seed=8),
@@ -63,7 +66,7 @@ def test_the_digest_of_a_state_is_over_all_of_it(state):
         ),
     ]
     assert len({state.digest(), *(other.digest() for other in others)}) == len(others) + 1
-    assert replace(state, fold=dict(reversed([*state.fold.items()]))).digest() == state.digest()
+    assert replace(state, base_delta=dict(reversed([*state.base_delta.items()]))).digest() == state.digest()
 
 
 def test_a_state_is_hashed_once_however_often_it_is_asked(state, monkeypatch):
@@ -79,16 +82,18 @@ def test_a_state_is_hashed_once_however_often_it_is_asked(state, monkeypatch):
 
 
 def test_the_digest_of_the_tensors_says_whether_training_moved_anything(state):
-    told = replace(state, round=6, metrics={})
-    assert told.tensor_digest == state.tensor_digest
-    assert told.digest() != state.digest()
+    renumbered = replace(state, round=6, metrics={})
+    assert renumbered.tensor_digest == state.tensor_digest
+    assert renumbered.digest() != state.digest()
     moved = replace(state, memory={**state.memory, "active": torch.tensor(4)})
     assert moved.tensor_digest != state.tensor_digest
 
 
 def test_factors_of_any_memory_layout_can_be_saved():
     pair = Pair(torch.ones(3, 2).T, torch.ones(2, 4).T)
-    tensors, header = State(Adapter({"m": pair}, {"w": torch.ones(4, 6)[:, ::2]}), fold={"m": pair}).pack()
+    tensors, header = State(
+        Adapter({"m": pair}, {"w": torch.ones(4, 6)[:, ::2]}), base_delta={"m": pair}
+    ).pack()
     assert State.unpack(load(save(tensors)), header).adapter.pairs["m"].shape == (4, 3)
 
 
@@ -139,37 +144,42 @@ def test_factors_that_no_longer_fit_are_a_checkpoint_error(state):
         State.unpack(tensors, header)
 
 
-def test_delta_is_the_fold_and_scale_times_B_times_M_times_A(make, rng):
+def test_delta_is_the_base_delta_and_scale_times_B_times_M_times_A(make, rng):
     state = State(make.adapter(rng, LAYERS, 2, scale=3.0))
     pair, M = state.adapter.pairs["b"], make.tensor(rng, 2, 2)
     want = np.einsum("or,ri->oi", pair.B.numpy(), pair.A.numpy()) * 3
     assert state.delta("b").shape == (2, 5)
     assert np.allclose(state.delta("b").numpy(), want, rtol=1e-14, atol=0)
-    fold = make.pair(rng, 2, 5, 3)
-    core = State(Adapter({"b": pair}, {"b.core": M}, CoreMatrix()), fold={"b": fold})
-    want = 3 * pair.B @ M @ pair.A + fold.B @ fold.A
+    base_delta = make.pair(rng, 2, 5, 3)
+    core = State(Adapter({"b": pair}, {"b.core": M}, CoreMatrix()), base_delta={"b": base_delta})
+    want = 3 * pair.B @ M @ pair.A + base_delta.B @ base_delta.A
     assert np.allclose(core.delta("b").numpy(), want.numpy(), rtol=1e-13, atol=1e-13)
 
 
-def test_the_whole_has_the_fold_of_a_module_without_a_pair_too(make, np64, rng):
-    fold = {"a": make.pair(rng, 4, 3, 1), "c": make.pair(rng, 3, 3, 2)}
+def test_the_whole_has_the_base_delta_of_a_module_without_a_pair_too(make, np64, rng):
+    base_delta = {"a": make.pair(rng, 4, 3, 1), "c": make.pair(rng, 3, 3, 2)}
     pairs = {"a": make.pair(rng, 4, 3, 1, 0.5), "b": make.pair(rng, 2, 5, 2, 0.3)}
     cores = {"a.core": make.tensor(rng, 1, 1), "b.core": make.tensor(rng, 2, 2)}
     adapter = Adapter(pairs, {"head": torch.ones(2), **cores}, CoreMatrix())
-    whole = State(adapter, fold=fold).whole()
+    whole = State(adapter, base_delta=base_delta).whole()
     assert whole.pairs.keys() == {"a", "b", "c"}
     assert whole.extra.keys() == {"head"}
-    assert np64.close(np64.delta(whole.pairs["a"]), np64.change(adapter, "a") + np64.delta(fold["a"]))
+    assert np64.close(np64.delta(whole.pairs["a"]), np64.change(adapter, "a") + np64.delta(base_delta["a"]))
     assert np64.close(np64.delta(whole.pairs["b"]), np64.change(adapter, "b"))
-    assert np64.close(np64.delta(whole.pairs["c"]), np64.delta(fold["c"]))
+    assert np64.close(np64.delta(whole.pairs["c"]), np64.delta(base_delta["c"]))
     assert whole.parametrization == LORA
 
 
 def test_the_defaults_are_a_plain_round():
     task, update = Task(Adapter({})), Update(Adapter({}))
     assert task.train == task.share == BOTH == {"A", "B"}
-    assert (task.personal, task.frozen, dict(task.fold), task.method) == (frozenset(), frozenset(), {}, ())
+    assert (task.personal, task.frozen, dict(task.base_delta), task.method) == (
+        frozenset(),
+        frozenset(),
+        {},
+        (),
+    )
     assert (update.weight, update.peer, dict(update.metrics)) == (1.0, None, {})
     state = State(Adapter({}))
-    assert (state.round, state.seed, dict(state.fold), dict(state.memory)) == (0, 0, {}, {})
+    assert (state.round, state.seed, dict(state.base_delta), dict(state.memory)) == (0, 0, {}, {})
     assert (dict(Peer(1, 4).ranks), dict(Peer(1, 4).scales)) == ({}, {})

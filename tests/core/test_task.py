@@ -16,7 +16,7 @@ LAYERS = {"a": (4, 3), "b": (2, 5)}
 
 def full(make, rng, **more):
     method = (RankPruning(0.5, 0.1, 2), GlobalExpert(make.adapter(rng, LAYERS, 3, 0.2), frozenset("a")))
-    given = {"fold": {"a": make.pair(rng, 4, 3, 2)}, "method": method, "personal": frozenset({"head"})}
+    given = {"base_delta": {"a": make.pair(rng, 4, 3, 2)}, "method": method, "personal": frozenset({"head"})}
     adapter = make.adapter(rng, LAYERS, 2, 0.7)
     return Task(adapter, frozenset("B"), frozenset("B"), frozen=frozenset("a"), **(given | more))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedlora.core.adapter import Pair
-from fedlora.core.algebra import compress, error_and_norm, refill, singular_values
+from fedlora.core.algebra import compress, error_and_norm, pad_orthonormal, singular_values
 from fedlora.core.threads import one_thread
 
 
@@ -40,7 +40,7 @@ def test_no_factorisation_is_split_over_threads(monkeypatch: pytest.MonkeyPatch,
         compress(pair, 2)
         singular_values(pair)
         error_and_norm([pair, pair], [0.5, 0.5], pair)
-        refill(pair, 5, rng)
+        pad_orthonormal(pair, 5, rng)
     finally:
         torch.set_num_threads(before)
     assert len(used) >= 8

@@ -99,8 +99,8 @@ def files(folder: Path) -> None:
     rows = {site: [dataset.train[i] for i in part.rows] for site, part in parts} | {"test": dataset.test}
     for name, found in rows.items():
         text, label = COLUMNS.get(name, ("text", "label"))
-        told = [json.dumps({text: row.source, label: row.target}) for row in found]
-        (folder / f"{name}.jsonl").write_text("\n".join(told) + "\n")
+        records = [json.dumps({text: row.source, label: row.target}) for row in found]
+        (folder / f"{name}.jsonl").write_text("\n".join(records) + "\n")
 
 
 def lines(out: Path, name: str) -> list[dict[str, Any]]:

@@ -27,8 +27,8 @@ def test_a_site_more_has_its_own_number_port_and_key(deployment: Path, capsys: A
     main(["deploy", "add-site", str(deployment), "west"])
     assert "register" in capsys.readouterr().out  # the SuperLink is not up
     sites = {at.name: at for at in (deployment / "sites").iterdir()}
-    told = {name: tomllib.loads((at / "node.toml").read_text()) for name, at in sites.items()}
-    assert {name: (one["client"], one["rank"]) for name, one in told.items()} == {
+    configs = {name: tomllib.loads((at / "node.toml").read_text()) for name, at in sites.items()}
+    assert {name: (one["client"], one["rank"]) for name, one in configs.items()} == {
         "north": (0, 2),
         "south": (1, 4),
         "east": (2, 3),

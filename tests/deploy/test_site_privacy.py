@@ -208,8 +208,8 @@ def test_messages_that_come_at_once_are_each_paid_for(ask: Any, composed: Any, w
     paid = ledger(words)
     assert paid is not None
     sent = [dict(reply.content["metrics"]) for reply in replies if not reply.has_error()]
-    assert sum(entry.steps for entry in paid.entries) == sum(told["steps"] for told in sent) == 50
-    assert paid.epsilon == max(told["epsilon"] for told in sent) <= 2
+    assert sum(entry.steps for entry in paid.entries) == sum(metrics["steps"] for metrics in sent) == 50
+    assert paid.epsilon == max(metrics["epsilon"] for metrics in sent) <= 2
 
 
 def test_how_long_its_rows_are_stays_at_the_site(ask: Any, composed: Any, site: Any, tmp_path: Path) -> None:

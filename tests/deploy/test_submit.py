@@ -85,8 +85,8 @@ def test_an_interrupted_run_says_how_it_goes_on(
     with monkeypatch.context() as patch:
         end = ConsoleProgress.on_round_end
 
-        def interrupted(self: ConsoleProgress, *told: Any) -> None:
-            end(self, *told)
+        def interrupted(self: ConsoleProgress, *arguments: Any) -> None:
+            end(self, *arguments)
             signal.raise_signal(signal.SIGINT)
 
         patch.setattr(ConsoleProgress, "on_round_end", interrupted)

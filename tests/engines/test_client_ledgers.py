@@ -187,10 +187,10 @@ def test_why_private_training_failed_stays_with_the_client(
         private = True
 
     place = replace(lab.site(Teller(noise(), fail=(0,))), memory=memory)
-    with pytest.raises(PrivacyError) as told:
+    with pytest.raises(PrivacyError) as caught:
         train(lab, place, [0], 1)
-    assert "no luck" not in str(told.value)
-    assert told.value.__cause__ is None
-    assert told.value.__suppress_context__
+    assert "no luck" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
     assert "no luck" in caplog.text
     assert memory.ledger(0) is None

@@ -8,6 +8,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 import fedlora.engines.simulation_grid as grid_module
 from fedlora.core.messages import Peer, Task
+from fedlora.engines.in_process import InProcess
+from fedlora.errors import ConfigError
 from fedlora.rounds.codec import read_update, write_task
 
 
@@ -202,3 +204,10 @@ def test_replies_carry_only_what_the_task_shares(lab: Any, noise: Any) -> None:
     arrays = reply.content.array_records["arrays"]
     assert isinstance(arrays, ArrayRecord)
     assert not [name for name in arrays if name.endswith(".A")]
+
+
+def test_devices_are_an_expected_list() -> None:
+    for wrong in ("gpu", []):
+        with pytest.raises(ConfigError, match=r"engine\.devices: expected auto or a list"):
+            InProcess(devices=wrong)
+    assert InProcess(devices=["cpu", 0]).devices == ["cpu", 0]

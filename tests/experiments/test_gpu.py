@@ -38,8 +38,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sections(found: Path) -> dict[str, dict[str, object]]:
-    told = json.loads((found / "gpu.json").read_text(encoding="utf-8"))["sections"]
-    return told
+    results = json.loads((found / "gpu.json").read_text(encoding="utf-8"))["sections"]
+    return results
 
 
 @pytest.mark.slow
@@ -145,12 +145,12 @@ def test_a_section_that_fails_or_overruns_harms_no_other(
     now = time.monotonic()
     every = {"fails": (fails, 1.0), "overruns": (overruns, 1.0), "works": (works, 1.0)}
     run(Bench("cpu", True, report), every, now, now + 4)
-    told = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]
-    assert "in fails\n    raise ValueError" in told["fails"]["error"]
-    assert told["fails"]["tables"] == {"begun": [{"a": 1}]}
-    assert "TimeUp" in told["overruns"]["error"]
-    assert told["works"]["error"] is None
-    assert told["works"]["goals"] == [{"goal": 1, "what": "it fits", "met": True}]
+    results = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["sections"]
+    assert "in fails\n    raise ValueError" in results["fails"]["error"]
+    assert results["fails"]["tables"] == {"begun": [{"a": 1}]}
+    assert "TimeUp" in results["overruns"]["error"]
+    assert results["works"]["error"] is None
+    assert results["works"]["goals"] == [{"goal": 1, "what": "it fits", "met": True}]
     lines = (tmp_path / "gpu.txt").read_text(encoding="utf-8").splitlines()
     assert "fails ended early: ValueError: no such kernel" in lines
     assert "goal 1: it fits: met" in lines

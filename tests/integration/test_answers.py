@@ -51,12 +51,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_training_makes_answers_right_and_the_summary_says_so(asked: Any) -> None:
-    summary, told = asked.summary, lines(asked.path)
-    assert (summary["answered"], summary["initial"]["answered"], len(told)) == (8, 8, 8)
+    summary, written = asked.summary, lines(asked.path)
+    assert (summary["answered"], summary["initial"]["answered"], len(written)) == (8, 8, 8)
     assert summary["initial"]["exact_match"] == 0
     assert summary["exact_match"] > 0.4
-    assert summary["exact_match"] == pytest.approx(sum(line["exact"] for line in told) / 8)
-    assert summary["rouge_l"] == pytest.approx(sum(line["rouge_l"] for line in told) / 8)
+    assert summary["exact_match"] == pytest.approx(sum(line["exact"] for line in written) / 8)
+    assert summary["rouge_l"] == pytest.approx(sum(line["rouge_l"] for line in written) / 8)
     assert summary["answers"].keys() == summary["initial"]["answers"].keys() == TASKS.keys()
     assert all(found["answered"] == 4 for found in summary["answers"].values())
 

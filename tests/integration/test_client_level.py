@@ -24,9 +24,9 @@ def test_epsilon_is_the_server_s_over_all_rounds(central: Any) -> None:
     ledger, [first, last] = central.summary["ledger"], central.metrics
     [entry] = ledger["server"]["entries"]
     assert (entry["q"], entry["steps"]) == (0.5, 2)
-    told = epsilon((Entry(entry["sigma"], 0.5, 2),), ledger["server"]["delta"], "rdp")
-    assert 0.9 * 6 < told <= 6
-    assert central.summary["epsilon"] == last["epsilon"] == pytest.approx(told)
+    want = epsilon((Entry(entry["sigma"], 0.5, 2),), ledger["server"]["delta"], "rdp")
+    assert 0.9 * 6 < want <= 6
+    assert central.summary["epsilon"] == last["epsilon"] == pytest.approx(want)
     assert first["epsilon"] < last["epsilon"]
     assert ledger["unit"] == "client"
     assert "adding or removing one client" in ledger["adjacency"]

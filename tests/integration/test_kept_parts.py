@@ -1,4 +1,4 @@
-"""What clients keep, and what the base has folded in, survive a kill: the run ends as if there was none."""
+"""What clients keep, and the base delta, survive a kill: the run ends as if there was none."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from fedlora.storage.client_state import ClientStore
 from fedlora.storage.run_folder import RunFolder
 
 ROUNDS = ("rounds=4", "clients_per_round=2", "evaluate.clients=true")
-JOBS = {"own parts": "strategy=fedsalora", "a fold": "strategy=flora"}
+JOBS = {"own parts": "strategy=fedsalora", "a base delta": "strategy=flora"}
 
 
 class Killed(BaseException):
@@ -41,7 +41,9 @@ def same(got: Any, want: Any) -> None:
         assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
 
 
-@pytest.mark.parametrize(("name", "damaged"), [("own parts", False), ("own parts", True), ("a fold", False)])
+@pytest.mark.parametrize(
+    ("name", "damaged"), [("own parts", False), ("own parts", True), ("a base delta", False)]
+)
 def test_a_run_killed_after_its_clients_have_kept_their_parts(
     name: str, damaged: bool, wholes: Any, run: Callable[..., Any], result: Any, tmp_path: Path
 ) -> None:
@@ -74,12 +76,12 @@ def test_the_result_of_a_personal_run_is_the_mean_of_the_clients_own(wholes: Any
     own = summary["own"]
     assert own.keys() == {"0", "1", "2"}
     for key, name in (("accuracy", "local_accuracy"), ("loss", "local_loss")):
-        assert summary[key] == pytest.approx(sum(told[name] for told in own.values()) / 3)
+        assert summary[key] == pytest.approx(sum(metrics[name] for metrics in own.values()) / 3)
     assert all("aggregation_error" not in m for m in wholes["own parts"].metrics)
 
 
-def test_the_adapter_of_a_run_has_its_fold(wholes: Any) -> None:
-    run = wholes["a fold"]
+def test_the_adapter_of_a_run_has_its_base_delta(wholes: Any) -> None:
+    run = wholes["a base delta"]
     _, state = RunFolder(run.path).read_state()
     tensors = load_file(run.path / "adapter" / "adapter_model.safetensors")
     for module in state.adapter.pairs:

@@ -45,8 +45,8 @@ def test_rows_repeated_across_the_cut_and_rows_too_long_are_counted(
 ) -> None:
     repeated, cut = warned(f"data.train={rows(tmp_path / 'rows.jsonl')}", "data.max_length=20")
     assert repeated.startswith("20 of 20 test rows have the text of a training row")
-    told = cut.split()
-    assert int(told[0]) + int(told[6]) == 10  # of a hundred rows one in ten is long
+    notice = cut.split()
+    assert int(notice[0]) + int(notice[6]) == 10  # of a hundred rows one in ten is long
     assert "data.max_length=20" in cut
 
 

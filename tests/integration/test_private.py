@@ -23,11 +23,11 @@ def private(run: Any) -> Any:
 def test_epsilon_is_that_of_the_whole_run_and_the_largest_of_all(private: Any) -> None:
     summary, ledger = private.summary, private.summary["ledger"]
     found = []
-    for told in ledger["clients"].values():
-        entries = tuple(Entry(e["sigma"], e["q"], e["steps"]) for e in told["entries"])
-        assert told["epsilon"] == pytest.approx(epsilon(entries, told["delta"], "rdp"))
-        assert 0.9 * 6 < told["epsilon"] <= 6
-        found.append(told["epsilon"])
+    for spent in ledger["clients"].values():
+        entries = tuple(Entry(e["sigma"], e["q"], e["steps"]) for e in spent["entries"])
+        assert spent["epsilon"] == pytest.approx(epsilon(entries, spent["delta"], "rdp"))
+        assert 0.9 * 6 < spent["epsilon"] <= 6
+        found.append(spent["epsilon"])
     assert len(found) == 3
     assert summary["epsilon"] == max(found) == private.metrics[-1]["epsilon"]
     assert private.metrics[0]["epsilon"] < private.metrics[1]["epsilon"]
@@ -38,9 +38,9 @@ def test_epsilon_is_that_of_the_whole_run_and_the_largest_of_all(private: Any) -
 
 
 def test_every_round_s_steps_are_in_the_ledger(private: Any) -> None:
-    for client, told in private.summary["ledger"]["clients"].items():
+    for client, spent in private.summary["ledger"]["clients"].items():
         lines = [x for x in private.clients if str(x["client"]) == client]
-        [entry] = told["entries"]
+        [entry] = spent["entries"]
         assert entry["steps"] == sum(x["steps"] for x in lines)
         assert {x["sigma"] for x in lines} == {entry["sigma"]}
         assert {x["q"] for x in lines} == {entry["q"]}

@@ -13,7 +13,7 @@ from fedlora.errors import ConfigError
 class Full(CSV):
     """A disk that is full from the start."""
 
-    def begin(self, *told: Any) -> None:
+    def begin(self, *arguments: Any) -> None:
         raise OSError("No space left on device")
 
 

@@ -32,9 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 EVERY = ("bert", "bert-mlm", "roberta", "distilbert", "llama", "llama-cls", "gpt2", "gpt2-cls")
 
 
-def dora(base: Any, adapter: Adapter, fold: Any = None) -> Adapter:
+def dora(base: Any, adapter: Adapter, base_delta: Any = None) -> Adapter:
     """The adapter with magnitudes, those with which nothing changes."""
-    return parametrized(base, adapter, DoRA(), fold)
+    return parametrized(base, adapter, DoRA(), base_delta)
 
 
 def stretched(adapter: Adapter, base: Any, seed: int = 0) -> Adapter:
@@ -145,8 +145,8 @@ def test_k_at_once_equals_one_by_one_in_float64(zoo: Any, name: str) -> None:
     work = []
     for k, (rank, scale) in enumerate(((1, 2.0), (5, 0.5), (20, 1.3))):
         rows = zoo.rows(base, 7, seed=k)
-        fold = {m: Pair(0.1 * p.A, p.B) for m, p in zoo.adapter(base, 2, seed=9).pairs.items()}
-        task = Task(random(zoo, base, rank, scale, seed=k), fold=fold if k else {})
+        base_delta = {m: Pair(0.1 * p.A, p.B) for m, p in zoo.adapter(base, 2, seed=9).pairs.items()}
+        task = Task(random(zoo, base, rank, scale, seed=k), base_delta=base_delta if k else {})
         work.append(FitJob(task, [rows[:3], rows[3:5], rows[5:]][: 3 - (k == 1)]))
 
     def make(groups: Any) -> torch.optim.Optimizer:
@@ -171,19 +171,21 @@ def test_a_merged_model_gives_the_adapter_s_logits(zoo: Any, name: str) -> None:
         assert zoo.same(base, want, base.logits(rows), rows, 2e-5)
 
 
-def test_a_fold_counts_to_the_direction_and_is_exported_with_it(zoo: Any, tmp_path: Path) -> None:
+def test_a_base_delta_counts_to_the_direction_and_is_exported_with_it(zoo: Any, tmp_path: Path) -> None:
     base = zoo.base("bert")
     fresh = zoo.adapter(base, 3)
-    adapter, fold = take_out_of_base(base, fresh, "pissa")
+    adapter, base_delta = take_out_of_base(base, fresh, "pissa")
     plain = logits(zoo, base, Task(Adapter({}, fresh.extra)))
-    neutral = dora(base, adapter, fold)
-    assert zoo.same(base, plain, logits(zoo, base, Task(neutral, fold=fold)), zoo.batch(base), 1e-5)
+    neutral = dora(base, adapter, base_delta)
+    assert zoo.same(
+        base, plain, logits(zoo, base, Task(neutral, base_delta=base_delta)), zoo.batch(base), 1e-5
+    )
     for m in adapter.pairs:
         W = layer_weight(base.model.get_submodule(m), m)
         torch.testing.assert_close(neutral.extra[m + MAGNITUDE], W.norm(dim=1), atol=1e-5, rtol=1e-5)
     moved = {m: Pair(p.A * 1.2, p.B + 0.05, p.scale) for m, p in adapter.pairs.items()}
-    state = State(stretched(Adapter(moved, fresh.extra), base), fold=fold)
-    got = logits(zoo, base, Task(state.adapter, fold=fold))
+    state = State(stretched(Adapter(moved, fresh.extra), base), base_delta=base_delta)
+    got = logits(zoo, base, Task(state.adapter, base_delta=base_delta))
     save_adapter(state.whole(), base, tmp_path)
     theirs = zoo.theirs(base, PeftModel.from_pretrained(zoo.plain(base), str(tmp_path)))
     assert zoo.same(base, theirs, got, zoo.batch(base), 2e-5)

@@ -99,5 +99,5 @@ def test_the_model_s_own_word_ends_an_answer_too(zoo: Any) -> None:
         base.tokenizer.convert_tokens_to_ids(word),
     ]
     after = answer(base, Task(Adapter({})), rows)
-    assert after == [" ".join(takewhile(lambda told: told != word, text.split())) for text in before]
+    assert after == [" ".join(takewhile(lambda part: part != word, text.split())) for text in before]
     assert after != before

@@ -35,11 +35,11 @@ def dense(pair: Pair) -> np.ndarray:
 @pytest.mark.parametrize("name", EVERY)
 def test_the_model_starts_as_the_plain_base(zoo: Any, name: str, init: str) -> None:
     base = zoo.base(name)
-    adapter, fold = start(base, init)
+    adapter, base_delta = start(base, init)
     rows = zoo.batch(base)
     with torch.no_grad():
         plain = base.logits(rows)
-        with MultiAdapterModel(base, [Task(adapter, fold=fold)]):
+        with MultiAdapterModel(base, [Task(adapter, base_delta=base_delta)]):
             got = base.logits(rows)
         with MultiAdapterModel(base, [Task(adapter)]):  # the part that was taken out counts
             doubled = base.logits(rows)
@@ -53,7 +53,7 @@ def test_products_and_residual_weights_are_peft_s(zoo: Any, name: str, init: str
     if (name, init) == ("gpt2", "olora"):
         pytest.skip("PEFT takes the QR of a Conv1D's weight as it lies, transposed")
     base = zoo.base(name)
-    adapter, fold = start(base, init)
+    adapter, base_delta = start(base, init)
     config = LoraConfig(
         r=3,
         lora_alpha=5.0,
@@ -72,14 +72,14 @@ def test_products_and_residual_weights_are_peft_s(zoo: Any, name: str, init: str
         np.testing.assert_allclose(pair.A.abs(), A.detach().abs(), atol=2e-4)
         np.testing.assert_allclose(pair.B.abs(), B.detach().abs(), atol=2e-4)
         left = layer_weight(layer.base_layer, m).double().numpy()
-        ours = layer_weight(base.model.get_submodule(m), m).double().numpy() + dense(fold[m])
+        ours = layer_weight(base.model.get_submodule(m), m).double().numpy() + dense(base_delta[m])
         np.testing.assert_allclose(ours, left, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_pissa_is_the_principal_part_split_evenly(zoo: Any, name: str) -> None:
     base = zoo.base(name, double=True)
-    adapter, fold = start(base, "pissa")
+    adapter, base_delta = start(base, "pissa")
     for m, pair in adapter.pairs.items():
         module = base.model.get_submodule(m)
         W = module.weight.detach().numpy()
@@ -89,8 +89,8 @@ def test_pissa_is_the_principal_part_split_evenly(zoo: Any, name: str) -> None:
         even = np.sqrt(S[:3] / pair.scale)
         np.testing.assert_allclose(pair.A.norm(dim=1), even, rtol=1e-5)
         np.testing.assert_allclose(pair.B.norm(dim=0), even, rtol=1e-5)
-        np.testing.assert_allclose(dense(fold[m]), -dense(pair), atol=1e-6)
-        assert fold[m].scale == 1
+        np.testing.assert_allclose(dense(base_delta[m]), -dense(pair), atol=1e-6)
+        assert base_delta[m].scale == 1
         assert pair.scale == 5 / 3
 
 
@@ -108,11 +108,11 @@ def test_olora_is_the_first_part_of_a_qr(zoo: Any) -> None:
 @pytest.mark.parametrize("rank", [16, 30])
 def test_a_rank_beyond_the_layer_takes_all_of_it_and_keeps_its_rank(zoo: Any, init: str, rank: int) -> None:
     base = zoo.base("bert")
-    adapter, fold = start(base, init, rank)
+    adapter, base_delta = start(base, init, rank)
     for m, pair in adapter.pairs.items():
         W = layer_weight(base.model.get_submodule(m), m).double().numpy()
         assert pair.rank == rank
-        left = W + dense(fold[m])
+        left = W + dense(base_delta[m])
         if init == "pissa" or pair.scale == 1:
             np.testing.assert_allclose(left, 0, atol=1e-5)
         np.testing.assert_allclose(left + dense(pair), W, atol=1e-5)
@@ -124,15 +124,15 @@ def test_what_is_trained_from_it_is_a_delta_of_twice_the_rank_for_plain_peft(
     zoo: Any, tmp_path: Path, init: str
 ) -> None:
     base = zoo.base("bert")
-    adapter, fold = start(base, init)
+    adapter, base_delta = start(base, init)
     moved = {m: Pair(p.A + 0.1 * torch.randn_like(p.A), p.B * 1.1, p.scale) for m, p in adapter.pairs.items()}
-    state = State(Adapter(moved, adapter.extra), fold=fold)
+    state = State(Adapter(moved, adapter.extra), base_delta=base_delta)
     whole = state.whole()
     assert {pair.rank for pair in whole.pairs.values()} == {6}
     save_adapter(whole, base, tmp_path)
     theirs = zoo.theirs(base, PeftModel.from_pretrained(zoo.plain(base), str(tmp_path)))
     rows = zoo.batch(base)
-    with torch.no_grad(), MultiAdapterModel(base, [Task(state.adapter, fold=fold)]):
+    with torch.no_grad(), MultiAdapterModel(base, [Task(state.adapter, base_delta=base_delta)]):
         ours = base.logits(rows)
     assert zoo.same(base, theirs, ours, rows, 1e-5)
     for pair in whole.pairs.values():
@@ -142,26 +142,26 @@ def test_what_is_trained_from_it_is_a_delta_of_twice_the_rank_for_plain_peft(
 
 def test_a_bfloat16_base_is_taken_apart_in_higher_precision(zoo: Any) -> None:
     base = zoo.base("bert", dtype="bfloat16")
-    adapter, fold = start(base, "pissa")
+    adapter, base_delta = start(base, "pissa")
     for m, pair in adapter.pairs.items():
         W = base.model.get_submodule(m).weight.detach().double().numpy()
         U, S, Vh = np.linalg.svd(W, full_matrices=False)
         np.testing.assert_allclose(dense(pair), (U[:, :3] * S[:3]) @ Vh[:3], atol=1e-5)
-        assert pair.A.dtype == fold[m].B.dtype == torch.float32
+        assert pair.A.dtype == base_delta[m].B.dtype == torch.float32
     rows = zoo.batch(base)
     with torch.no_grad():
         plain = base.logits(rows)
-        with MultiAdapterModel(base, [Task(adapter, fold=fold)]):
+        with MultiAdapterModel(base, [Task(adapter, base_delta=base_delta)]):
             assert zoo.same(base, plain, base.logits(rows), rows, 0.05)
 
 
 def test_the_head_is_kept_and_nothing_is_changed(zoo: Any) -> None:
     base = zoo.base("bert")
     before = {n: p.clone() for n, p in base.model.named_parameters()}
-    adapter, fold = start(base, "pissa")
+    adapter, base_delta = start(base, "pissa")
     assert all(torch.equal(p, before[n]) for n, p in base.model.named_parameters())
     assert adapter.extra.keys() == base.head_state().keys()
-    assert fold.keys() == adapter.pairs.keys()
+    assert base_delta.keys() == adapter.pairs.keys()
     again, _ = start(base, "pissa")
     assert again.digest() == adapter.digest()
     fresh, nothing = start(base, "lora")
@@ -190,8 +190,8 @@ def test_no_such_start_and_a_quantised_weight_are_refused(zoo: Any) -> None:
 
 def test_federa_goes_on_from_it_as_the_plain_base(zoo: Any) -> None:
     base = zoo.base("bert")
-    adapter, fold = start(base, FeDeRA.start)
-    state = FeDeRA().init(adapter, fold, 3)
+    adapter, base_delta = start(base, FeDeRA.start)
+    state = FeDeRA().init(adapter, base_delta, 3)
     assert state.seed == 3
     for m in adapter.pairs:
         assert state.delta(m).abs().max() < 1e-6

@@ -59,7 +59,7 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.from_numpy(0.2 * np.random.default_rng([seed, 6]).standard_normal(shape))
 
 
-def folds(base: Base, seed: int, rank: int, modules: Any = "all-linear") -> dict[str, Pair]:
+def base_deltas(base: Base, seed: int, rank: int, modules: Any = "all-linear") -> dict[str, Pair]:
     found = {}
     for i, (m, (d_out, d_in)) in enumerate(targets(base, modules).items()):
         found[m] = Pair(random(seed + i, rank, d_in), random(seed + 50 + i, d_out, rank))
@@ -96,18 +96,18 @@ def check(
     work = [FitJob(task, [own]) for task, own in zip(tasks, rows, strict=True)]
     fitted = fit(base, work, sgd, tokens=60)
     scores = evaluate(base, tasks, rows)
-    for task, own_rows, one, (told, _) in zip(tasks, rows, fitted, scores, strict=True):
+    for task, own_rows, one, (reported, _) in zip(tasks, rows, fitted, scores, strict=True):
         own = leaves(task.adapter)
         changes = {}
-        for m in {**task.adapter.pairs, **task.fold, **targets(base, "all-linear")}:
+        for m in {**task.adapter.pairs, **task.base_delta, **targets(base, "all-linear")}:
             parts = [update(task.adapter, own, m)] if m in task.adapter.pairs else []
-            parts += [product(task.fold[m])] if m in task.fold else []
+            parts += [product(task.base_delta[m])] if m in task.base_delta else []
             parts += [more(task, own, m)] if more is not None else []
             if parts:
                 changes[m] = sum(parts[1:], parts[0])
         want = loss(changed(zoo, name, changes), own_rows)
         assert one.loss == pytest.approx(want.item(), rel=1e-9)
-        assert told == pytest.approx(want.item(), rel=1e-9)
+        assert reported == pytest.approx(want.item(), rel=1e-9)
         want.backward()
         after = dict(one.adapter.tensors())
         for tensor_name, start in task.adapter.tensors():
@@ -126,47 +126,54 @@ def check(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_folds_of_each_slot_are_as_if_its_base_were_changed(zoo: Any, name: str) -> None:
+def test_base_deltas_of_each_slot_are_as_if_its_base_were_changed(zoo: Any, name: str) -> None:
     base = zoo.base(name, double=True)
     adapter = partial(zoo.adapter, base, head=False)
-    one, two = folds(base, 1, 2), folds(base, 2, 3)
+    one, two = base_deltas(base, 1, 2), base_deltas(base, 2, 3)
     gone = next(iter(two))
-    two = {m: pair for m, pair in two.items() if m != gone}  # one module has no fold in one slot
+    two = {m: pair for m, pair in two.items() if m != gone}  # one module has no base delta in one slot
     check(
-        zoo, name, [Task(adapter(2, seed=1), fold=one), Task(adapter(1, seed=2), fold=two), Task(adapter(3))]
+        zoo,
+        name,
+        [
+            Task(adapter(2, seed=1), base_delta=one),
+            Task(adapter(1, seed=2), base_delta=two),
+            Task(adapter(3)),
+        ],
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_fold_that_all_slots_share_is_added_once(zoo: Any, name: str) -> None:
+def test_a_base_delta_that_all_slots_share_is_added_once(zoo: Any, name: str) -> None:
     base = zoo.base(name, double=True)
-    one = folds(base, 1, 2)
+    one = base_deltas(base, 1, 2)
     copies = {m: Pair(p.A.clone(), p.B.clone(), p.scale) for m, p in one.items()}
     tasks = [
-        Task(zoo.adapter(base, r, seed=r, head=False), fold=f) for r, f in ((1, one), (2, copies), (3, one))
+        Task(zoo.adapter(base, r, seed=r, head=False), base_delta=f)
+        for r, f in ((1, one), (2, copies), (3, one))
     ]
     check(zoo, name, tasks)
     with MultiAdapterModel(base, tasks) as bank:
-        assert all(len(pairs) == 1 for pairs in bank._folds.values())
+        assert all(len(pairs) == 1 for pairs in bank._base_deltas.values())
 
 
 @pytest.mark.parametrize("differ", ["A", "B", "scale"])
-def test_folds_that_differ_in_one_factor_or_in_scale_are_not_shared(zoo: Any, differ: str) -> None:
+def test_base_deltas_that_differ_in_one_factor_or_in_scale_are_not_shared(zoo: Any, differ: str) -> None:
     base = zoo.base("bert", double=True)
-    one = folds(base, 1, 2)
+    one = base_deltas(base, 1, 2)
     m = next(iter(one))
     value = getattr(one[m], differ)
     other = {**one, m: dataclasses.replace(one[m], **{differ: value + 1e-3})}
-    check(zoo, "bert", [Task(zoo.adapter(base, 2, head=False), fold=f) for f in (one, one, other)])
+    check(zoo, "bert", [Task(zoo.adapter(base, 2, head=False), base_delta=f) for f in (one, one, other)])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_dense_fold_and_a_fold_outside_the_adapter(zoo: Any, name: str) -> None:
+def test_a_dense_base_delta_and_a_base_delta_outside_the_adapter(zoo: Any, name: str) -> None:
     base = zoo.base(name, double=True)
     every = targets(base, "all-linear")
     dense = {m: of_dense(random(i, *shape)) for i, (m, shape) in enumerate(every.items())}
     few = {m: p for m, p in zoo.adapter(base, 2, head=False).pairs.items() if m != next(iter(every))}
-    check(zoo, name, [Task(Adapter(few), fold=dense), Task(Adapter(few))])
+    check(zoo, name, [Task(Adapter(few), base_delta=dense), Task(Adapter(few))])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,7 +194,7 @@ def test_a_core_between_the_factors(zoo: Any, name: str, train: str) -> None:
 def sparse(base: Base, seed: int, mask: int, count: int) -> Task:
     values = {f"{m}.sparse": random(seed, count) for m in targets(base, "all-linear")}
     adapter = Adapter({}, values, Sparse(mask))
-    return Task(adapter, frozenset(), frozenset(), fold=folds(base, seed, 1))
+    return Task(adapter, frozenset(), frozenset(), base_delta=base_deltas(base, seed, 1))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -230,7 +237,7 @@ def test_a_global_expert_is_not_added_to_the_adapter(zoo: Any) -> None:
     assert evaluate(base, [plain], [rows]) == evaluate(base, [more], [rows])
 
 
-def test_a_fold_of_another_shape_or_of_no_module_is_refused(zoo: Any) -> None:
+def test_a_base_delta_of_another_shape_or_of_no_module_is_refused(zoo: Any) -> None:
     base = zoo.base("bert")
     good = zoo.adapter(base, 2)
     m = next(iter(good.pairs))
@@ -240,7 +247,7 @@ def test_a_fold_of_another_shape_or_of_no_module_is_refused(zoo: Any) -> None:
     ):
         with (
             pytest.raises(ModelError, match=said),
-            MultiAdapterModel(base, [Task(good), Task(good, fold=bad)]),
+            MultiAdapterModel(base, [Task(good), Task(good, base_delta=bad)]),
         ):
             pass
     assert zoo.clean(base)

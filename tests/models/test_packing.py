@@ -62,13 +62,15 @@ def rows(kind: str, lengths: Sequence[int], seed: int = 0) -> list[Example]:
     found = []
     for i, length in enumerate(lengths):
         ids = torch.randint(3, 60, (length,), generator=draw).tolist()
-        told = min(i, length)  # the first row has no response, others all of it or a part
-        target = i % 3 if kind == "classification" else [-100] * (length - told) + ids[length - told :]
+        response = min(i, length)  # the first row has no response, others all of it or a part
+        target = (
+            i % 3 if kind == "classification" else [-100] * (length - response) + ids[length - response :]
+        )
         found.append(Example(ids, target))
     return found
 
 
-def task_of(base: Base, seed: int, rank: int, sparse: bool = False, fold: bool = False) -> Task:
+def task_of(base: Base, seed: int, rank: int, sparse: bool = False, base_delta: bool = False) -> Task:
     draw = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -77,10 +79,10 @@ def task_of(base: Base, seed: int, rank: int, sparse: bool = False, fold: bool =
     shapes = targets(base, "all-linear")
     pairs = {n: Pair(random(rank, i), random(o, rank), 0.3) for n, (o, i) in shapes.items()}
     values = {f"{n}.sparse": random(7) for n in shapes}
-    folded = {n: Pair(random(3, i), random(o, 3), 0.1) for n, (o, i) in shapes.items()} if fold else {}
+    deltas = {n: Pair(random(3, i), random(o, 3), 0.1) for n, (o, i) in shapes.items()} if base_delta else {}
     if sparse:
-        return Task(Adapter({}, {**base.head_state(), **values}, Sparse(5)), fold=folded)
-    return Task(Adapter(pairs, base.head_state()), fold=folded)
+        return Task(Adapter({}, {**base.head_state(), **values}, Sparse(5)), base_delta=deltas)
+    return Task(Adapter(pairs, base.head_state()), base_delta=deltas)
 
 
 def results(base: Base, tasks: list[Task], micro: list[tuple[int, Example]]) -> list[torch.Tensor]:
@@ -105,7 +107,7 @@ def test_losses_and_gradients_of_two_clients_are_those_of_the_padded_batch(
     base = base_of(family)
     assert base.packing is not None
     assert base.packing.offset == (2 if "oberta" in family.lower() else 0)
-    tasks = [task_of(base, 1, 1), task_of(base, 2, 3, fold=True)]
+    tasks = [task_of(base, 1, 1), task_of(base, 2, 3, base_delta=True)]
     micro = [(int(i >= len(lengths) / 2), row) for i, row in enumerate(rows(base.task.name, lengths))]
     padded = results(dataclasses.replace(base, packing=None), tasks, micro)
     unpadded = results(base, tasks, micro)

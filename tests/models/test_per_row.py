@@ -82,7 +82,7 @@ def test_with_a_frozen_head_the_rows_equal_autograd(zoo: Any, name: str) -> None
     check(zoo, base, tasks(zoo, base, head=False))
 
 
-def test_a_core_a_fold_and_frozen_modules_equal_autograd(zoo: Any) -> None:
+def test_a_core_a_base_delta_and_frozen_modules_equal_autograd(zoo: Any) -> None:
     base = zoo.base("bert", double=True)
     made = torch.Generator().manual_seed(1)
     work = []
@@ -93,8 +93,8 @@ def test_a_core_a_fold_and_frozen_modules_equal_autograd(zoo: Any) -> None:
             for m, p in pairs.items()
         }
         adapter = Adapter(pairs, {**task.adapter.extra, **cores}, CoreMatrix())
-        fold = zoo.adapter(base, 2, 1.0, seed=9).pairs
-        work.append(replace(task, adapter=adapter, fold=fold, frozen=frozenset(list(pairs)[3:])))
+        base_delta = zoo.adapter(base, 2, 1.0, seed=9).pairs
+        work.append(replace(task, adapter=adapter, base_delta=base_delta, frozen=frozenset(list(pairs)[3:])))
     check(zoo, base, work)
     check(zoo, base, [replace(task, train=frozenset("AB")) for task in work])
 

@@ -133,15 +133,15 @@ def test_under_masks_the_noise_is_enough_for_known_members(target: float, rounds
     """T Gaussian rounds are one of σ/√T, whose exact δ is Balle and Wang's (ICML 2018, theorem 8)."""
     plan = ClientLevel(epsilon=target, rounds=rounds).plan(10, 3, masked=True)
     assert (plan.q, plan.batch_size, plan.unit) == (1.0, 3, "contribution")
-    told = epsilon((Entry(plan.sigma, plan.q, rounds),), plan.delta)
-    assert 0.9 * target < told <= target
+    reported = epsilon((Entry(plan.sigma, plan.q, rounds),), plan.delta)
+    assert 0.9 * target < reported <= target
     normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
     shift = math.sqrt(rounds) / plan.sigma
 
     def cdf(x: float) -> float:
         return float(normal.cdf(torch.tensor(x, dtype=torch.float64)))
 
-    exact = cdf(shift / 2 - told / shift) - math.exp(told) * cdf(-shift / 2 - told / shift)
+    exact = cdf(shift / 2 - reported / shift) - math.exp(reported) * cdf(-shift / 2 - reported / shift)
     assert exact <= plan.delta
     ledger = plan.after(None)
     assert ledger.unit == "contribution"

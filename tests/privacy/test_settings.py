@@ -123,7 +123,7 @@ def test_a_test_seed_makes_the_ledger_invalid_for_good() -> None:
     assert not ledger.valid
     assert not QUICK.plan(100, 10, 5).after(ledger).valid
     assert QUICK.plan(100, 10, 5).after(None).valid
-    assert QUICK.told(plan, ledger)["epsilon_valid"] == 0
+    assert QUICK.report(plan, ledger)["epsilon_valid"] == 0
 
 
 def test_a_test_seed_is_of_one_client_and_round() -> None:
@@ -134,13 +134,13 @@ def test_a_test_seed_is_of_one_client_and_round() -> None:
 
 
 def test_what_is_told_depends_on_no_count_unless_counts_are_public() -> None:
-    def told(rows: int, public: bool) -> dict[str, float]:
+    def report(rows: int, public: bool) -> dict[str, float]:
         privacy = replace(QUICK, participations=3, public_counts=public)
         plan = privacy.plan(rows, 10, math.ceil(rows / 10))
-        return privacy.told(plan, plan.after(None))
+        return privacy.report(plan, plan.after(None))
 
-    assert told(100, False) == told(55, False) == {"epsilon": 8.0, "delta": 1e-5, "epsilon_valid": 1.0}
-    public = told(100, True)
+    assert report(100, False) == report(55, False) == {"epsilon": 8.0, "delta": 1e-5, "epsilon_valid": 1.0}
+    public = report(100, True)
     assert public.keys() == {"epsilon", "delta", "epsilon_valid", "sigma", "q", "steps"}
     assert public["epsilon"] < 8
     assert public["q"] == 0.1

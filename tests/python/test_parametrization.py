@@ -63,7 +63,7 @@ def ours(made: fl.Run) -> torch.Tensor:
     from fedlora.models import MultiAdapterModel
 
     base, state = made.base(), made.state
-    with MultiAdapterModel(base, [fl.Task(state.adapter, fold=state.fold)]):
+    with MultiAdapterModel(base, [fl.Task(state.adapter, base_delta=state.base_delta)]):
         return logits(base.model, ROWS, base.tokenizer)
 
 

@@ -69,11 +69,11 @@ def test_python_and_the_command_line_give_one_adapter(
 ) -> None:
     rest = ["model=tiny", "data=tiny", "clients=3", "rounds=2"]
     main(["run", *rest, *words, f"out={tmp_path / 'command'}"])
-    told, made = fl.open(tmp_path / "command"), small(rounds=2, **settings)
-    assert sha(made) == sha(told)
-    assert made.state.digest() == told.state.digest()
+    command, made = fl.open(tmp_path / "command"), small(rounds=2, **settings)
+    assert sha(made) == sha(command)
+    assert made.state.digest() == command.state.digest()
     assert [line["loss"] for line in made.metrics if "loss" in line] == [
-        line["loss"] for line in told.metrics if "loss" in line
+        line["loss"] for line in command.metrics if "loss" in line
     ]
 
 
@@ -185,8 +185,8 @@ def test_the_result_predicts_and_gives_plain_peft() -> None:
     texts = [row["text"] for row in ROWS[:5]]
     model, base = run.model(), run.base()
     batch = base.tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    told = [run.task.labels[i] for i in model(**batch).logits.argmax(-1).tolist()]
-    assert run.predict(texts) == told
+    predicted = [run.task.labels[i] for i in model(**batch).logits.argmax(-1).tolist()]
+    assert run.predict(texts) == predicted
     assert "<table>" in run._repr_html_()
     assert "image/png" in run._repr_html_()
 

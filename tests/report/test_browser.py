@@ -46,9 +46,9 @@ async function look(width) {
 }
 (async () => {
   for (const width of widths) seen.push(await look(width));
-  const told = document.createElement("pre");
-  told.textContent = JSON.stringify(seen);
-  document.body.append(told);
+  const pre = document.createElement("pre");
+  pre.textContent = JSON.stringify(seen);
+  document.body.append(pre);
 })();
 </script>"""
 
@@ -79,10 +79,10 @@ def seen(make_run, tmp_path, browse):
         "labels": ["a", "b"],
         "clients": [{"client": k, "name": "n" * 40, "rank": 4, "rows": 9, "labels": [4, 5]} for k in (0, 1)],
     }
-    told = [("FedIT", 0, 0.5), ("FedIT", 1, 0.75), ("FlexLoRA", 0, 0.25), ("SLoRA", 0, 0.95)]
+    scores = [("FedIT", 0, 0.5), ("FedIT", 1, 0.75), ("FlexLoRA", 0, 0.25), ("SLoRA", 0, 0.95)]
     folders = [
         make_run(f"{name}-{seed}", f"x.{name}", {"seed": seed, "note": "word" * 30 + name}, accuracy=right)
-        for name, seed, right in told
+        for name, seed, right in scores
     ]
     for folder in folders:
         (folder / "data.json").write_text(json.dumps(data))

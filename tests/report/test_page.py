@@ -72,10 +72,10 @@ def test_level_runs_are_called_level(make_run, tmp_path):
 
 
 def test_the_best_perplexity_is_the_lowest(make_run, tmp_path):
-    told = {"metric": "perplexity", "initial": {"perplexity": 81.5}}
+    facts = {"metric": "perplexity", "initial": {"perplexity": 81.5}}
     rounds = [{"round": 1, "perplexity": 12.0}]
-    low = make_run("a", metrics=rounds, perplexity=12.0, rounds=1, **told)
-    high = make_run("b", target="fedlora.strategies.FedIT", metrics=rounds, perplexity=30.0, **told)
+    low = make_run("a", metrics=rounds, perplexity=12.0, rounds=1, **facts)
+    high = make_run("b", target="fedlora.strategies.FedIT", metrics=rounds, perplexity=30.0, **facts)
     shown = page(tmp_path, high, low)
     assert "Best of 2: FlexLoRA reached perplexity 12.00 on trec after 1 round (81.50 before" in shown.text
 
@@ -140,8 +140,8 @@ def test_no_runs_are_refused(tmp_path):
 
 
 def test_the_best_of_several_seeds_is_a_mean_and_not_the_luckiest_of_them(make_run, tmp_path):
-    told = [("x.FedIT", 0, 0.5), ("x.FedIT", 1, 0.9), ("x.SLoRA", 0, 0.75), ("x.SLoRA", 1, 0.75)]
-    folders = [make_run(f"{t}-{s}", t, {"seed": s}, accuracy=value) for t, s, value in told]
+    scores = [("x.FedIT", 0, 0.5), ("x.FedIT", 1, 0.9), ("x.SLoRA", 0, 0.75), ("x.SLoRA", 1, 0.75)]
+    folders = [make_run(f"{t}-{s}", t, {"seed": s}, accuracy=value) for t, s, value in scores]
     assert (
         "Best mean of 2: SLoRA reached accuracy 0.750 ± 0.000 on trec over 2 seeds."
         in page(tmp_path, *folders).text

@@ -21,13 +21,13 @@ def drawn(monkeypatch):
 
 
 def test_validation_rows_are_called_so_on_the_whole_page(make_run, tmp_path):
-    told = {}
+    pages = {}
     for rows in ("test", "validation"):
         run = make_run(rows, config={"evaluate": {"rows": rows}})
-        told[rows] = write_report([read_run(run)], tmp_path / f"{rows}.html").read_text()
-    assert "on the validation rows" in told["validation"]
-    assert "test rows" not in told["validation"]
-    assert "on the test rows" in told["test"]
+        pages[rows] = write_report([read_run(run)], tmp_path / f"{rows}.html").read_text()
+    assert "on the validation rows" in pages["validation"]
+    assert "test rows" not in pages["validation"]
+    assert "on the test rows" in pages["test"]
 
 
 def test_every_picture_names_its_axes(make_run):
@@ -39,7 +39,7 @@ def test_every_picture_names_its_axes(make_run):
         (plots.aggregation(runs)[0], {"round", "aggregation error"}),
     ]:
         assert axes <= set(words(picture))
-        assert "0.2 in round 0" in picture.told or picture.name != "accuracy-over-rounds"
+        assert "0.2 in round 0" in picture.description or picture.name != "accuracy-over-rounds"
 
 
 def test_several_runs_are_named_and_one_is_not(make_run):
@@ -183,8 +183,8 @@ def test_the_clients_are_drawn_from_the_worst_on_with_the_same_marker_everywhere
     def people(key, values):
         return [{"round": 2, "client": k, key: value, "status": "ok"} for k, value in enumerate(values)]
 
-    told = [("A", "loss", [0.5, 2.0]), ("B", "local_accuracy", [0.75, 0.25]), ("C", "loss", [1.0, 3.0])]
-    runs = [read_run(make_run(n, f"x.{n}", clients=people(key, values))) for n, key, values in told]
+    values_of = [("A", "loss", [0.5, 2.0]), ("B", "local_accuracy", [0.75, 0.25]), ("C", "loss", [1.0, 3.0])]
+    runs = [read_run(make_run(n, f"x.{n}", clients=people(key, values))) for n, key, values in values_of]
     assert [picture.name for picture in plots.by_client(runs)] == ["clients-local-accuracy", "clients-loss"]
     assert [[(line.label, line.points, line.at) for line in lines] for lines in drawn] == [
         [("B", [(1, 0.25), (2, 0.75)], 1)],

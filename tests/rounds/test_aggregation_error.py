@@ -11,8 +11,8 @@ def pair(*sigma):
     return Pair(torch.eye(len(sigma), 9), torch.eye(8, len(sigma)) * torch.tensor(sigma) / 2, 2.0)
 
 
-def state(*sigma, fold=None):
-    return State(Adapter({"m": pair(*sigma)}), fold=fold or {})
+def state(*sigma, base_delta=None):
+    return State(Adapter({"m": pair(*sigma)}), base_delta=base_delta or {})
 
 
 def updates(*ranks):
@@ -31,4 +31,4 @@ def test_there_is_nothing_to_keep_of_equal_ranks_no_tail_or_what_the_base_holds(
     assert tail_kept(before, before, updates(4, 4)) == {}
     assert tail_kept(state(4.0, 3.0), before, updates(2, 4)) == {}
     assert tail_kept(state(0.0, 0.0, 0.0), before, updates(2, 3)) == {}
-    assert tail_kept(state(4.0, 3.0, 2.0, fold={"m": pair(1.0)}), before, updates(2, 4)) == {}
+    assert tail_kept(state(4.0, 3.0, 2.0, base_delta={"m": pair(1.0)}), before, updates(2, 4)) == {}

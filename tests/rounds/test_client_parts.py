@@ -20,14 +20,14 @@ from fedlora.strategies import FedExLoRA, FedIT, FedSALoRA, FFALoRA, FLoRA, RoLo
 from fedlora.training.client import TrainRequest, TrainResult
 
 HOLDING = [FFALoRA(), RoLoRA(), FLoRA(), FedExLoRA(), FedSALoRA()]
-RANKS = [1, 1, 1]  # so small that a gain is less than the fold
+RANKS = [1, 1, 1]  # so small that a gain is less than the base delta
 Fails = Callable[[TrainRequest], bool]
 strategies = pytest.mark.parametrize("strategy", HOLDING, ids=lambda s: type(s).__name__)
 
 
 @pytest.fixture
 def watched(noise: Any) -> Any:
-    """A client that notes the fold and the start of every training, and fails where it is told to."""
+    """A client that notes the base delta and the start of every training, and fails where it is told to."""
 
     @dataclass(frozen=True)
     class Watched(noise):  # type: ignore[misc]
@@ -40,7 +40,7 @@ def watched(noise: Any) -> Any:
                 if self.fails(a):
                     raise RuntimeError(f"no luck for {a.client}")
             for a in assignments:
-                self.seen[a.round, a.client] = (Adapter(a.task.fold).digest(), a.start.digest())
+                self.seen[a.round, a.client] = (Adapter(a.task.base_delta).digest(), a.start.digest())
             return [self._outcome(a) for a in assignments]
 
     return Watched
@@ -144,7 +144,9 @@ def test_a_restarted_node_says_so_once_and_is_served_in_full_the_round_after(
     assert [(x["round"], x["client"]) for x in dropped] == [(4, 1)]
     assert "restarted" in dropped[0]["reason"]
     for round in (2, 3, 4, 5):
-        assert len({client.seen[at][0] for at in client.seen if at[0] == round}) == 1  # one fold for all
+        assert (
+            len({client.seen[at][0] for at in client.seen if at[0] == round}) == 1
+        )  # one base delta for all
 
 
 @pytest.mark.parametrize("strategy", [FLoRA(), FedExLoRA(), FedSALoRA()], ids=lambda s: type(s).__name__)
@@ -223,14 +225,14 @@ def test_the_last_look_is_at_what_every_client_then_has(lab: Any, watched: Any, 
     assert list(own) == [0, 1, 2, 3]  # those that were not sampled, too
     assert len(ran.client.seen) == before
     memory, state = ClientStore(tmp_path / "memory-a"), ran.federation.state
-    for c, told in own.items():
+    for c, metrics in own.items():
         kept = memory.read(c, 4) or {
             name: t for name, t in state.adapter.tensors() if not name.endswith(".A")
         }
         want = sum(float(t.double().sum()) for t in kept.values())
         want += sum(float(pair.A.double().sum()) for pair in state.adapter.pairs.values())
-        assert told["local_loss"] == pytest.approx(want)
-        assert told["num-examples"] == c + 1  # a tenth of its rows
+        assert metrics["local_loss"] == pytest.approx(want)
+        assert metrics["num-examples"] == c + 1  # a tenth of its rows
     again = ran.federation.evaluate_clients(ran.grid)
     assert again == own
 

@@ -113,37 +113,37 @@ def test_a_frozen_module_and_a_part_of_the_method_are_sent_when_they_change() ->
 
 
 def grown(rounds: int, rank: int = 1, first: int = 0) -> list[Task]:
-    """The tasks of a run whose fold grows by one gain a round; dense from the sixth on."""
-    fold = BaseDelta({"n": pair(99, 2)} if first else {})
+    """The tasks of a run whose base delta grows by one gain a round; dense from the sixth on."""
+    base_delta = BaseDelta({"n": pair(99, 2)} if first else {})
     tasks = []
     for round in range(rounds):
-        fold = fold.plus({"m": pair(round, rank)})
-        tasks.append(Task(Adapter({"m": pair(50 + round, 2)}), fold=fold))
+        base_delta = base_delta.plus({"m": pair(round, rank)})
+        tasks.append(Task(Adapter({"m": pair(50 + round, 2)}), base_delta=base_delta))
     return tasks
 
 
-FOLD, GAIN = ["fold/m.A", "fold/m.B"], ["gain/m.A", "gain/m.B"]
+BASE_DELTA, GAIN = ["fold/m.A", "fold/m.B"], ["gain/m.A", "gain/m.B"]
 PAIR = ["adapter/m.A", "adapter/m.B"]
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_who_is_one_state_behind_gets_the_gain_alone_and_has_the_fold_to_the_last_bit(first: int) -> None:
+def test_who_is_one_state_behind_gets_the_gain_alone_and_has_every_bit_of_the_base_delta(first: int) -> None:
     node, tasks = Node(), grown(12, first=first)
-    assert node.send(tasks[0], 1) == [*PAIR, *FOLD, *(["fold/n.A", "fold/n.B"] if first else [])]
+    assert node.send(tasks[0], 1) == [*PAIR, *BASE_DELTA, *(["fold/n.A", "fold/n.B"] if first else [])]
     for version, task in enumerate(tasks[1:], 2):
-        assert node.send(task, version) == [*PAIR, *GAIN]  # Node.send compares the folds
+        assert node.send(task, version) == [*PAIR, *GAIN]  # Node.send compares the base deltas
 
 
-def test_who_missed_a_state_gets_the_whole_fold() -> None:
+def test_who_missed_a_state_gets_the_whole_base_delta() -> None:
     node, tasks = Node(), grown(9)
     node.send(tasks[0], 1)
-    assert node.send(tasks[2], 3) == [*PAIR, *FOLD]
+    assert node.send(tasks[2], 3) == [*PAIR, *BASE_DELTA]
     assert node.send(tasks[3], 4) == [*PAIR, *GAIN]
-    assert node.send(tasks[8], 9) == [*PAIR, *FOLD]
+    assert node.send(tasks[8], 9) == [*PAIR, *BASE_DELTA]
 
 
 def test_a_state_that_stayed_as_it_was_needs_nothing() -> None:
-    """A round with too few updates: the same version, the same fold, and the old gain."""
+    """A round with too few updates: the same version, the same base delta, and the old gain."""
     node, tasks = Node(), grown(3)
     node.send(tasks[0], 1)
     node.send(tasks[1], 2)
@@ -151,18 +151,18 @@ def test_a_state_that_stayed_as_it_was_needs_nothing() -> None:
     assert node.send(tasks[2], 3) == [*PAIR, *GAIN]
 
 
-def test_a_gain_that_is_larger_than_the_fold_is_not_sent() -> None:
+def test_a_gain_that_is_larger_than_the_base_delta_is_not_sent() -> None:
     node, tasks = Node(), grown(3, rank=9)  # 9 × (6 + 8) numbers, against 6 × 8 + 6 × 6
-    assert node.send(tasks[0], 1) == [*PAIR, *FOLD]
+    assert node.send(tasks[0], 1) == [*PAIR, *BASE_DELTA]
     for version, task in enumerate(tasks[1:], 2):
         assert node.send(task, version) == [*PAIR, "fold/m.A"]  # the other factor is still the identity
 
 
 @pytest.mark.parametrize("version", [None, 2])
-def test_without_versions_nothing_is_left_out_of_a_fold(version: int | None) -> None:
+def test_without_versions_nothing_is_left_out_of_a_base_delta(version: int | None) -> None:
     node, tasks = Node(), grown(2)
     node.send(tasks[0], None)
-    assert node.send(tasks[1], version) == [*PAIR, *FOLD]
+    assert node.send(tasks[1], version) == [*PAIR, *BASE_DELTA]
 
 
 def test_a_node_of_which_nothing_is_known_gets_all_of_it() -> None:
@@ -170,11 +170,11 @@ def test_a_node_of_which_nothing_is_known_gets_all_of_it() -> None:
     node.send(tasks[0], 1)
     node.send(tasks[1], 2)
     node.known = None  # it failed, and nobody knows what it has
-    assert node.send(tasks[2], 3) == [*PAIR, *FOLD]
+    assert node.send(tasks[2], 3) == [*PAIR, *BASE_DELTA]
 
 
 @pytest.mark.parametrize("lost", ["all", "older"])
-def test_a_restarted_node_says_so_and_never_trains_on_a_wrong_fold(lost: str) -> None:
+def test_a_restarted_node_says_so_and_never_trains_on_a_wrong_base_delta(lost: str) -> None:
     node, tasks = Node(), grown(4)
     node.send(tasks[0], 1)
     older = node.shelf

@@ -1,4 +1,4 @@
-"""Folds that were replaced take no memory, however many clients once received them."""
+"""Base deltas that were replaced take no memory, however many clients once received them."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def shelf_bytes(shelf: DownloadCache, clients: int) -> int:
 
 @pytest.mark.parametrize("strategy", GROWING, ids=lambda s: type(s).__name__)
 def test_memory_does_not_grow_with_the_clients_that_were_sampled_once(lab: Any, strategy: Any) -> None:
-    # Folds are dense, and so of one size, from the first rounds on; two are held, of this round and the last.
+    # Base deltas are dense, and so of one size, from the first rounds on; those of two rounds are held.
     found = {}
     for rounds in (12, 28):
         run = lab.run(strategy, ranks=(4,) * 60, rounds=rounds, clients_per_round=2)
@@ -57,5 +57,5 @@ def test_nobody_is_counted_on_for_what_is_forgotten_and_hardly_a_byte_more_is_se
             never = lab.run(strategy, ranks, rounds=14, clients_per_round=3, min_updates=2)
         assert never.digest == run.digest
         down, least = ([x["bytes_down"] for x in those.lines("clients.jsonl")] for those in (run, never))
-        # Of a fold that is dense one factor is an identity, which FedFold's rare ranks are sent again.
+        # Of a base delta that is dense one factor is an identity, which FedFold's rare ranks are sent again.
         assert down == least if strategy != FedFold() else sum(down) <= 1.02 * sum(least)

@@ -199,10 +199,10 @@ def test_warnings_name_no_more_than_a_few() -> None:
 
 
 def test_metrics_of_clients_do_not_matter(lab: Any) -> None:
-    def told(replies: list[Message]) -> list[Message]:
+    def with_metrics(replies: list[Message]) -> list[Message]:
         for reply in replies:
             more = {"rejected": 1.0, "change": 3.0}
             reply.content["metrics"] = MetricRecord(dict(reply.content.metric_records["metrics"]) | more)
         return replies
 
-    assert "warning" not in lab.run(FedIT(), change=told, rounds=1).text
+    assert "warning" not in lab.run(FedIT(), change=with_metrics, rounds=1).text

@@ -175,6 +175,6 @@ def test_an_audit_that_fails_ends_in_an_error(monkeypatch: Any, capsys: pytest.C
     with pytest.raises(SystemExit) as code:
         main(["privacy", "audit"])
     assert code.value.code == 2
-    told = capsys.readouterr()
-    assert "FAIL" in told.out
-    assert "not as private as it claims" in told.err
+    printed = capsys.readouterr()
+    assert "FAIL" in printed.out
+    assert "not as private as it claims" in printed.err

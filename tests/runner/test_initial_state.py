@@ -44,7 +44,7 @@ def job(*overrides: str) -> Assembly:
 )
 def test_every_client_starts_from_the_function_of_the_base(overrides: list[str], taken: bool) -> None:
     found = job(*overrides)
-    assert bool(found.start.fold) == taken
+    assert bool(found.start.base_delta) == taken
     batch = collate(found.test[:8], found.base.pad_id)
     with torch.no_grad():
         plain = found.base.logits(batch)

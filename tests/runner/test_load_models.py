@@ -30,7 +30,7 @@ def test_bfloat16_on_a_processor_without_it_is_a_warning(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
     config = compose(["model=tiny", "data=tiny", f"model.dtype={dtype}"])
     dataset = Dataset("none", Classification(), (), (), ("a", "b"))
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         load_base(model_spec(config), dataset, 0, lambda *named: "loaded")  # type: ignore[arg-type, return-value]
-    assert [str(warning.message).split(":")[0] for warning in told] == ["model.dtype=bfloat16"] * slow
+    assert [str(warning.message).split(":")[0] for warning in warned] == ["model.dtype=bfloat16"] * slow

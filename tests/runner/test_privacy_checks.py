@@ -10,15 +10,17 @@ from fedlora.config.translate import run_spec
 from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, Entry, Ledger
 from fedlora.runner.assemble import assemble
-from fedlora.runner.privacy_checks import told_ledgers
+from fedlora.runner.privacy_checks import reported_ledgers
 
 ENTRY = Entry(0.9, 0.1, 8)
 
 
 def line(round: int, epsilon: float, **more: Any) -> dict[str, Any]:
-    told = {"sigma": ENTRY.sigma, "q": ENTRY.q, "steps": float(ENTRY.steps), "delta": 1e-5}
+    numbers = {"sigma": ENTRY.sigma, "q": ENTRY.q, "steps": float(ENTRY.steps), "delta": 1e-5}
     return (
-        {"round": round, "client": 3, "status": "ok", "epsilon": epsilon, "epsilon_valid": 1.0} | told | more
+        {"round": round, "client": 3, "status": "ok", "epsilon": epsilon, "epsilon_valid": 1.0}
+        | numbers
+        | more
     )
 
 
@@ -32,7 +34,7 @@ def after(rounds: int) -> Ledger:
 @pytest.mark.parametrize("heard", [[1, 2, 3], [1, 3], [3], [1, 4, 7]])
 def test_rounds_whose_reply_was_lost_are_counted_by_what_the_client_tells_later(heard: list[int]) -> None:
     lines = [line(n, after(n).epsilon) for n in heard]
-    assert told_ledgers(lines, "rdp") == {3: after(heard[-1])}
+    assert reported_ledgers(lines, "rdp") == {3: after(heard[-1])}
 
 
 @pytest.mark.parametrize(
@@ -49,13 +51,13 @@ def test_rounds_whose_reply_was_lost_are_counted_by_what_the_client_tells_later(
 )
 def test_numbers_that_cannot_be_do_not_end_the_run(wrong: dict[str, float]) -> None:
     honest = line(1, after(1).epsilon)
-    found = told_ledgers([honest, line(2, 1.0) | {"client": 4} | wrong], "rdp")
+    found = reported_ledgers([honest, line(2, 1.0) | {"client": 4} | wrong], "rdp")
     assert found[3] == after(1)
     assert 4 not in found or found[4].epsilon < 10
 
 
 def test_an_epsilon_out_of_the_air_costs_no_more_than_two_for_each_round() -> None:
-    assert told_ledgers([line(5, 1e290)], "rdp")[3].entries == (
+    assert reported_ledgers([line(5, 1e290)], "rdp")[3].entries == (
         Entry(ENTRY.sigma, ENTRY.q, 11 * ENTRY.steps),
     )
 
@@ -73,9 +75,9 @@ def test_a_refusal_tells_numbers_only_where_counts_are_public(public: bool) -> N
         lambda: DPSGD(delta=0.5, participations=1, public_counts=public).plan(1234, 8, 4),
         lambda: DPSGD(participations=1, epsilon=1e-9, public_counts=public).plan(1234, 8, 4),
     ):
-        with pytest.raises(ConfigError) as told:
+        with pytest.raises(ConfigError) as caught:
             wrong()
-        shown = any(n in str(told.value) for n in ("1234", " 7 ", f"{8 / 1234:.3g}"))
+        shown = any(n in str(caught.value) for n in ("1234", " 7 ", f"{8 / 1234:.3g}"))
         assert shown is public
 
 

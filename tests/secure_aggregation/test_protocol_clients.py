@@ -130,8 +130,8 @@ def test_the_threshold_is_of_those_who_sent_keys_and_fewer_shares_give_no_secret
 def test_a_client_refuses_keys_that_cannot_be(change: dict[str, Any]) -> None:
     clients = Clients("keys")
     keys, chosen = clients.peers["keys"], change.get("keys", slice(None))
-    told = keys[chosen] if isinstance(chosen, slice) else [keys[i] for i in chosen]
-    asked = clients.peers | change | {"keys": told}
+    keys_sent = keys[chosen] if isinstance(chosen, slice) else [keys[i] for i in chosen]
+    asked = clients.peers | change | {"keys": keys_sent}
     node = NODES[-1] if 7 in asked["nodes"] else NODES[0]
     with pytest.raises(IncompatibleUpdates, match="expected"):
         clients.ask(protocol.shares, node, **asked)

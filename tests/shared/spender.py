@@ -31,7 +31,7 @@ class Spender(Client):
             ledger = plan.after(a.ledger)
             found.append(
                 replace(
-                    outcome, metrics=DPSGD(participations=1).told(plan, ledger), ledger=ledger, examples=1
+                    outcome, metrics=DPSGD(participations=1).report(plan, ledger), ledger=ledger, examples=1
                 )
             )
         return found

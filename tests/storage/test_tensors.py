@@ -83,10 +83,10 @@ def test_an_update_keeps_the_version_it_started_from_and_one_recorded_before_the
     assert [update.version for update in log.read(4)[1]] == [2, 3]
     file = tmp_path / "updates" / "round-000004.safetensors"
     tensors, texts = read_tensors(file)
-    told = json.loads(texts["recording"])
-    for one in told["updates"]:
+    recording = json.loads(texts["recording"])
+    for one in recording["updates"]:
         del one["version"]
-    write_tensors(file, tensors, {"recording": json.dumps(told)})
+    write_tensors(file, tensors, {"recording": json.dumps(recording)})
     assert [(update.weight, update.version) for update in log.read(4)[1]] == [(2.0, None)] * 2
 
 

@@ -29,7 +29,7 @@ def downloads(make, strategy, sampled):
             content, known[peer.id] = write_task(task, round, 0, known.get(peer.id), state.round)
             read, _, _, shelf[peer.id] = read_task(content, shelf.get(peer.id))
             assert read.adapter.digest() == task.adapter.digest()
-            assert Adapter(read.fold).digest() == Adapter(task.fold).digest()
+            assert Adapter(read.base_delta).digest() == Adapter(task.base_delta).digest()
             assert (read.train, read.share) == (task.train, task.share)
             if peer.id == 0:
                 seen[round] = sum(array.numpy().nbytes for array in content["arrays"].values())

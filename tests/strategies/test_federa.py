@@ -27,9 +27,9 @@ def principal(W, rank, scale):
 
 def begun(rng, d_out=9, d_in=7, rank=4, scale=2.0):
     W = rng.standard_normal((d_out, d_in))
-    pair, fold = principal(W, rank, scale)
+    pair, base_delta = principal(W, rank, scale)
     head = {"head.weight": torch.from_numpy(rng.standard_normal((2, 3)))}
-    return W, FeDeRA().init(Adapter({"m": pair}, head), {"m": fold}, 5)
+    return W, FeDeRA().init(Adapter({"m": pair}, head), {"m": base_delta}, 5)
 
 
 def test_the_facts():
@@ -44,14 +44,14 @@ def test_the_effective_weight_starts_as_the_pretrained_one(np64, seed, d_out, d_
     W, state = begun(rng, d_out, d_in, rank, scale)
     assert np64.close(W + state.delta("m").numpy(), W)
     task = FeDeRA().task(state, Peer(0, rank))
-    assert np64.close(W + np64.delta(task.fold["m"]) + np64.delta(task.adapter.pairs["m"]), W)
+    assert np64.close(W + np64.delta(task.base_delta["m"]) + np64.delta(task.adapter.pairs["m"]), W)
     if rank == min(d_out, d_in):
-        assert np.linalg.norm(W + np64.delta(task.fold["m"])) < 1e-10  # nothing is left in W_f
+        assert np.linalg.norm(W + np64.delta(task.base_delta["m"])) < 1e-10  # nothing is left in W_f
 
 
 def test_rounds_average_a_and_b_on_a_base_that_stays(make, np64, rng):
     _, state = begun(rng)
-    before = state.fold["m"]
+    before = state.base_delta["m"]
     for done in range(3):
         updates = make.round(rng, FeDeRA(), state, PEERS, WEIGHTS, step=0.1)
         state = FeDeRA().aggregate(state, updates, rng)
@@ -60,8 +60,8 @@ def test_rounds_average_a_and_b_on_a_base_that_stays(make, np64, rng):
         A = sum(w * p.A.numpy() for w, p in zip(shares, pairs, strict=True))
         B = sum(w * p.B.numpy() for w, p in zip(shares, pairs, strict=True))
         assert np64.close(state.delta("m"), 2.0 * B @ A + np64.delta(before))
-        assert torch.equal(state.fold["m"].A, before.A)
-        assert torch.equal(state.fold["m"].B, before.B)
+        assert torch.equal(state.base_delta["m"].A, before.A)
+        assert torch.equal(state.base_delta["m"].B, before.B)
         assert state.round == done + 1
 
 
@@ -74,7 +74,7 @@ def test_what_comes_out_is_a_delta_of_twice_the_rank(make, np64, rng):
     assert np64.close(np64.delta(whole), new.delta("m"))
 
 
-def test_without_a_fold_it_is_fedit(make, rng):
+def test_without_a_base_delta_it_is_fedit(make, rng):
     adapter = Adapter({"m": make.pair(rng, 6, 5, 4, 0.7)})
     one, two = FeDeRA().init(adapter), FedIT().init(adapter)
     updates = make.round(rng, FedIT(), two, PEERS, WEIGHTS)

@@ -33,10 +33,10 @@ def test_the_effective_weight_is_the_mean_of_the_clients(make, np64, seed, d_out
     state = fedex.init(Adapter({"m": make.pair(rng, d_out, d_in, rank, 2.0)}))
     peers = [Peer(k, rank, {}, {"m": scale}) for k, (scale, _) in enumerate(clients)]
     for _ in range(3):
-        fold = np64.delta(state.fold["m"]) if state.fold else np.zeros((d_out, d_in))
+        base_delta = np64.delta(state.base_delta["m"]) if state.base_delta else np.zeros((d_out, d_in))
         updates = make.round(rng, fedex, state, peers, [w for _, w in clients])
         state = fedex.aggregate(state, updates, rng)
-        assert np64.close(state.delta("m"), fold + np64.mean(updates, "m"), 1e-11)
+        assert np64.close(state.delta("m"), base_delta + np64.mean(updates, "m"), 1e-11)
 
 
 @given(seed=seeds, clients=clients)
@@ -66,7 +66,7 @@ def test_other_scales_do_not_need_more_directions(make, np64, rng):
     pairs, w = [make.pair(rng, 23, 31, 4, s) for s in (0.5, 2.0, 8.0)], [0.2, 0.3, 0.5]
     start = State(Adapter({"m": make.pair(rng, 23, 31, 4, 3.0)}))
     new = FedExLoRA().aggregate(start, updates_of(pairs, w), rng)
-    assert new.fold.increment["m"].rank == 8
+    assert new.base_delta.increment["m"].rank == 8
     assert np64.close(new.delta("m"), np64.sum(pairs, w), 1e-12)
 
 
@@ -75,7 +75,7 @@ def test_a_transposed_residual_would_be_seen(make, np64, rng, shape):
     # The authors' code adds the transpose, which a square layer hides.
     pairs, w = [make.pair(rng, *shape, 2, 2.0) for _ in range(3)], [0.2, 0.3, 0.5]
     new = FedExLoRA().aggregate(State(Adapter({"m": pairs[0]})), updates_of(pairs, w), rng)
-    added = np64.delta(new.fold["m"])
+    added = np64.delta(new.base_delta["m"])
     assert added.shape == shape
     assert np64.close(np64.delta(new.adapter.pairs["m"]) + added, np64.sum(pairs, w), 1e-12)
     if shape == (6, 6):
@@ -85,11 +85,11 @@ def test_a_transposed_residual_would_be_seen(make, np64, rng, shape):
 def test_a_single_client_loses_nothing_and_adds_nothing(make, np64, rng):
     start, pair = State(Adapter({"m": make.pair(rng, 6, 9, 4, 2.0)})), make.pair(rng, 6, 9, 4, 2.0)
     new = FedExLoRA().aggregate(start, updates_of([pair], [3.0]), rng)
-    assert (new.fold, new.fold.increment) == ({}, {})
+    assert (new.base_delta, new.base_delta.increment) == ({}, {})
     loud = make.pair(rng, 6, 9, 4, 2.0)
     for pairs, weights in (([pair, loud], [3.0, 0.0]), ([loud, pair], [0.0, 3.0])):
         new = FedExLoRA().aggregate(start, updates_of(pairs, weights), rng)
-        assert (new.fold, new.fold.increment) == ({}, {})
+        assert (new.base_delta, new.base_delta.increment) == ({}, {})
         assert np64.close(new.delta("m"), np64.delta(pair), 1e-14)
 
 
@@ -103,7 +103,7 @@ def test_clients_that_share_a_factor_add_exactly_nothing(make, np64, rng, same):
         pairs.append(Pair(A, one.B if same in ("B", "both") else other.B, 2.0))
     w = [0.25, 0.25, 0.5]  # means of equal numbers are those numbers
     new = FedExLoRA().aggregate(State(Adapter({"m": one})), updates_of(pairs, w), rng)
-    assert not np64.delta(new.fold["m"]).any()
+    assert not np64.delta(new.base_delta["m"]).any()
     assert np64.close(new.delta("m"), np64.sum(pairs, w), 1e-13)
 
 
@@ -121,22 +121,22 @@ def test_the_effective_weight_does_not_depend_on_the_gauge(make, np64, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_who_adds_the_gain_to_the_old_fold_has_the_new_one_bit_for_bit(make, rng, dtype):
+def test_who_adds_the_gain_to_the_old_base_delta_has_the_new_one_bit_for_bit(make, rng, dtype):
     fedex = FedExLoRA()
     state = fedex.init(Adapter({"m": make.pair(rng, 20, 30, 3, 2.0, dtype)}))
     for sampled in ([1, 2, 3], [2], [1, 3], [1, 2, 3], [1, 2], [1, 2, 3]):
         peers = [Peer(k, 3) for k in sampled]
         new = fedex.aggregate(state, make.round(rng, fedex, state, peers, [1.0] * len(peers), 0.1), rng)
         if len(peers) > 1:
-            mine = accumulate(state.fold.get("m"), new.fold.increment["m"])
-            assert torch.equal(mine.A, new.fold["m"].A)
-            assert torch.equal(mine.B, new.fold["m"].B)
+            mine = accumulate(state.base_delta.get("m"), new.base_delta.increment["m"])
+            assert torch.equal(mine.A, new.base_delta["m"].A)
+            assert torch.equal(mine.B, new.base_delta["m"].B)
         else:
-            assert new.fold == state.fold
+            assert new.base_delta == state.base_delta
         task = fedex.task(new, Peer(9, 3))
-        assert task.fold is new.fold
-        assert new.fold["m"].A.dtype == dtype
-        assert new.fold["m"].rank <= 20
+        assert task.base_delta is new.base_delta
+        assert new.base_delta["m"].A.dtype == dtype
+        assert new.base_delta["m"].rank <= 20
         state = new
 
 
@@ -148,13 +148,13 @@ def test_low_precision_is_rounded_once_at_the_end(make, rng):
     assert torch.equal(found.B, want.B.bfloat16())
 
 
-def test_it_begins_on_a_base_that_has_something_folded_in(make, np64, rng):
+def test_it_begins_with_a_base_delta(make, np64, rng):
     fedex, before, other = FedExLoRA(), make.pair(rng, 6, 9, 2), make.pair(rng, 3, 3, 1)
     state = fedex.init(Adapter({"m": make.pair(rng, 6, 9, 4, 2.0)}), {"m": before, "elsewhere": other})
     updates = make.round(rng, fedex, state, [Peer(1, 4), Peer(2, 4)], [1.0, 2.0])
     new = fedex.aggregate(state, updates, rng)
     assert np64.close(new.delta("m"), np64.delta(before) + np64.mean(updates, "m"), 1e-12)
-    assert new.fold["elsewhere"] is other
+    assert new.base_delta["elsewhere"] is other
 
 
 def test_FedIT_on_the_same_updates_is_wrong(make, np64, rng):

@@ -30,13 +30,13 @@ def started(make, rng, strategy, rank=3, **more):
     return strategy.init(make.adapter(rng, LAYERS, rank, 0.7, **more), seed=3)
 
 
-def told(updates, *losses):
+def with_losses(updates, *losses):
     return [dataclasses.replace(u, metrics={"loss": x}) for u, x in zip(updates, losses, strict=True)]
 
 
 def step(make, rng, strategy, state, weights, losses=None):
     updates = make.round(rng, strategy, state, peers(len(weights)), weights)
-    updates = told(updates, *losses) if losses else updates
+    updates = with_losses(updates, *losses) if losses else updates
     return strategy.aggregate(state, updates, rng), updates
 
 

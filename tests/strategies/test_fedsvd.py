@@ -92,7 +92,7 @@ def test_A_never_lengthens_what_goes_through_it(make, seed, rank, d_in):
 
 
 def test_the_rank_does_not_shrink_and_all_directions_learn(make, np64, rng):
-    # One direction learned of four, and then only clients of rank 1: the rest is refilled, orthonormally.
+    # One direction learned of four, and then only clients of rank 1: the rest is padded, orthonormally.
     state = start(make, rng)
     B = torch.zeros(6, 4, dtype=torch.float64)
     B[:, 1] = 1.0
@@ -167,7 +167,7 @@ def test_a_client_of_a_small_rank_has_the_leading_directions(make, np64, rng):
     assert np64.close(np64.delta(pair), np64.best(state.delta("m").numpy(), 2), 1e-11)
 
 
-def test_refills_follow_from_seed_module_and_round(make, rng):
+def test_the_padding_follows_from_seed_module_and_round(make, rng):
     first = torch.zeros(6, 4, dtype=torch.float64)
     first[:, 0] = 1.0
     pair = make.pair(rng, 6, 9, 4, 2.0)

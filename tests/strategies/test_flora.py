@@ -39,8 +39,8 @@ def test_what_is_merged_is_the_mean_for_all_ranks_and_scales(make, np64, seed, d
         updates = make.round(rng, flora, state, peers, 0.1 + rng.random(len(peers)))
         state, want = flora.aggregate(state, updates, rng), want + np64.mean(updates, "m")
         assert np64.close(state.delta("m"), want, 1e-12)
-        assert np64.close(np64.delta(state.fold["m"]), want, 1e-12)
-        assert state.fold["m"].rank <= min(d_out, d_in)
+        assert np64.close(np64.delta(state.base_delta["m"]), want, 1e-12)
+        assert state.base_delta["m"].rank <= min(d_out, d_in)
 
 
 def test_the_stack_is_no_larger_than_the_ranks_together(make, rng):
@@ -48,8 +48,8 @@ def test_the_stack_is_no_larger_than_the_ranks_together(make, rng):
     state = flora.init(blank(make, rng, {"m": (40, 30)}))
     updates = make.round(rng, flora, state, [Peer(1, 2), Peer(2, 5), Peer(3, 1)], [1.0, 2.0, 3.0])
     new = flora.aggregate(state, updates, rng)
-    assert (new.fold.increment["m"].rank, new.fold.increment["m"].scale) == (8, 1.0)
-    assert torch.equal(new.fold.increment["m"].A, torch.cat([u.adapter.pairs["m"].A for u in updates]))
+    assert (new.base_delta.increment["m"].rank, new.base_delta.increment["m"].scale) == (8, 1.0)
+    assert torch.equal(new.base_delta.increment["m"].A, torch.cat([u.adapter.pairs["m"].A for u in updates]))
 
 
 def test_one_scale_for_all_would_be_wrong(make, np64, rng):
@@ -112,47 +112,47 @@ def test_clients_are_nested_in_one_fresh_A(make, rng):
     for rank in (1, 3, 12):
         task = flora.task(state, Peer(2, rank, {}, {"m": 0.3}))
         assert torch.equal(task.adapter.pairs["m"].A, state.adapter.pairs["m"].A[:rank])
-        assert task.fold is state.fold
+        assert task.base_delta is state.base_delta
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_who_adds_the_gain_to_the_old_fold_has_the_new_one_bit_for_bit(make, rng, dtype):
+def test_who_adds_the_gain_to_the_old_base_delta_has_the_new_one_bit_for_bit(make, rng, dtype):
     flora, layers = FLoRA(), {"tall": (40, 20), "wide": (7, 30)}
     state = flora.init(blank(make, rng, layers, dtype=dtype))
     for _ in range(5):  # from stacks to dense sums
         updates = make.round(rng, flora, state, [Peer(1, 4), Peer(2, 1)], [1.0, 2.0])
         new = flora.aggregate(state, updates, rng)
         for m in layers:
-            mine = accumulate(state.fold.get(m), new.fold.increment[m])
-            assert torch.equal(mine.A, new.fold[m].A)
-            assert torch.equal(mine.B, new.fold[m].B)
-            assert new.fold[m].A.dtype == dtype
-            assert new.fold[m].scale == new.fold.increment[m].scale == 1.0
+            mine = accumulate(state.base_delta.get(m), new.base_delta.increment[m])
+            assert torch.equal(mine.A, new.base_delta[m].A)
+            assert torch.equal(mine.B, new.base_delta[m].B)
+            assert new.base_delta[m].A.dtype == dtype
+            assert new.base_delta[m].scale == new.base_delta.increment[m].scale == 1.0
         state = State.unpack(load(save(new.pack()[0])), new.pack()[1])
         assert state.digest() == new.digest()
 
 
 def test_an_adapter_that_has_learned_is_merged_before_the_first_round(make, np64, rng):
     flora = FLoRA()
-    learned, fold = make.pair(rng, 6, 9, 4, 2.0), make.pair(rng, 6, 9, 2)
+    learned, base_delta = make.pair(rng, 6, 9, 4, 2.0), make.pair(rng, 6, 9, 2)
     blank_one = blank(make, rng, {"n": (5, 5)}, rank=4).pairs["n"]
-    state = flora.init(Adapter({"m": learned, "n": blank_one}), {"m": fold})
-    assert np64.close(state.delta("m"), np64.delta(learned) + np64.delta(fold), 1e-12)
+    state = flora.init(Adapter({"m": learned, "n": blank_one}), {"m": base_delta})
+    assert np64.close(state.delta("m"), np64.delta(learned) + np64.delta(base_delta), 1e-12)
     assert not state.adapter.pairs["m"].B.any()
     assert not torch.equal(state.adapter.pairs["m"].A, learned.A)
     assert state.adapter.pairs["n"] is blank_one
-    assert set(state.fold) == {"m"}
+    assert set(state.base_delta) == {"m"}
     update = make.round(rng, flora, state, [Peer(1, 4)], [1.0])[0]
     new = flora.aggregate(state, [update], rng)
     gained = np64.delta(update.adapter.pairs["m"])
     assert np64.close(new.delta("m") - state.delta("m"), gained, 1e-12)
 
 
-def test_what_was_folded_into_another_module_stays(make, np64, rng):
+def test_the_base_delta_of_another_module_stays(make, np64, rng):
     flora, other = FLoRA(), make.pair(rng, 3, 3, 1)
     state = flora.init(blank(make, rng, {"m": (6, 9)}), {"elsewhere": other})
     new = flora.aggregate(state, make.round(rng, flora, state, [Peer(1, 2)], [1.0]), rng)
-    assert torch.equal(new.fold["elsewhere"].A, other.A)
+    assert torch.equal(new.base_delta["elsewhere"].A, other.A)
 
 
 def test_a_client_of_weight_zero_adds_nothing(make, np64, rng):

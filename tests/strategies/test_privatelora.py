@@ -125,20 +125,20 @@ def test_r_squared_numbers_travel_and_the_frozen_factors_once(make, rng):
     assert read_task(again, has)[0].adapter.digest() == task.adapter.digest()
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_an_adapter_that_was_there_goes_on_working(make, np64, rng, folded):
+@pytest.mark.parametrize("with_base_delta", [False, True])
+def test_an_adapter_that_was_there_goes_on_working(make, np64, rng, with_base_delta):
     private, adapter = PrivateLoRA(), make.adapter(rng, LAYERS, 2, 0.7)
-    fold = {"m": make.pair(rng, 7, 9, 1)} if folded else None
-    state = private.init(adapter, fold)
+    base_delta = {"m": make.pair(rng, 7, 9, 1)} if with_base_delta else None
+    state = private.init(adapter, base_delta)
     want = {
-        m: np64.delta(p) + (np64.delta(fold[m]) if folded and m == "m" else 0)
+        m: np64.delta(p) + (np64.delta(base_delta[m]) if with_base_delta and m == "m" else 0)
         for m, p in adapter.pairs.items()
     }
-    assert all(p.scale == 1.0 for p in state.fold.values())
+    assert all(p.scale == 1.0 for p in state.base_delta.values())
     for m in LAYERS:
         assert np64.close(state.delta(m), want[m])
     task = private.task(state, Peer(0, 2))
-    assert task.fold == state.fold
+    assert task.base_delta == state.base_delta
     update = Update(trained(make, rng, task), 1.0, Peer(0, 2))
     new = State.unpack(*private.aggregate(state, [update], rng).pack())
     for m in LAYERS:

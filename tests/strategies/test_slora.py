@@ -93,9 +93,9 @@ def test_the_server_takes_the_weighted_mean_and_nothing_moves_off_the_mask(make,
 def test_the_mask_is_the_same_in_another_process_and_another_for_another_seed():
     home = places.__module__
     code = f"from {home} import places; print(places(5, 'wide', (5, 9), 12).tolist())"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     found = places(5, "wide", (5, 9), 12)
-    assert told.strip() == str(found.tolist())
+    assert printed.strip() == str(found.tolist())
     assert len(set(found.tolist())) == 12
     assert not torch.equal(found, places(6, "wide", (5, 9), 12))
     assert not torch.equal(found, places(5, "tall", (5, 9), 12))
@@ -107,8 +107,8 @@ def test_an_adapter_that_has_learned_stays_fixed_below_the_values_and_counts(mak
     state = slora.init(adapter, seed=3)
     for done in range(2):
         task = slora.task(state, PEERS[0])
-        assert all(np64.close(np64.delta(task.fold[m]), np64.delta(adapter.pairs[m])) for m in LAYERS)
-        assert {pair.scale for pair in task.fold.values()} == {1.0}
+        assert all(np64.close(np64.delta(task.base_delta[m]), np64.delta(adapter.pairs[m])) for m in LAYERS)
+        assert {pair.scale for pair in task.base_delta.values()} == {1.0}
         state, updates = step(make, rng, slora, state)
         for m in LAYERS:
             want = np64.delta(adapter.pairs[m]) + scattered(state, mean(updates, f"{m}.sparse"), m)
@@ -133,7 +133,7 @@ def test_the_factors_are_the_best_of_their_rank_and_the_rest_is_dropped(make, np
         assert (state.adapter.pairs[m].rank, state.adapter.pairs[m].scale) == (rank, scale)
         kept, whole = kept + (sigma[:rank] ** 2).sum(), whole + (sigma**2).sum()
     assert state.metrics == {"energy_kept": pytest.approx(kept / whole, abs=1e-9)}
-    assert not state.fold
+    assert not state.base_delta
     assert not state.memory
 
 
@@ -147,8 +147,8 @@ def test_a_kept_residual_leaves_the_function_unchanged(make, np64, seed, rank):
         delta = scattered(state, mean(updates, f"{m}.sparse"), m)
         assert np64.close(state.delta(m), delta)
         assert np64.close(np64.delta(task.adapter.pairs[m]), np64.best(delta, rank))
-        assert np64.close(np64.delta(task.fold[m]), delta - np64.best(delta, rank))
-        assert task.fold[m].scale == 1.0
+        assert np64.close(np64.delta(task.base_delta[m]), delta - np64.best(delta, rank))
+        assert task.base_delta[m].scale == 1.0
 
 
 def test_every_direction_can_learn_after_a_hand_over_of_little_or_nothing(make, rng):
@@ -231,7 +231,7 @@ def test_settings_that_cannot_be_are_refused(make, rng):
     adapter = fresh(make, rng)
     with pytest.raises(ConfigError, match=r"lora\.init=lora, or strategy\.sparse_rounds=0"):
         SLoRA().init(adapter, adapter.pairs)
-    assert SLoRA(sparse_rounds=0).init(adapter, adapter.pairs).fold == adapter.pairs
+    assert SLoRA(sparse_rounds=0).init(adapter, adapter.pairs).base_delta == adapter.pairs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -240,7 +240,9 @@ def test_the_precision_of_the_adapter_is_kept_through_both_stages(make, rng, dty
     state = slora.init(make.adapter(rng, LAYERS, 3, 0.7, dtype))
     for _ in range(2):
         state, _ = step(make, rng, slora, state)
-        kinds = {t.dtype for adapter in (state.adapter, Adapter(state.fold)) for _, t in adapter.tensors()}
+        kinds = {
+            t.dtype for adapter in (state.adapter, Adapter(state.base_delta)) for _, t in adapter.tensors()
+        }
         assert kinds == {dtype}
 
 

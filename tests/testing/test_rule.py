@@ -239,7 +239,11 @@ def spied() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("spied")
-@pytest.mark.parametrize(("rule", "promise", "said"), BROKEN, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    ("rule", "promise", "said"),
+    BROKEN,
+    ids=lambda value: value[:60] if isinstance(value, str) else type(value).__name__,
+)
 def test_a_broken_promise_is_named(rule: LocalRule, promise: str, said: str) -> None:
     with pytest.raises(AssertionError, match=rf"{type(rule).__name__} breaks [\s\S]*- {promise}: .*{said}"):
         check_rule(rule)

@@ -89,10 +89,10 @@ def test_scores_are_means_over_rows_and_over_each_clients_rows() -> None:
     rows = [Row("q" * 400, " Yes\n", "a"), Row("q", "no", "b"), Row("q", "the old dog", "b")]
     found = [Answer.to(rows[i], i, said) for i, said in enumerate(["yes", "yes", "dog"])]
     assert (len(found[0].prompt), found[0].expected, found[0].exact) == (300, "Yes", True)
-    told = scores(found)
-    assert told["exact_match"] == pytest.approx(1 / 3)
-    assert told["rouge_l"] == pytest.approx((1 + 0 + 2 / 4) / 3)
-    assert told["answers"] == {
+    metrics = scores(found)
+    assert metrics["exact_match"] == pytest.approx(1 / 3)
+    assert metrics["rouge_l"] == pytest.approx((1 + 0 + 2 / 4) / 3)
+    assert metrics["answers"] == {
         "a": {"answered": 1, "exact_match": 1.0, "rouge_l": 1.0},
         "b": {"answered": 2, "exact_match": 0.0, "rouge_l": pytest.approx(0.25)},
     }

@@ -142,20 +142,20 @@ def test_what_is_not_trained_stays_as_it_was(train: frozenset[str]) -> None:
             assert torch.equal(before[name], after[name]), name
 
 
-def test_rules_and_folds_are_each_client_s_own() -> None:
+def test_rules_and_base_deltas_are_each_client_s_own() -> None:
     base = base_of("Llama")
     client = LocalTraining(lr=0.01, rules=[FedProx(0.5)])
     draw = torch.Generator().manual_seed(9)
     jobs = []
     for seed in range(3):
         made = job(base, seed, 2 + seed, (3, 3))
-        fold = {
+        base_delta = {
             n: Pair(
                 torch.randn(2, p.shape[1], generator=draw), torch.randn(p.shape[0], 2, generator=draw), 0.05
             )
             for n, p in made.task.adapter.pairs.items()
         }
-        task = dataclasses.replace(made.task, fold=fold, method=tuple(client.rules))
+        task = dataclasses.replace(made.task, base_delta=base_delta, method=tuple(client.rules))
         jobs.append(dataclasses.replace(made, task=task))
     apart = [trained(base, [one], client)[0] for one in jobs]
     for one, other in zip(

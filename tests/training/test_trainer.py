@@ -225,13 +225,13 @@ def test_evaluation_is_a_loop_over_adapters_and_their_rows(base: Base) -> None:
                 assert math.isnan(loss)
                 assert math.isnan(right)
                 continue
-            told, hits = [], []
+            losses, hits = [], []
             for row in mine:
                 with torch.no_grad(), MultiAdapterModel(base, [Task(one)]):
                     logits = base.logits(collate([row], 0))[0]
-                told.append(-logits.log_softmax(-1)[row.target].item())
+                losses.append(-logits.log_softmax(-1)[row.target].item())
                 hits.append(logits.argmax().item() == row.target)
-            assert loss == pytest.approx(sum(told) / len(told), rel=1e-9)
+            assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-9)
             assert right == pytest.approx(sum(hits) / len(hits))
 
 
@@ -274,15 +274,15 @@ def test_the_loss_is_the_mean_over_steps_of_each_batch_s_mean(base: Base) -> Non
 
 
 def test_a_schedule_and_a_clip_are_those_of_the_step(base: Base) -> None:
-    told: list[tuple[int, int]] = []
+    steps_seen: list[tuple[int, int]] = []
     jobs = [FitJob(Task(adapter(base, 1, k)), [rows(3, s) for s in range(n)]) for k, n in enumerate((3, 1))]
 
     def schedule(step: int, steps: int) -> float:
-        told.append((step, steps))
+        steps_seen.append((step, steps))
         return 1.0 if step == 0 else 0.0
 
     fitted = fit(base, jobs, sgd, schedule)
-    assert sorted(told) == [(0, 1), (0, 3), (1, 3), (2, 3)]
+    assert sorted(steps_seen) == [(0, 1), (0, 3), (1, 3), (2, 3)]
     for job, one in zip(jobs, fitted, strict=True):
         [first] = fit(base, [FitJob(job.task, job.batches[:1])], sgd)
         for name, value in one.adapter.tensors():

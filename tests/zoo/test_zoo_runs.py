@@ -33,8 +33,8 @@ def words(name: str, root: Path, folder: Path) -> list[str]:
     """What a run of an architecture is asked for, with rows of its own in the folder."""
     entry = ZOO[name]
     for file, number in (("train", 12), ("test", 3)):
-        told = [json.dumps(line) for line in lines(entry, number, number)]
-        (folder / f"{file}.jsonl").write_text("\n".join(told) + "\n")
+        records = [json.dumps(line) for line in lines(entry, number, number)]
+        (folder / f"{file}.jsonl").write_text("\n".join(records) + "\n")
     columns = {"classification": "text label", "instruction": "prompt response"}[entry.kind].split()
     return [
         "run",
@@ -52,10 +52,10 @@ def words(name: str, root: Path, folder: Path) -> list[str]:
 
 def run(name: str, root: Path, verb: list[str]) -> None:
     """Run it; it says all that the table says of the architecture, once, and nothing else."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         main(verb)
-    said = [str(one.message) for one in told]
+    said = [str(one.message) for one in warned]
     assert sum(line.startswith(ONE_BY_ONE) for line in said) == ("fused" in ZOO[name].refused), said
     fed = sum(str(root / name) in line for line in said)
     assert fed in (0, len(ZOO[name].fed)), said  # a process loads a model once
@@ -106,9 +106,9 @@ def test_a_private_run_keeps_every_client(root: Path, tmp_path: Path, name: str)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         main([*asked, f"out={tmp_path}/run"])
-    told = [json.loads(line) for line in (tmp_path / "run" / "clients.jsonl").read_text().splitlines()]
-    assert len(told) == 3
-    assert all(line["epsilon"] > 0 for line in told)
+    log = [json.loads(line) for line in (tmp_path / "run" / "clients.jsonl").read_text().splitlines()]
+    assert len(log) == 3
+    assert all(line["epsilon"] > 0 for line in log)
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_each_update_of_a_model_that_cannot_tell_clients_apart_is_evaluated(
 ) -> None:
     asked = [*words(name, root, tmp_path), "strategy=flexlora", "evaluate.updates=true", "rounds=1"]
     run(name, root, [*asked, f"out={tmp_path}/run"])
-    told = [json.loads(line) for line in (tmp_path / "run" / "clients.jsonl").read_text().splitlines()]
-    losses = {line["test_loss"] for line in told}
-    assert len(told) == len(losses) == 3
+    log = [json.loads(line) for line in (tmp_path / "run" / "clients.jsonl").read_text().splitlines()]
+    losses = {line["test_loss"] for line in log}
+    assert len(log) == len(losses) == 3
     assert all(math.isfinite(loss) for loss in losses)

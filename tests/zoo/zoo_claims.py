@@ -44,10 +44,10 @@ class Case:
         """The model as fedlora loads it; anew each time."""
         path = checkpoint(self.entry, self.root / self.name)
         labels = LABELS if self.entry.kind == "classification" else ()
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", UserWarning)
             base = load(path, self.entry.kind, labels, str(self.dtype).removeprefix("torch."))
-        said = [str(one.message) for one in told if str(path) in str(one.message)]
+        said = [str(one.message) for one in warned if str(path) in str(one.message)]
         assert len(said) == len(self.entry.fed), said
         assert all(part in line for part, line in zip(self.entry.fed, said, strict=True)), said
         return base
@@ -59,10 +59,10 @@ class Case:
     @cached_property
     def modules(self) -> dict[str, tuple[int, int]]:
         named = self.entry.targets
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", UserWarning)
             found = targets(self.base, named if isinstance(named, str) else list(named))
-        said = " ".join(str(one.message) for one in told if "lora.targets" in str(one.message))
+        said = " ".join(str(one.message) for one in warned if "lora.targets" in str(one.message))
         left = self.entry.left_out
         assert said == (f"lora.targets=all-linear leaves out {left}" if left else "")
         return found
@@ -201,8 +201,8 @@ def long(case: Case) -> None:
     task, before = Task(case.adapter(0)), dict(case.adapter(0).tensors())
     said, _ = evaluate(case.base, [task], [case.long])[0]
     with torch.no_grad():
-        told = [float(loss(copy.deepcopy(case.peft), row)) for row in case.long]
-    assert abs(said - sum(told) / len(told)) < 10 * case.tolerance
+        losses = [float(loss(copy.deepcopy(case.peft), row)) for row in case.long]
+    assert abs(said - sum(losses) / len(losses)) < 10 * case.tolerance
     after = case.fit_rows({0: case.long}, ANY)[0]
     want = {n: sum(g[n] for g in case.long_gradients) / len(case.long) for n in before}
     case.same({n: (before[n] - after[n]) / RATE for n in before}, want)

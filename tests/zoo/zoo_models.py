@@ -111,6 +111,6 @@ def lines(entry: Entry, number: int, seed: int) -> list[dict[str, str]]:
     for k in range(number):
         text = " ".join(f"w{i}" for i in rng.integers(0, WORDS, 3 + k % 6))
         label = LABELS[int(rng.integers(len(LABELS)))]
-        told = {"text": text, "label": label}
-        found.append(told if entry.kind == "classification" else {"prompt": text, "response": f"w1 {text}"})
+        record = {"text": text, "label": label}
+        found.append(record if entry.kind == "classification" else {"prompt": text, "response": f"w1 {text}"})
     return found

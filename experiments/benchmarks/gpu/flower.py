@@ -95,8 +95,8 @@ def _simulated(bench: Bench, job: Job) -> tuple[list[float], float]:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         if process.returncode:
-            told = (folder / "log").read_text().splitlines()[-15:]
-            raise RuntimeError(f"the simulation ended with {process.returncode}:\n" + "\n".join(told))
+            last_lines = (folder / "log").read_text().splitlines()[-15:]
+            raise RuntimeError(f"the simulation ended with {process.returncode}:\n" + "\n".join(last_lines))
     rounds = [float(line.split()[-1]) for line in said.splitlines() if line.startswith("round")]
     return rounds, used.peak
 

@@ -126,10 +126,10 @@ def _waits(run: Callable[[], Any]) -> Counter[str]:
     """How often the host waits for the device, by the line of Python that makes it wait."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [one for one in told if "called a synchroniz" in str(one.message)]
+    waits = [one for one in warned if "called a synchroniz" in str(one.message)]
     return Counter(f"{'/'.join(Path(one.filename).parts[-3:])}:{one.lineno}" for one in waits)

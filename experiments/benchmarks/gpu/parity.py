@@ -156,10 +156,10 @@ def _forbidding(base: Base, requests: Sequence[TrainRequest], client: LocalTrain
     """The operations that torch warns of when it is asked to be deterministic."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             _trained(base, requests, client)
     finally:
         torch.use_deterministic_algorithms(False)
-    words = {str(one.message).split(".")[0] for one in told if "determin" in str(one.message)}
+    words = {str(one.message).split(".")[0] for one in warned if "determin" in str(one.message)}
     return sorted(words)

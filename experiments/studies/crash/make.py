@@ -51,7 +51,7 @@ def finish(words: list[str]) -> None:
 def kill(words: list[str], out: Path, rounds: int, after: float) -> bool:
     """Whether a run was still alive so long after its n-th round was told, and is no more."""
     process, before = start(words), stamp(out)
-    while process.poll() is None and (stamp(out) == before or told(out) < rounds):
+    while process.poll() is None and (stamp(out) == before or rounds_logged(out) < rounds):
         time.sleep(0.001)
     try:
         process.wait(after)
@@ -67,7 +67,7 @@ def stamp(out: Path) -> int:
     return (out / "config.yaml").stat().st_mtime_ns if (out / "config.yaml").exists() else 0
 
 
-def told(out: Path) -> int:
+def rounds_logged(out: Path) -> int:
     """How many rounds are in the log."""
     return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
 
@@ -77,7 +77,9 @@ def state(out: Path) -> str:
     points = [file.stem[-2:] for file in (out / "checkpoint").glob("round-*.safetensors")]
     left = [file.name for file in out.rglob("*.tmp")]
     end = ["summary written"] if (out / "summary.json").exists() else []
-    return ", ".join([f"{told(out)} rounds told", f"checkpoint {max(points, default='none')}", *end, *left])
+    return ", ".join(
+        [f"{rounds_logged(out)} rounds told", f"checkpoint {max(points, default='none')}", *end, *left]
+    )
 
 
 def result(out: Path) -> tuple[str | None, str]:
@@ -118,7 +120,11 @@ def main() -> None:
             while not hit([*SMALL, *JOBS[name], f"out={out}"], 0):  # it was done before: draw again
                 shutil.rmtree(out)
             first = state(out)
-            if number % 4 == 3 and not (out / "summary.json").exists() and hit([f"resume={out}"], told(out)):
+            if (
+                number % 4 == 3
+                and not (out / "summary.json").exists()
+                and hit([f"resume={out}"], rounds_logged(out))
+            ):
                 again = state(out)
             if not (out / "summary.json").exists():
                 finish([f"resume={out}"])

@@ -46,8 +46,11 @@ def main() -> None:
             theirs.append(accountant.get_epsilon(DELTA))
         entries = tuple(Entry(*step) for step in history)
         ours = [epsilon(entries, DELTA, "prv"), epsilon(entries, DELTA, "rdp")]
-        told = "; ".join(f"{sigma:g}, {q:.4g}, {steps}" for sigma, q, steps in history)
-        print(f"| {told} | {ours[0]:.4f} | {theirs[0]:.4f} | {ours[1]:.4f} | {theirs[1]:.4f} |", flush=True)
+        steps_text = "; ".join(f"{sigma:g}, {q:.4g}, {steps}" for sigma, q, steps in history)
+        print(
+            f"| {steps_text} | {ours[0]:.4f} | {theirs[0]:.4f} | {ours[1]:.4f} | {theirs[1]:.4f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

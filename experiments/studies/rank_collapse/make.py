@@ -141,7 +141,7 @@ def learner(target: Tensor, clients: int, rows: int, steps: int, lr: float) -> T
     def train(client: int, task: Task) -> Adapter:
         pair = task.adapter.pairs[M]
         A, B, s = pair.A, pair.B, pair.scale
-        rest = (dense(task.fold[M]) if M in task.fold else 0.0) - target
+        rest = (dense(task.base_delta[M]) if M in task.base_delta else 0.0) - target
         for _ in range(steps):
             G = (rest + s * B @ A) @ moments[client]  # the gradient of ½‖X (ΔW − W*)ᵀ‖² / rows
             A, B = A - lr * s * B.T @ G, B - lr * s * G @ A.T

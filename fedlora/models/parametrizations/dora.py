@@ -5,7 +5,7 @@ https://arxiv.org/abs/2402.09353
 
     W' = m ⊙ V / ‖V‖_row,    V = W₀ + ΔW,    m = ‖V‖_row at the start
 
-ΔW is all that is added to the weight: the pair, what is folded into the base, and the change of another
+ΔW is all that is added to the weight: the pair, the base delta, and the change of another
 parametrization beside this one. As in §4.3 of the paper ‖V‖ is a constant to the gradient.
 """
 
@@ -34,7 +34,7 @@ class DoRA(Parametrization):
 
     def start(self, layer: Layer, fresh: "Pair", rng: np.random.Generator) -> Factors:
         """The magnitudes with which the pair does what it does without them."""
-        return {"A": fresh.A, "B": fresh.B, "magnitude": _lengths(layer, dense(fresh) + layer.folded)}
+        return {"A": fresh.A, "B": fresh.B, "magnitude": _lengths(layer, dense(fresh) + layer.base_delta)}
 
     def output(self, layer: Layer, output: Tensor, factors: Factors, change: Callable[[], Tensor]) -> Tensor:
         """M / ‖V‖ ⊙ V x + bias, from V x + bias."""

@@ -20,7 +20,7 @@ from fedlora.seeds import generator
 
 @dataclass(frozen=True)
 class Aggregated:
-    """What a round's good updates have come to.
+    """The result of a round's aggregation.
 
     Args:
         state: the next state.
@@ -41,7 +41,7 @@ class Delivery:
     """How the clients of one round deliver their updates: in the clear, each by itself.
 
     Args:
-        nodes: those that take part, in the order of their clients' ids.
+        nodes: the nodes that take part, in the order of their clients' ids.
     """
 
     def __init__(self, nodes: Sequence[int]) -> None:
@@ -66,12 +66,12 @@ class Delivery:
         lines: list[dict[str, Any]],
         warn: Callable[[str], None],
     ) -> None:
-        """Add the bytes of other messages than tasks and replies to the clients' lines, in place; here none.
+        """Add the bytes of any other messages than tasks and replies to the clients' lines; here none.
 
         Args:
             round: the round, from 1.
             peers: the clients, by node.
-            lines: those of clients.jsonl.
+            lines: the round's lines of clients.jsonl, which are changed in place.
             warn: takes a line for the user about every client that was dropped in such a message.
         """
 
@@ -81,7 +81,7 @@ class Aggregation(ABC):
 
     @property
     def shows_losses(self) -> bool:
-        """Whether the clients' own training losses may be told."""
+        """Whether the clients' own training losses may be shown."""
         return True
 
     def refusal(self) -> str | None:
@@ -103,7 +103,7 @@ class Aggregation(ABC):
 
         Args:
             there: the nodes that are connected, in the order of their clients' ids.
-            busy: those that still work on something else.
+            busy: the nodes that still work on something else.
             round: the round, from 1.
             config: how many are wanted.
         """
@@ -115,7 +115,7 @@ class Aggregation(ABC):
 
         Args:
             grid: how they are reached.
-            nodes: those that were sampled.
+            nodes: the nodes that were sampled.
             round: the round, from 1.
             wide: makes the task of a client of the largest ranks.
 
@@ -132,7 +132,7 @@ class Aggregation(ABC):
         Args:
             given: at least `least` updates.
             delivery: what `open` returned.
-            rng: what `Strategy.aggregate` is handed.
+            rng: the generator for `Strategy.aggregate`.
 
         Raises:
             IncompatibleUpdates: they cannot be combined. The state then stays as it was.
@@ -150,7 +150,7 @@ def choose(nodes: Sequence[int], count: int, seed: int, round: int) -> list[int]
 def aggregate_mean(given: RoundUpdates, mean: Update, rng: np.random.Generator) -> Aggregated:
     """The next state where the strategy is shown one update that stands for all.
 
-    How far the state is from the clients' own updates is not known then.
+    The aggregation error is not known then.
     """
     state = next_state(given.strategy, given.state, [mean], rng)
     return Aggregated(state, {**state.metrics, **sizes(state)})

@@ -17,7 +17,7 @@ def aggregation_for(
     """The aggregation of a run.
 
     Args:
-        config: says whether clients send under masks, and what they count.
+        config: says whether clients send under masks, and how they are weighted.
         mechanism: of client-level privacy; None without it.
         steps: whose server halves stand between the updates and the strategy; only plain aggregation has any.
     """

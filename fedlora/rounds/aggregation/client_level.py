@@ -23,15 +23,15 @@ class ClientLevelAggregation(Aggregation):
 
     @property
     def shows_losses(self) -> bool:
-        """They may not be told: the noise does not cover them."""
+        """False: the noise does not cover the losses."""
         return False
 
     def refusal(self) -> str | None:
-        """The budget is spent."""
+        """Why no further round may change the state: the budget is spent."""
         return self.mechanism.refusal()
 
     def least(self, needed: int) -> int:
-        """None: how many have answered must not decide whether anything is released."""
+        """0: how many clients have answered must not decide whether anything is released."""
         return 0
 
     def sample(

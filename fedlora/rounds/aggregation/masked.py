@@ -30,11 +30,11 @@ class MaskedAggregation(Aggregation):
 
     @property
     def shows_losses(self) -> bool:
-        """They may be told unless whole clients are protected."""
+        """True unless whole clients are protected."""
         return self.mechanism is None
 
     def refusal(self) -> str | None:
-        """The budget is spent, where there is one."""
+        """Why no further round may change the state: the budget is spent. None without one."""
         return self.mechanism.refusal() if self.mechanism else None
 
     def least(self, needed: int) -> int:

@@ -13,7 +13,7 @@ from fedlora.rounds.sanity_checks import check_state, check_updates
 
 @dataclass(frozen=True)
 class PlainAggregation(Aggregation):
-    """The strategy combines the clients' updates, after each step has made of them what it makes of them.
+    """Each step changes the clients' updates, and then the strategy combines them.
 
     Args:
         steps: in their order at the clients; so the last of them is applied first here, and a robust rule,
@@ -29,7 +29,7 @@ class PlainAggregation(Aggregation):
         return max([needed, *(step.least for step in self.steps)])
 
     def aggregate(self, given: RoundUpdates, delivery: Delivery, rng: np.random.Generator) -> Aggregated:
-        """Steps, strategy, and the checks of both ends."""
+        """Apply the steps and the strategy, and check the updates and the new state."""
         if self.uniform:
             given = given.become([replace(update, weight=1.0) for update in given.updates])
         coded = [at for at, step in enumerate(self.steps) if step.at_client and step.at_server]
@@ -45,7 +45,7 @@ class PlainAggregation(Aggregation):
 
 
 def _applied(steps: Sequence[UpdateStep], given: RoundUpdates) -> RoundUpdates:
-    """What the server halves of these steps make of a round's updates, the last one first."""
+    """A round's updates after the server halves of these steps, of which the last is applied first."""
     for step in reversed(steps):
         given = step.on_server(given)
     return given

@@ -60,11 +60,11 @@ def test_sites_reach_the_adapter_of_one_process_though_a_worker_is_killed(
         "report.html",
     }
     assert [line.split()[1] for line in said if line.startswith("round")] == ["1/2", "2/2"]
-    told = json.loads((out / "task.json").read_text())
+    card = json.loads((out / "task.json").read_text())
     loaded = subprocess.run(
-        [sys.executable, "-c", ALONE, str(out / "adapter"), told["base"]], capture_output=True, text=True
+        [sys.executable, "-c", ALONE, str(out / "adapter"), card["base"]], capture_output=True, text=True
     )
-    assert loaded.stdout.split() == told["labels"], loaded.stderr
+    assert loaded.stdout.split() == card["labels"], loaded.stderr
 
 
 def test_a_server_killed_in_a_run_goes_on_from_its_last_round(
