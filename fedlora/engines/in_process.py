@@ -11,7 +11,7 @@ from flwr.app import Message
 
 from fedlora.engines.base import Engine, Run, Session
 from fedlora.engines.client_runtime import ClientRuntime
-from fedlora.engines.simulation_grid import Group, SimulationGrid, answer, together
+from fedlora.engines.simulation_grid import Group, SimulationGrid, answer, memory_of_group, together
 from fedlora.errors import ConfigError
 from fedlora.models.replicas import replica
 
@@ -51,7 +51,8 @@ class InProcess(Engine):
             ConfigError: there is no such device.
         """
         sites = _sites(session.runtime, self._named(session.runtime))
-        return InProcessGrid(sites, session.nodes, together(self.fuse), session.advance)
+        memory = memory_of_group(session.runtime)
+        return InProcessGrid(sites, session.nodes, together(self.fuse), session.advance, memory)
 
     def _named(self, site: ClientRuntime) -> list[torch.device]:
         """The devices, the model's own by default."""
@@ -80,6 +81,7 @@ class InProcessGrid(SimulationGrid):
         nodes: as for `SimulationGrid`.
         fuse: as for `SimulationGrid`.
         done: as for `SimulationGrid`.
+        memory: as for `SimulationGrid`.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class InProcessGrid(SimulationGrid):
         nodes: Sequence[Mapping[str, int]],
         fuse: int | None = None,
         done: Callable[[int], None] = lambda clients: None,
+        memory: int | None = None,
     ) -> None:
-        super().__init__(sites[0], nodes, fuse, done)
+        super().__init__(sites[0], nodes, fuse, done, memory)
         self._sites = sites
 
     def answered(self, groups: Iterator[Group]) -> Iterator[tuple[Group, list[Message]]]:

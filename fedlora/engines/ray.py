@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from fedlora.engines.base import Engine, Run, Session
-from fedlora.engines.simulation_grid import together
+from fedlora.engines.simulation_grid import memory_of_group, together
 from fedlora.errors import ConfigError
 
 BARE = 900 * 2**20  # bytes of an actor before it works: Python, torch, transformers, Ray's share
@@ -79,8 +79,8 @@ class Ray(Engine):
             )
             actors = Actors(site, need, count, self.wait, session.warn)
             try:
-                fuse = together(self.fuse)
-                session.run(RayGrid(session.runtime, session.nodes, actors, fuse, session.advance))
+                fuse, memory = together(self.fuse), memory_of_group(session.runtime)
+                session.run(RayGrid(session.runtime, session.nodes, actors, fuse, session.advance, memory))
             finally:
                 actors.close()
 

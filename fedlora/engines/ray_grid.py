@@ -43,6 +43,7 @@ class RayGrid(SimulationGrid):
         actors: where they train.
         fuse: as for `SimulationGrid`.
         done: as for `SimulationGrid`.
+        memory: as for `SimulationGrid`.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class RayGrid(SimulationGrid):
         actors: Actors,
         fuse: int | None = None,
         done: Callable[[int], None] = lambda clients: None,
+        memory: int | None = None,
     ) -> None:
-        super().__init__(site, nodes, fuse, done)
+        super().__init__(site, nodes, fuse, done, memory)
         assert site.memory is not None, "the clients of a simulation keep what is theirs"
         self._actors, self._memory = actors, site.memory
         self._rows: dict[int, Any] = {}

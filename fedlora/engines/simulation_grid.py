@@ -22,6 +22,7 @@ from fedlora.rounds.codec import FAILED
 
 TOKENS = 16384  # of a step: about thirty groups of clients, one a core; more make it no faster
 MEMORY = 512 * 2**20  # bytes of a group's adapters with their gradients and optimizer states
+ON_A_GPU = 8 * 2**30  # there a pass over the model costs hardly more for many clients than for one
 FIRST_NODE = 1000
 
 Record = ArrayRecord | ConfigRecord | MetricRecord
@@ -36,6 +37,7 @@ class SimulationGrid(Grid):
         nodes: one config a node, as `--node-config` would give it: {"client": 3, "rank": 8}.
         fuse: clients that train together; None takes as many as fit a target of tokens and memory.
         done: called with the number of clients whenever some have finished.
+        memory: bytes of a group's adapters with their gradients and optimizer states; None for `MEMORY`.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class SimulationGrid(Grid):
         nodes: Sequence[Mapping[str, int]],
         fuse: int | None = None,
         done: Callable[[int], None] = lambda clients: None,
+        memory: int | None = None,
     ) -> None:
         self._site, self._fuse, self._done = site, fuse, done
+        self._room = MEMORY if memory is None else memory
         self._run = FlowerRun.create_empty(run_id=1)
         identify()
         self._replies: dict[str, Message] = {}
@@ -117,7 +121,7 @@ class SimulationGrid(Grid):
             one = self._cost(message)
             full = self._fuse is not None and len(group) >= self._fuse
             if self._fuse is None:
-                full = bool(group) and (tokens + one[0] > TOKENS or memory + one[1] > MEMORY)
+                full = bool(group) and (tokens + one[0] > TOKENS or memory + one[1] > self._room)
             kinds = {message.metadata.message_type, *(m.metadata.message_type for m in group[-1:])}
             if group and (full or kinds != {"train"}):
                 yield group
@@ -182,6 +186,11 @@ def answer(
     for reply in replies:
         reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
     return replies
+
+
+def memory_of_group(site: ClientRuntime) -> int:
+    """Bytes that a group may take, by the kind of the model's device."""
+    return ON_A_GPU if site.base.device.type == "cuda" else MEMORY
 
 
 def failure(message: Message, reason: str) -> Message:

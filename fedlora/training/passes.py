@@ -31,9 +31,14 @@ class Passes:
         self._base, self._bank, self._slots, self._by_row = base, bank, slots, by_row
         self._workers = workers
 
-    def measure(self, rows: Micro) -> None:
-        """Try how much memory a micro-batch takes, where that is not known; nothing is left of it."""
-        if not self._base.memory.unknown or not rows:
+    def measure(self, tokens: int | None, rows: Micro) -> None:
+        """Try how much memory a micro-batch takes, where that is not known; nothing is left of it.
+
+        Args:
+            tokens: of a micro-batch, as the user says; they are not measured then.
+            rows: (slot, row) of all slots.
+        """
+        if tokens is not None or not self._base.memory.unknown or not rows:
             return
         micro = micro_batches(rows, TRIED, self._base.traits, not self._bank.unpadded)[0]
 

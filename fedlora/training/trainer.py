@@ -83,7 +83,9 @@ def fit(
     ):
         team = steps_of(jobs, bank, How(make_optimizer, clip, schedule))
         passes = Passes(base, bank, len(jobs), bool(mechanisms), workers)
-        passes.measure([(slot, row) for slot, job in enumerate(jobs) for row in next(iter(job.batches), ())])
+        passes.measure(
+            tokens, [(slot, row) for slot, job in enumerate(jobs) for row in next(iter(job.batches), ())]
+        )
 
         def train(slots: Sequence[int]) -> list[tuple[int, float]]:
             """All steps of clients that share micro-batches, and wait for nobody else: their rows' losses."""

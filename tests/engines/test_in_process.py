@@ -1,5 +1,6 @@
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,3 +212,10 @@ def test_devices_are_an_expected_list() -> None:
         with pytest.raises(ConfigError, match=r"engine\.devices: expected auto or a list"):
             InProcess(devices=wrong)
     assert InProcess(devices=["cpu", 0]).devices == ["cpu", 0]
+
+
+@pytest.mark.parametrize(("device", "clients"), [("cpu", 2), ("cuda", 32)])
+def test_a_gpu_trains_more_clients_together(device: str, clients: int) -> None:
+    site: Any = SimpleNamespace(base=SimpleNamespace(device=torch.device(device)))
+    of_one = 256 * 2**20  # bytes of a client's factors, gradients and moments
+    assert grid_module.memory_of_group(site) // of_one == clients
