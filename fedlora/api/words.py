@@ -21,7 +21,7 @@ ARGUMENTS = {name: name for name in ("text", "label", "prompt", "response", "lab
 ARGUMENTS |= {"client": "client_column", "partition": "partition", "train": "data", "path": "data"}
 OPTIONS = ("alpha", "shards", "min_rows", "max_rows", "max_length")  # of `data_options`
 PHRASE = re.compile(rf"(?<![\w./'])(?:{'|'.join(map(re.escape, PHRASES))})(?!\w)")
-VALUE = r"\[[^\]]*\]|\.\.\.|[^\s;,\[\]()]*[^\s;,.?\[\]()]"
+VALUE = r"\[[^\]]*\]|\.\.\.|[^\s;,\[\]()]*[^\s;,.:?\[\]()]"
 KEY = re.compile(rf"(?<![\w./'])(data|evaluate|lora)\.(\w+)(?:=({VALUE})?)?(?![\w/])")
 
 
@@ -47,6 +47,10 @@ def translated(text: str) -> str:
 def _argument(found: re.Match[str]) -> str:
     group, name, value = found[1], found[2], found[3]
     said = "=" in found[0]
+    if (
+        name == "parametrization"
+    ):  # a class in Python, a name on the command line
+        return found[0]
     if group != "data":
         return f"{group}={{'{name}': {_literal(value)}}}" if said and value else found[0]
     if name in OPTIONS:

@@ -141,8 +141,8 @@ def test_each_row_s_gradient_is_clipped_under_dp_sgd() -> None:
             {"ranks": [2, 4], "strategy": "flexlora"},
             "ranks: lora.parametrization=VeRA has factors of",
         ),
-        (VeRA(), {"fields": {"init": "pissa"}}, "lora.init=pissa: gives factors A and B"),
-        (VeRA(), {"strategy": "federa"}, "lora.init=pissa: gives factors A and B"),
+        (VeRA(), {"fields": {"init": "pissa"}}, "lora={'init': 'pissa'}: gives factors A and B"),
+        (VeRA(), {"strategy": "federa"}, "lora={'init': 'pissa'}: gives factors A and B"),
         (CoreMatrix(), {}, "CoreMatrix: its A and B are no update by themselves"),
         (
             VeRA(),
