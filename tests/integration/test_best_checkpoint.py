@@ -117,7 +117,7 @@ def test_a_callback_of_one_s_own_cannot_select_on_test_rows_either() -> None:
         def on_round_end(self, run: Any, metrics: Any) -> None:
             run.select(run.done, run.state)
 
-    with pytest.raises(ConfigError, match=r"evaluate.rows=validation"):
+    with pytest.raises(ConfigError, match=r"evaluate=\{'rows': 'validation'\}"):
         fl.simulate("tiny", "tiny", clients=3, rounds=1, progress=False, callbacks=[Mine()])
 
 

@@ -60,7 +60,9 @@ METRICS = {
     "seconds": TIME,
 }
 SUMMARY = {
-    **dict.fromkeys(("strategy", "model", "data", "metric", "rounds", "clients", "ranks", "seed"), SETTING),
+    **dict.fromkeys(
+        ("strategy", "model", "dtype", "data", "metric", "rounds", "clients", "ranks", "seed"), SETTING
+    ),
     **dict.fromkeys(("versions", "epsilon", "delta", "epsilon_valid", "ledger"), SETTING),
     **dict.fromkeys(("initial", "loss", "accuracy"), PUBLIC),
     **dict.fromkeys(("adapter_sha256", "aggregation_error"), NOISED),

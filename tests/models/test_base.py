@@ -195,7 +195,7 @@ def test_a_damaged_folder_is_refused_in_one_line(zoo: Any, tmp_path: Path, kind:
 @pytest.mark.parametrize("dtype", ["double precision", "int8", "float33", "nn", "complex64"])
 def test_another_dtype_is_refused(zoo: Any, dtype: str) -> None:
     with pytest.raises(
-        ModelError, match=rf"model\.dtype: expected float32, bfloat16 or float64, got '{dtype}'"
+        ModelError, match=rf"model\.dtype: expected float32, bfloat16, float64 or auto, got '{dtype}'"
     ):
         zoo.base("bert", dtype=dtype)
 

@@ -61,7 +61,9 @@ def test_delta_is_ten_times_below_one_record() -> None:
 def test_the_share_is_the_batch_over_the_records_and_a_client_of_fewer_is_refused() -> None:
     assert QUICK.plan(103, 32, 1).q == 32 / 103
     assert QUICK.plan(8, 8, 1).q == 1
-    with pytest.raises(ConfigError, match=r"7 records, expected at least client\.batch_size=8"):
+    with pytest.raises(
+        ConfigError, match=r"7 records, expected at least those of a step, 8; lower client\.batch_size"
+    ):
         DPSGD(participations=1).plan(7, 8, 1)
 
 

@@ -90,6 +90,7 @@ def test_a_strategy_of_a_script_is_exported_and_verified_where_it_is_unknown(
     assert capsys.readouterr().out.startswith("ok: SHA-256")
 
 
+@pytest.mark.filterwarnings("ignore:model.dtype=bfloat16")  # of a processor that is slow at it
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_merged_model_has_the_precision_and_the_size_of_its_base(placed: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file

@@ -83,8 +83,8 @@ def test_every_byte_of_every_message_of_a_round_is_in_the_log(
     sent: Counter[str] = Counter()
     answers = InProcessGrid._answers
 
-    def watched(self: Any, group: list[Message]) -> list[Message]:
-        replies = answers(self, group)
+    def watched(self: Any, site: Any, group: list[Message]) -> list[Message]:
+        replies = answers(self, site, group)
         for way, messages in (("bytes_down", group), ("bytes_up", replies)):
             for message in messages:
                 if message.metadata.message_type != "query.profile":  # once a run, before any round
