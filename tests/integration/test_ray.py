@@ -31,22 +31,28 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    """What the tests bring can be imported wherever Ray starts a process, as it can be here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{SHARED}{os.pathsep}{SHARED.parents[1]}", prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Two nodes of a core each, on this machine, on which the tests' own clients can be imported."""
+def cluster(importable: None) -> Iterator[Any]:
+    """Two nodes of a core each, on this machine."""
     import ray
     from ray.cluster_utils import Cluster
 
     ray.shutdown()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(SHARED), prepend=os.pathsep)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-            made.add_node(num_cpus=1)
-        yield made
-        ray.shutdown()
-        made.shutdown()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        made.add_node(num_cpus=1)
+    yield made
+    ray.shutdown()
+    made.shutdown()
 
 
 @pytest.fixture
