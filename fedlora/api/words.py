@@ -47,9 +47,7 @@ def translated(text: str) -> str:
 def _argument(found: re.Match[str]) -> str:
     group, name, value = found[1], found[2], found[3]
     said = "=" in found[0]
-    if (
-        name == "parametrization"
-    ):  # a class in Python, a name on the command line
+    if name == "parametrization":  # a class in Python, a name on the command line
         return found[0]
     if group != "data":
         return f"{group}={{'{name}': {_literal(value)}}}" if said and value else found[0]
