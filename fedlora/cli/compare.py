@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from .words import overrides
 
@@ -23,6 +22,7 @@ def command(to: str | None, words: tuple[str, ...]) -> None:
     """
     from hydra.utils import get_class
     from omegaconf import OmegaConf
+    from rich.console import Console
 
     from fedlora.api.compare import run_comparison, table_of
     from fedlora.config.composition import compose

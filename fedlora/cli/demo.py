@@ -5,8 +5,6 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 # What to run, in the order of the table: three epochs over the same clients' rows at the same settings, which
 # two cores do in under four minutes. Alone, every client trains by itself; the best on the test rows counts.
@@ -25,19 +23,21 @@ RUNS = {
 @click.option("--out", metavar="DIR", help="A new folder; by default runs/demo-<time>.")
 def command(out: str | None) -> None:
     """Train on TREC questions over 8 clients: frozen encoder, best single client, FedIT, FlexLoRA."""
-    demo(Path(out) if out else None, Console())
+    demo(Path(out) if out else None)
 
 
-def demo(out: Path | None, console: Console) -> None:
+def demo(out: Path | None) -> None:
     """Run the four jobs one after the other, then show one table and one report.
 
     Args:
         out: the folder that holds a run each; None makes one under runs/.
-        console: where to show it.
 
     Raises:
         ConfigError: the folder is there already.
     """
+    from rich.console import Console
+    from rich.table import Table
+
     from fedlora.callbacks.console import megabytes
     from fedlora.cli.run_job import run_job
     from fedlora.config.composition import compose
@@ -47,6 +47,7 @@ def demo(out: Path | None, console: Console) -> None:
     out = out or Path("runs") / f"demo-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     if out.exists():
         raise ConfigError(f"--out: '{out}' is there already; name a new folder")
+    console = Console()
     for number, (name, (title, overrides)) in enumerate(RUNS.items(), 1):
         console.rule(f"{number} of {len(RUNS)}: {title}", align="left", style="dim")
         run_job(compose([*overrides, f"out={out / name}"]), console)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .words import overrides
 
@@ -43,6 +42,8 @@ def init(folder: str, server: tuple[str, ...], sites: int | None, site: tuple[st
 @click.argument("folder", metavar="DIR")
 def start(folder: str) -> None:
     """Start the parts in DIR, a deployment's folder or that of its server or of one site; register sites."""
+    from rich.console import Console
+
     from fedlora.deploy import local
 
     local.start(Path(folder), Console())
@@ -52,6 +53,8 @@ def start(folder: str) -> None:
 @click.argument("folder", metavar="DIR")
 def status(folder: str) -> None:
     """Say who is registered and connected, what runs, its last round, and where the logs are."""
+    from rich.console import Console
+
     from fedlora.deploy import local
 
     local.status(Path(folder), Console())
@@ -74,6 +77,8 @@ def add_site(folder: str, site: str) -> None:
 @click.argument("folder", metavar="DIR")
 def stop(folder: str) -> None:
     """End the runs, then the sites and the server in DIR, on this machine."""
+    from rich.console import Console
+
     from fedlora.deploy import local
 
     local.stop(Path(folder), Console())
@@ -89,6 +94,8 @@ def check(public: str | None, words: tuple[str, ...]) -> None:
 
     KEY=VALUE are those of `fedlora run`, without engine=deploy.
     """
+    from rich.console import Console
+
     from fedlora.config import composition
     from fedlora.deploy.check import check as look
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from .words import Raw
 
@@ -30,6 +29,8 @@ def command(words: tuple[str, ...]) -> None:
 
         hydra_s_own(words)
         return
+    from rich.console import Console
+
     from fedlora.cli.run_job import run_job
     from fedlora.config.resume import continued
     from fedlora.runner.results import closing

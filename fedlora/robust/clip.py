@@ -1,11 +1,10 @@
 """Clipped updates: every client shortens its own change before it leaves."""
 
-import math
 from dataclasses import dataclass
 
 from fedlora.core.update_step import ClientUpdate, UpdateStep
 from fedlora.core.vectors import flat
-from fedlora.errors import ConfigError
+from fedlora.ranges import check_number
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,7 @@ class Clip(UpdateStep):
     bound: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.bound < math.inf:
-            raise ConfigError(f"Clip.bound: expected a number above 0, got {self.bound}")
+        check_number("Clip.bound", self.bound, above=0)
 
     def on_client(self, given: ClientUpdate) -> ClientUpdate:
         """The update with its change shortened."""

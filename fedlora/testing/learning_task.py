@@ -22,7 +22,7 @@ from fedlora.data import Example, Row
 from fedlora.models import Base, MultiAdapterModel, load, targets
 from fedlora.models.packaged import tiny
 from fedlora.tasks import LearningTask
-from fedlora.testing.strategy import Broken
+from fedlora.testing.promises import Broken, broken_of, report, what_came
 from fedlora.training.evaluation import losses_of
 
 CLOSE = 1e-6  # relative; the model computes in float64
@@ -61,10 +61,7 @@ def check_learning_task(
     Raises:
         AssertionError: some promises are broken; a line names each and says what came.
     """
-    if found := [f"{name}: {why}" for name, why in broken(task, records, model)]:
-        many = "promise" if len(found) == 1 else "promises"
-        lines = "\n".join(f"- {line}" for line in found)
-        raise AssertionError(f"{type(task).__name__} breaks {len(found)} {many}:\n{lines}")
+    report(type(task).__name__, broken(task, records, model))
 
 
 def broken(
@@ -78,14 +75,9 @@ def broken(
         base = load(model or tiny(), task, labels, dtype="float64")
         examples = task.encode(rows, labels, base.tokenizer, LENGTH)
     except Exception as error:
-        yield "records become examples of a loaded model", f"{type(error).__name__}: {error}"
+        yield "records become examples of a loaded model", what_came(error)
         return
-    for promise in PROMISES:
-        try:
-            promise(Tried(task, rows, labels, base, examples))
-        except Exception as error:
-            what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
-            yield promise.__name__.replace("_", " "), what
+    yield from broken_of(PROMISES, Tried(task, rows, labels, base, examples))
 
 
 def equal_tasks_are_one(one: Tried) -> None:

@@ -26,7 +26,7 @@ from fedlora.errors import ConfigError
 from fedlora.models import Base, LoRA, fresh_adapter, load, targets
 from fedlora.models.packaged import tiny
 from fedlora.tasks import Classification
-from fedlora.testing.strategy import Broken
+from fedlora.testing.promises import Broken, broken_of, report
 from fedlora.training.client import TrainRequest
 from fedlora.training.rules.base import LocalRule, check_private
 
@@ -93,22 +93,13 @@ def check_rule(rule: LocalRule, seed: int = 0) -> None:
     Raises:
         AssertionError: some promises are broken; a line names each and says what came.
     """
-    if found := [f"{name}: {why}" for name, why in broken(rule, seed)]:
-        many = "promise" if len(found) == 1 else "promises"
-        lines = "\n".join(f"- {line}" for line in found)
-        raise AssertionError(f"{type(rule).__name__} breaks {len(found)} {many}:\n{lines}")
+    report(type(rule).__name__, broken(rule, seed))
 
 
 def broken(rule: LocalRule, seed: int = 0) -> Iterator[tuple[str, str]]:
     """The promises that a rule breaks: the name of each, and what came."""
     one = tried(rule, seed)
-    for promise in PROMISES:
-        try:
-            promise(one)
-        except Broken as error:
-            yield promise.__name__, str(error)
-        except Exception as error:  # whatever an author's code raises
-            yield promise.__name__, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    yield from broken_of(PROMISES, one)
 
 
 def tried(rule: LocalRule, seed: int = 0) -> Tried:

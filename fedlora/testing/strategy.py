@@ -24,13 +24,10 @@ from fedlora.core.vectors import embed, form, scales, with_shared
 from fedlora.errors import IncompatibleUpdates
 
 from .federation import LAYERS, WEIGHTS, Round, federation
+from .promises import Broken, named, report, what_came
 
 CLOSE = 1e-9
 FACTS = ("mixed_ranks", "linear", "products", "exact", "personal")
-
-
-class Broken(AssertionError):
-    """A promise that a strategy does not keep; its words say which, and what came instead."""
 
 
 def check_strategy(strategy: Strategy, seed: int = 0) -> None:
@@ -43,13 +40,7 @@ def check_strategy(strategy: Strategy, seed: int = 0) -> None:
     Raises:
         AssertionError: some promises are broken; a line names each and says what came.
     """
-    found = [f"{name}: {why}" for name, why in broken(strategy, seed)]
-    if found:
-        many = "promise" if len(found) == 1 else "promises"
-        raise AssertionError(
-            f"{type(strategy).__name__} breaks {len(found)} {many}:\n"
-            + "\n".join(f"- {line}" for line in found)
-        )
+    report(type(strategy).__name__, broken(strategy, seed))
 
 
 def broken(strategy: Strategy, seed: int = 0) -> Iterator[tuple[str, str]]:
@@ -64,8 +55,7 @@ def broken(strategy: Strategy, seed: int = 0) -> Iterator[tuple[str, str]]:
             try:
                 promise(copy.deepcopy(one))
             except Exception as error:
-                what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
-                yield promise.__name__.replace("_", " "), f"{what} (round {number})"
+                yield named(promise), f"{what_came(error)} (round {number})"
                 break
 
 

@@ -124,7 +124,8 @@ class Apart:
         if own.private is not None:
             own.private.release(len(learner.job.batches[step]))
         if step == 0:
-            check_called([p for found in self._groups[slot].values() for p in found])
+            silent = self._bank.stacks.silent if self._bank.stacks else 0
+            check_called([p for found in self._groups[slot].values() for p in found], silent)
         learner.add_rules()
         factor = self._how.factor(step, learner.steps)
         keep = self._bank.stacks is not None  # windows on what is there for all
