@@ -115,17 +115,16 @@ def test_a_run_stops_says_why_and_warns_of_test_rows(rows: str, tmp_path: Path) 
 STOPS = {"clients": 3, "rounds": 5, "evaluate": {"rows": "validation"}}
 
 
+def stopped_early(out: Path) -> fl.Run:
+    """A run that stops after its second round."""
+    stop = EarlyStopping(1, least_change=1.0)
+    return fl.simulate("tiny", "tiny", **STOPS, callbacks=[stop], out=out, progress=False)
+
+
 def test_a_resumed_run_that_stopped_early_says_so_in_one_line_and_does_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = fl.simulate(
-        "tiny",
-        "tiny",
-        **STOPS,
-        callbacks=[EarlyStopping(1, least_change=1.0)],
-        out=tmp_path / "run",
-        progress=False,
-    )
+    run = stopped_early(tmp_path / "run")
     before = {file: file.stat().st_mtime_ns for file in run.path.rglob("*")}
     capsys.readouterr()
     again = fl.open(run.path).resume(rounds=9)
@@ -139,14 +138,7 @@ def test_a_resumed_run_that_stopped_early_says_so_in_one_line_and_does_nothing(
 def test_one_killed_between_its_stop_and_its_summary_announces_no_rounds_and_ends_as_it_would_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = fl.simulate(
-        "tiny",
-        "tiny",
-        **STOPS,
-        callbacks=[EarlyStopping(1, least_change=1.0)],
-        out=tmp_path / "run",
-        progress=False,
-    )
+    run = stopped_early(tmp_path / "run")
     was = run.summary
     (run.path / "summary.json").unlink()
     capsys.readouterr()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_models import base_of
 
 from fedlora.clients import LocalTraining
 from fedlora.core.adapter import Adapter, Pair
@@ -13,26 +14,17 @@ from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.errors import ModelError
 from fedlora.models import Base, load_given, targets
-from fedlora.models.attention import attend_our_way
 from fedlora.models.checkpointing import checkpointed
 from fedlora.models.memory import LEAST, MOST, Memory, fitting
 from fedlora.models.packaged import tiny
-from fedlora.models.packing import packing_of
 from fedlora.models.products import Grouped
-from fedlora.tasks import Classification, Instruction
+from fedlora.tasks import Classification
 from fedlora.training.steps import FitJob
 from fedlora.training.trainer import fit
 
 
 def decoder() -> Base:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=24, pad_token_id=1, bos_token_id=0, eos_token_id=2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
-    attend_our_way(model)
-    return Base(model, None, Instruction(), (), "llama", None, packing_of(model, None))
+    return base_of("Llama", torch.float32, num_hidden_layers=3)
 
 
 def jobs(base: Base, lengths: tuple[int, ...] = (5, 9, 2, 12)) -> list[FitJob]:

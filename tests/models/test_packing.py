@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 import transformers
+from small_models import DECODERS, ENCODERS, base_of, model_of
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
@@ -17,44 +17,7 @@ from fedlora.models.first_token import only_first_token
 from fedlora.models.pack import Pack
 from fedlora.models.packing import packing_of
 from fedlora.models.parametrizations import Sparse
-from fedlora.tasks import Classification, Instruction
 from fedlora.training.evaluation import losses_of
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "num_labels": 3,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
-GROUPED = {"num_key_value_heads": 2, "head_dim": 4}
-ENCODERS: dict[str, dict[str, Any]] = {"Bert": {}, "Roberta": {}, "Electra": {}, "XLMRoberta": {}}
-DECODERS: dict[str, dict[str, Any]] = {"Llama": GROUPED, "Qwen2": GROUPED, "GPT2": {}, "GPTNeoX": {}}
-
-
-def model_of(family: str, dtype: torch.dtype = torch.float64, **more: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        **SMALL | {**ENCODERS, **DECODERS}.get(family, {}) | more
-    )
-    task = "ForSequenceClassification" if family in ENCODERS else "ForCausalLM"
-    auto = {"GPT2ForCausalLM": "GPT2LMHeadModel"}.get(family + task, family + task)
-    made = getattr(transformers, auto)(config).to(dtype).eval().requires_grad_(False)
-    assert attend_our_way(made)
-    return made
-
-
-def base_of(family: str, dtype: torch.dtype = torch.float64) -> Base:
-    model = model_of(family, dtype)
-    if family not in ENCODERS:
-        return Base(model, None, Instruction(), (), family, None, packing_of(model, None))
-    heads = tuple(n for n, m in model.named_children() if n != model.base_model_prefix and [*m.parameters()])
-    after = only_first_token(model)
-    return Base(model, None, Classification(), heads, family, after, packing_of(model, after))
 
 
 def rows(kind: str, lengths: Sequence[int], seed: int = 0) -> list[Example]:

@@ -5,17 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from small_models import GROUPED, base_of
 from torch import nn
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.models import Base, MultiAdapterModel, packing, targets
-from fedlora.models.attention import attend_our_way
-from fedlora.models.packing import packing_of
 from fedlora.models.token_losses import cross_entropy, cross_entropy_in_pieces
-from fedlora.tasks import Instruction
 from fedlora.training.evaluation import losses_of
 
 
@@ -35,22 +32,10 @@ def test_pieces_of_any_size_give_what_all_logits_give(piece: int, bias: bool) ->
     torch.testing.assert_close(found, gradient)
 
 
-def decoder(family: str, **more: Any) -> Any:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=24, head_dim=4, pad_token_id=1, bos_token_id=0, eos_token_id=2, **more,
-    )  # fmt: skip
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
-    attend_our_way(model)
-    return model
-
-
 def test_a_model_s_losses_and_gradients_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = decoder("Llama").double()
-    base = Base(model, None, Instruction(), (), "llama", None, packing_of(model, None))
+    base = base_of("Llama")
     assert base.packing is not None
-    assert base.packing.vocabulary is model.lm_head
+    assert base.packing.vocabulary is base.model.lm_head
     draw = torch.Generator().manual_seed(1)
     pairs = {
         n: Pair(torch.randn(2, i, generator=draw).double(), torch.randn(o, 2, generator=draw).double())
@@ -83,7 +68,6 @@ def test_a_model_s_losses_and_gradients_do_not_depend_on_the_pieces(monkeypatch:
 def test_where_logits_are_changed_after_the_output_layer_they_are_made_in_one_piece(
     family: str, more: dict[str, Any]
 ) -> None:
-    model = decoder(family, **more)
-    found = packing_of(model, None)
+    found = base_of(family, **GROUPED, **more).packing
     assert found is not None
     assert found.vocabulary is None

@@ -7,50 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from small_models import base_of
 
 from fedlora.clients import LocalTraining
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
 from fedlora.data import Example
 from fedlora.models import Base, MultiAdapterModel, targets
-from fedlora.models.attention import attend_our_way
-from fedlora.models.first_token import only_first_token
-from fedlora.models.packing import packing_of
 from fedlora.models.products import Grouped, OneByOne, Parts, Products, products_on
-from fedlora.tasks import Classification, Instruction
 from fedlora.training.evaluation import evaluate
 from fedlora.training.rules import FedProx
 from fedlora.training.steps import FitJob, Parameters
 from fedlora.training.together import Together
 from fedlora.training.trainer import fit
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "num_labels": 3,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
 WAYS = [OneByOne(), Grouped()]
-
-
-def base_of(family: str, dtype: torch.dtype = torch.float32, **more: Any) -> Base:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SMALL | more)
-    if family == "Llama":
-        model = transformers.LlamaForCausalLM(config).to(dtype).eval().requires_grad_(False)
-        attend_our_way(model)
-        return Base(model, None, Instruction(), (), family, None, packing_of(model, None))
-    model = transformers.BertForSequenceClassification(config).to(dtype).eval().requires_grad_(False)
-    attend_our_way(model)
-    after = only_first_token(model)
-    heads = ("bert.pooler", "classifier")
-    return Base(model, None, Classification(), heads, family, after, packing_of(model, after))
 
 
 def rows(base: Base, count: int, seed: int) -> list[Example]:
@@ -112,7 +83,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("family", ["Bert", "Llama"])
 def test_each_client_is_trained_as_by_itself(family: str, settings: dict[str, Any], way: Products) -> None:
-    base = base_of(family)
+    base = base_of(family, torch.float32)
     client = LocalTraining(lr=0.01, **settings)
     # Of several ranks and numbers of steps, one without a row in a step that others take, one without any.
     jobs = [job(base, 0, 3, (4, 4, 2)), job(base, 1, 16, (3,)), job(base, 2, 1, (2, 5)), job(base, 3, 8, ())]
@@ -128,7 +99,7 @@ def test_each_client_is_trained_as_by_itself(family: str, settings: dict[str, An
 
 @pytest.mark.parametrize("train", [frozenset({"B"}), frozenset({"A", "B"}), frozenset({"B", "head"})])
 def test_what_is_not_trained_stays_as_it_was(train: frozenset[str]) -> None:
-    base = base_of("Bert")
+    base = base_of("Bert", torch.float32)
     client = LocalTraining(lr=0.01, optimizer=lambda groups: torch.optim.AdamW(groups, weight_decay=0.1))
     frozen = frozenset({sorted(targets(base, "all-linear"))[0]})
     jobs = [job(base, seed, 2 + seed, (4, 3), train=train, frozen=frozen) for seed in range(3)]
@@ -143,7 +114,7 @@ def test_what_is_not_trained_stays_as_it_was(train: frozenset[str]) -> None:
 
 
 def test_rules_and_base_deltas_are_each_client_s_own() -> None:
-    base = base_of("Llama")
+    base = base_of("Llama", torch.float32)
     client = LocalTraining(lr=0.01, rules=[FedProx(0.5)])
     draw = torch.Generator().manual_seed(9)
     jobs = []
@@ -169,7 +140,7 @@ class Mine(torch.optim.SGD):
 
 
 def test_an_optimizer_of_the_user_s_own_sees_one_client_at_a_time() -> None:
-    base = dataclasses.replace(base_of("Bert"), products=Grouped())
+    base = dataclasses.replace(base_of("Bert", torch.float32), products=Grouped())
     seen: list[int] = []
 
     def make(groups: Parameters) -> torch.optim.Optimizer:
@@ -187,7 +158,7 @@ def test_an_optimizer_of_the_user_s_own_sees_one_client_at_a_time() -> None:
 
 
 def test_a_client_that_diverges_leaves_the_others_alone() -> None:
-    base = dataclasses.replace(base_of("Llama"), products=Grouped())
+    base = dataclasses.replace(base_of("Llama", torch.float32), products=Grouped())
     client = LocalTraining(lr=0.01)
     good, bad = job(base, 0, 4, (4, 4)), job(base, 1, 4, (4, 4))
     name = next(iter(bad.task.adapter.pairs))
@@ -218,7 +189,7 @@ def test_in_bfloat16_the_factors_stay_float32_and_the_result_is_near() -> None:
 
 @pytest.mark.parametrize("family", ["Bert", "Llama"])
 def test_evaluation_of_many_adapters_at_once_is_that_of_each(family: str) -> None:
-    base = base_of(family)
+    base = base_of(family, torch.float32)
     jobs = [job(base, seed, 1 + 3 * seed, (5,)) for seed in range(4)]
     tasks, own = [one.task for one in jobs], [one.batches[0] for one in jobs]
     plain = evaluate(base, tasks, own)
@@ -229,7 +200,7 @@ def test_evaluation_of_many_adapters_at_once_is_that_of_each(family: str) -> Non
 
 
 def test_one_optimizer_moves_all_clients_of_a_stack() -> None:
-    base = dataclasses.replace(base_of("Bert"), products=Grouped())
+    base = dataclasses.replace(base_of("Bert", torch.float32), products=Grouped())
     made: list[torch.optim.Optimizer] = []
 
     def make(groups: Parameters) -> torch.optim.Optimizer:
@@ -243,7 +214,7 @@ def test_one_optimizer_moves_all_clients_of_a_stack() -> None:
 
 
 def test_a_layer_that_is_never_called_is_refused() -> None:
-    base = dataclasses.replace(base_of("Bert"), products=Grouped())
+    base = dataclasses.replace(base_of("Bert", torch.float32), products=Grouped())
     made = job(base, 0, 2, (3,))
     pairs = dict(made.task.adapter.pairs)
     dead = torch.nn.Linear(16, 16)
@@ -271,6 +242,6 @@ def test_products_are_those_of_each_part(way: Products, counts: tuple[int, ...])
 
 def test_a_cpu_keeps_each_client_s_own_parameters() -> None:
     assert products_on(torch.device("cpu"), torch.bfloat16) is None
-    base = base_of("Bert")
+    base = base_of("Bert", torch.float32)
     with MultiAdapterModel(base, [job(base, 0, 2, (1,)).task], train=True, stacked=True) as bank:
         assert bank.stacks is None
