@@ -7,6 +7,7 @@ readable.
 """
 
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ Handle = Line2D | Patch
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933"]
 _MARKERS = "osD^vPX*"
 _GREY, _REST = "#777777", "#bbbbbb"
-_WIDTH, _HEIGHT, _LEGEND_ROW = 4.8, 3.0, 0.185  # inches
-_UPRIGHT, _LETTER = 20, 0.05  # of a vertical name: most letters, and the inches that each adds
+_WIDTH, _HEIGHT, _LEGEND_ROW = 4.8, 2.4, 0.185  # inches of a picture, of its axes, of a row of the legend
+_UPRIGHT, _UPRIGHT_LETTER = 20, 0.065  # of a vertical name: most letters, and inches of each
+_TICK_LETTER, _TICK_LINE = 0.075, 0.15  # inches of a letter and of a line of the numbers at an axis
+_NAME_OF_AXIS, _GAP = 0.22, 0.1  # inches of an axis's name, and between what stands beside it
 EXACT = 1e-6  # aggregation errors below this are rounding errors
 _STYLE: Any = {
     "font.size": 9.5,
@@ -96,7 +99,7 @@ def lines(
             axes.axhline(bound, color=_GREY, linestyle=":", linewidth=1.2)
         _scale(axes, [value for line in drawn for _, value in [*line.points, *line.band]], y)
         named: list[tuple[Handle, str]] = [(handle, label) for label, handle in handles.items() if label]
-        _legend(figure, [*(named if len(handles) > 1 else []), *more])
+        _place(figure, axes, _legend(figure, [*(named if len(handles) > 1 else []), *more]))
     return figure
 
 
@@ -128,11 +131,11 @@ def bars(names: Sequence[str], parts: Mapping[str, Sequence[float]], x: str, y: 
         axes.set_xticks(range(len(names)) if room or turned else [], names if room or turned else [])
         if turned:
             axes.tick_params(axis="x", rotation=90, labelsize=8)
-            figure.set_figheight(_HEIGHT + _LETTER * max(map(len, names)))
         for tick in axes.get_xticklabels():
             tick.set_parse_math(False)
         axes.set_ylim(bottom=0)
-        _legend(figure, [*zip(handles, parts, strict=True)] if len(parts) > 1 else [])
+        below = _legend(figure, [*zip(handles, parts, strict=True)] if len(parts) > 1 else [])
+        _place(figure, axes, below, _UPRIGHT_LETTER * max(map(len, names)) if turned else None)
     return figure
 
 
@@ -179,7 +182,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _empty(x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    figure = Figure()
     return figure, figure.add_subplot(xlabel=x, ylabel=y)
 
 
@@ -228,16 +231,47 @@ def _scale(axes: Axes, values: Sequence[float], y: str) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _legend(figure: Figure, named: Sequence[tuple[Handle, str]]) -> None:
+def _place(figure: Figure, axes: Axes, legend: float, names: float | None = None) -> None:
+    """Leave room around the axes for what stands there.
+
+    Matplotlib's own layouts draw every picture twice more to measure it, and most of a report's time is that.
+
+    Args:
+        figure: the picture.
+        axes: its axes, with all that is drawn in them.
+        legend: inches of the legend at the bottom.
+        names: inches of the names below the x axis; None where those stand upright.
+    """
+    said = {
+        axis: axis.get_major_formatter().format_ticks(axis.get_majorticklocs())
+        for axis in (axes.xaxis, axes.yaxis)
+    }
+    if names is None:
+        names = _TICK_LINE * max((text.count("\n") + 1 for text in said[axes.xaxis]), default=0)
+    widest = max((len(_plain(text)) for text in said[axes.yaxis]), default=0)
+    left, right = _NAME_OF_AXIS + _TICK_LETTER * widest + 2 * _GAP, 1.5 * _GAP
+    bottom = legend + _NAME_OF_AXIS + names + 1.5 * _GAP
+    width, height = _WIDTH, _HEIGHT + bottom + _GAP  # so that the axes keep their size
+    figure.set_size_inches(width, height)
+    sides = {"left": left / width, "right": 1 - right / width, "bottom": bottom / height}
+    figure.subplots_adjust(**sides, top=1 - _GAP / height)
+
+
+def _plain(text: str) -> str:
+    """What is seen of a number that may be set in TeX, such as 10 to a power."""
+    return re.sub(r"\\[a-z]+|[${}^]", "", text)
+
+
+def _legend(figure: Figure, named: Sequence[tuple[Handle, str]]) -> float:
+    """Name what is drawn below the axes; returns how many inches that takes."""
     if not named:
-        return
+        return 0.0
     columns = max(1, min(3, 60 // (6 + max(len(name) for _, name in named))))
     rows = -(-len(named) // columns)
-    figure.set_size_inches(_WIDTH, _HEIGHT + _LEGEND_ROW * rows)  # so that the axes keep their size
     handles = [handle for handle, _ in named]
-    legend = figure.legend(
-        handles, ["run"] * len(named), loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+    where = {"loc": "lower center", "borderaxespad": 0.2}
+    legend = figure.legend(handles, ["run"] * len(named), **where, ncols=columns, frameon=False, fontsize=9)
     for text, (_, name) in zip(legend.get_texts(), named, strict=True):
         text.set_parse_math(False)  # a folder may be called $x$
         text.set_text(name)
+    return _LEGEND_ROW * rows
