@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,11 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     overrides = [opened(_quoted(word)) for word in overrides]
     try:
         with hydra_here():
-            _know(overrides)
-            config = hydra.compose("config", list(overrides))
+            try:
+                config = hydra.compose("config", list(overrides))
+            except (HydraException, OmegaConfBaseException):
+                _know(overrides)  # says more of a wrong key, and takes as long again
+                raise
             resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
@@ -214,8 +218,9 @@ def with_hydra(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(one_line(error)) from error
 
 
+@cache
 def groups() -> dict[str, list[str]]:
-    """The configuration groups and their choices."""
+    """The configuration groups and their choices, which no one but fedlora adds to; Hydra stands there."""
     loader = GlobalHydra.instance().config_loader()
     found = {group: loader.get_group_options(group) for group in loader.list_groups("")}
     return {group: choices for group, choices in found.items() if choices and group != "hydra"}

@@ -1,6 +1,8 @@
 """Where Hydra finds the choices of a configuration: our YAML files, those of studies, and classes."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -16,6 +18,9 @@ from omegaconf import OmegaConf
 from . import class_fields
 
 
+_READ: dict[str, tuple[ConfigResult, Any]] = {}  # of our YAML files, which stay as they are in a process
+
+
 class _Ours(ImportlibResourcesConfigSource):
     """Our YAML files, in which a key without a value has the default of its class."""
 
@@ -24,11 +29,11 @@ class _Ours(ImportlibResourcesConfigSource):
         return "fedlora"
 
     def load_config(self, config_path: str) -> ConfigResult:
-        found = super().load_config(config_path)
-        raw = OmegaConf.to_container(found.config)
-        if (whole := class_fields.filled(raw)) != raw:
-            found.config = OmegaConf.create(whole)
-        return found
+        if config_path not in _READ:
+            found = super().load_config(config_path)
+            _READ[config_path] = found, class_fields.filled(OmegaConf.to_container(found.config))
+        found, whole = _READ[config_path]
+        return replace(found, config=OmegaConf.create(whole))
 
 
 class _Places(SearchPathPlugin):
@@ -49,7 +54,12 @@ def know_choices() -> None:
     """Tell Hydra of the choices that are no file of our own folder: studies, and most strategies."""
     Plugins.instance().register(_Ours)
     Plugins.instance().register(_Places)
+    for name, choice in _without_a_file().items():
+        ConfigStore.instance().store(group="strategy", name=name, node=choice.node)
+
+
+@cache
+def _without_a_file() -> dict[str, class_fields.Choice]:
+    """The strategies that need no YAML file, by their names."""
     written = {file.name for file in (resources.files("fedlora.config.conf") / "strategy").iterdir()}
-    for name, choice in class_fields.choices().items():
-        if f"{name}.yaml" not in written:
-            ConfigStore.instance().store(group="strategy", name=name, node=choice.node)
+    return {n: choice for n, choice in class_fields.choices().items() if f"{n}.yaml" not in written}
