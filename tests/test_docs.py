@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole runs
+
 DOCS = Path(__file__).parents[1] / "docs"
 WITH_CODE = [path for path in sorted(DOCS.glob("*.md")) if "```python" in path.read_text("utf-8")]
 ELSEWHERE = {"data"}  # loads an adapter from a folder that the reader has

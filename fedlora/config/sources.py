@@ -17,7 +17,6 @@ from omegaconf import OmegaConf
 
 from . import class_fields
 
-
 _READ: dict[str, tuple[ConfigResult, Any]] = {}  # of our YAML files, which stay as they are in a process
 
 

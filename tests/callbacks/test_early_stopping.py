@@ -13,6 +13,8 @@ from fedlora.config.composition import compose
 from fedlora.config.translate import run_spec
 from fedlora.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def stopped_after(rule: EarlyStopping, lines: list[dict[str, Any]]) -> int | None:
     """The round after which a run with these lines is stopped."""

@@ -12,6 +12,8 @@ import pytest
 import fedlora as fl
 from fedlora.callbacks.base import Callbacks
 
+pytestmark = pytest.mark.slow  # whole runs
+
 OWN = '''
 """Writes down all that it is told, and stops the run once the loss is below a bound."""
 

@@ -15,6 +15,8 @@ from fedlora.errors import ConfigError
 from fedlora.robust import Clip
 from fedlora.runner.compatibility import BEFORE_LOADING, check
 
+pytestmark = pytest.mark.slow  # whole runs
+
 OWN = """
 from dataclasses import dataclass
 

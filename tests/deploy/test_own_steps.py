@@ -15,6 +15,8 @@ from fedlora.config.translate import run_spec
 from fedlora.core.messages import Peer, Task
 from fedlora.rounds.codec import read_task, read_update
 
+pytestmark = pytest.mark.slow  # whole runs
+
 OWN = '''
 """Changes travel as whole numbers of a size, rounded at random so that they are right on average."""
 

@@ -14,6 +14,8 @@ from site_lab import Asked, rows
 
 from fedlora.privacy import Ledger
 
+pytestmark = pytest.mark.slow  # whole runs
+
 DP = ("privacy=dp_sgd", "privacy.epsilon=2", "privacy.accountant=rdp")
 
 

@@ -13,6 +13,8 @@ from fedlora.cli.run_job import run_job
 from fedlora.config.composition import compose
 from fedlora.config.resume import continued
 
+pytestmark = pytest.mark.slow  # whole runs
+
 DEPLOY = ("engine=deploy", "engine.superlink=lab", "model=tiny", "clients=2")
 SITES = ("data=sites", "data.test=test.csv", "data.text=question", "data.label=topic")
 
@@ -55,7 +57,6 @@ def test_a_path_that_is_not_there_is_refused_before_anything_is_sent(
     assert not Path("out").exists()
 
 
-@pytest.mark.slow
 def test_a_failed_submit_leaves_the_folder_s_name_free(here: Path, refused: Callable[..., str]) -> None:
     for _ in range(2):
         assert "flwr run" in refused("run", *DEPLOY, *SITES, "out=out")
@@ -66,7 +67,6 @@ def test_a_failed_submit_leaves_the_folder_s_name_free(here: Path, refused: Call
     assert [path.name for path in Path("out").iterdir()] == ["mine"]
 
 
-@pytest.mark.slow
 def test_a_folder_called_sites_is_a_folder(here: Path, capsys: Any) -> None:
     words = ("model=tiny", "data=files", "data.train=sites", "data.text=question", "data.label=topic")
     main(["run", *words, "data.partition=natural", "clients=null", "rounds=1", "ranks=4", "out=out"])

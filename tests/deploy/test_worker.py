@@ -19,6 +19,8 @@ from fedlora.deploy.site import rank_of
 from fedlora.deploy.site_config import Invitation, SiteConfig, check_name
 from fedlora.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def test_a_site_says_who_it_is(ask: Any, composed: Any, site: dict[str, Any]) -> None:
     reply = ask(composed(), site | {"rank": 3})()
@@ -227,7 +229,6 @@ def test_what_must_be_said_is_asked_for(site: dict[str, Any]) -> None:
             SiteConfig.read({k: v for k, v in site.items() if k != key})
 
 
-@pytest.mark.slow
 def test_one_warm_worker_answers_over_its_socket_and_ends_with_its_parent(
     ask: Any, composed: Any, site: dict[str, Any]
 ) -> None:

@@ -12,6 +12,8 @@ import pytest
 from fedlora.config.composition import compose
 from fedlora.data.files import load
 
+pytestmark = pytest.mark.slow  # whole runs
+
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted(path for path in (ROOT / "experiments" / "studies").iterdir() if path.is_dir())
 MADE_ELSEWHERE = {"deploy": "tests/deploy/network.py", "speed": "experiments.benchmarks.peers"}

@@ -10,7 +10,10 @@ import torch
 
 from fedlora.training.generation import exact, rouge_l
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft and transformers about each other
+pytestmark = [
+    pytest.mark.slow,  # whole runs
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of peft and transformers about each other
+]
 TASKS = {"upper": "OK", "lower": "no"}  # and what is always answered
 
 

@@ -13,6 +13,8 @@ from fedlora.errors import CheckpointError, ConfigError
 from fedlora.saved_runs.export import export, verify
 from fedlora.storage.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow  # whole runs
+
 # FedIT's cross-covariance grows with the factors, so that another round than the last has the smallest.
 JOB = ("strategy=fedit", "rounds=4", "evaluate.rows=validation", "client.steps=6")
 BEST = (*JOB, "keep=best", "keep.metric=aggregation_error")

@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from fedlora.cli.main import main
 from fedlora.storage.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow  # whole runs
+
 FILES = ("data=files", "data.text=text", "data.label=label")
 JOB = ("model=tiny", *FILES, "clients=2", "rounds=1", "ranks=2")
 PLACES = ("yard", "barn", "house", "field", "shed")

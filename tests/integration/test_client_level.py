@@ -11,6 +11,8 @@ import pytest
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.privacy import Entry, Ledger, epsilon
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CENTRAL = ("privacy=client_level", "privacy.accountant=rdp", "privacy.epsilon=6", "clients=6")
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole runs
+
 WORDS = {"tier": ["cat", "dog", "horse", "goose"], "wërkzeug 🔨": ["hammer", "saw", "drill", "file"]}
 ROWS = [
     {"satz": f'the {word} is {n}, "really"', "art": label, "ort": f"site-{n % 3}"}

@@ -8,6 +8,8 @@ import fedlora as fl
 from fedlora.engines.in_process import InProcess
 from fedlora.strategies import FlexLoRA
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def run(out: Path, devices: list[str] | None) -> fl.Run:
     return fl.simulate(

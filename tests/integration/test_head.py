@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from fedlora.errors import ConfigError
 from fedlora.models.packaged import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 LAST = "classifier"
 
 

@@ -12,6 +12,8 @@ from fedlora.cli.main import main
 from fedlora.storage.client_state import ClientStore
 from fedlora.storage.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow  # whole runs
+
 ROUNDS = ("rounds=4", "clients_per_round=2", "evaluate.clients=true")
 JOBS = {"own parts": "strategy=fedsalora", "a base delta": "strategy=flora"}
 

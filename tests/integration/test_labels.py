@@ -16,7 +16,10 @@ WORDS = ["river", "guitar", "planet", "bakery", "tractor", "dentist", "volcano",
 WORDS += ["candle", "elephant", "umbrella"]
 SMALL = ("model=tiny", "data=files", "clients=2", "rounds=3", "data.text=text", "data.label=label")
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft and transformers about each other
+pytestmark = [
+    pytest.mark.slow,  # whole runs
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of peft and transformers about each other
+]
 
 
 def notes(path: Path, count: int, seed: int) -> Path:
@@ -41,7 +44,7 @@ def by_readme(adapter: Path, base: str) -> dict[str, Any]:
     return left
 
 
-@pytest.mark.slow  # it has to learn something, or every order of labels were as good
+# It has to learn something, or every order of labels were as good.
 def test_integer_labels_are_the_indices_and_the_readme_s_lines_name_them(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -11,6 +11,8 @@ import fedlora as fl
 from fedlora.cli.main import main
 from fedlora.models.packaged import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def processor(patch: pytest.MonkeyPatch, amx: bool) -> None:
     told = {"architecture": "x86_64", "amx_bf16": amx, "avx512_bf16": True}

@@ -10,6 +10,8 @@ from fedlora.cli.main import main
 from fedlora.config.composition import compose
 from fedlora.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # whole runs
+
 TEXTS = [f"the {word} is {n}" for word in ("cat", "saw") for n in range(5)]
 LONG = TEXTS[3]  # this one is written longer
 JOB = ("model=tiny", "data=files", "data.text=text", "data.label=label", "clients=3", "rounds=1", "ranks=2")

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from fedlora.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SIMPLE = ("privacy.accountant=rdp", "track=csv", "privacy.epsilon=6")
 RUNS = {
     "records": ("privacy=dp_sgd", "client.batch_size=4", "track.clients=true"),

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import pytest
+
 import fedlora as fl
+
+pytestmark = pytest.mark.slow  # whole runs
 
 
 def test_accumulated_batches_are_one_large_batch(run: Any) -> None:

@@ -9,6 +9,8 @@ from fedlora.callbacks.csv import CSV
 from fedlora.config.composition import compose
 from fedlora.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 class Full(CSV):
     """A disk that is full from the start."""

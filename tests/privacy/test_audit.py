@@ -15,6 +15,8 @@ from fedlora.privacy.audit_bound import lower_bound, p_value
 from fedlora.privacy.optimizer import PrivateOptimizer
 from fedlora.runner.audit import Audit, Reading, _guess, audit, report
 
+pytestmark = pytest.mark.slow  # whole runs
+
 Patch = pytest.MonkeyPatch
 
 

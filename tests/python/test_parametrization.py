@@ -17,7 +17,10 @@ from fedlora.core.strategy import mean_adapter
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models.parametrizations import CoreMatrix, DoRA, Sparse, composed
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,  # whole runs
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 LoRASpec = fl.LoRASpec
 ROWS = ["the cat number 1", "a hammer and a saw", "nothing of the kind"]
 

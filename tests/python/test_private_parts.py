@@ -15,6 +15,8 @@ from fedlora.privacy import DPSGD, ClientLevel
 from fedlora.rounds.scheduling import Synchronous
 from fedlora.training.rules import FedProx
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SEEDED = DPSGD(epsilon=6, insecure_test_seed=1)
 
 

@@ -11,7 +11,10 @@ import torch
 
 from fedlora.cli.main import main
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,  # whole runs
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 SMALL = ("model=tiny", "data=files", "data.text=text", "data.label=label", "clients=2", "rounds=1", "ranks=2")
 OWN = """
