@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from fedlora.core.algebra import dense
 from fedlora.core.changes import Change
 from fedlora.core.messages import State, Update
 from fedlora.errors import IncompatibleUpdates
@@ -79,7 +80,7 @@ def a_change_of_an_old_version_is_added(one: Round) -> None:
 
 
 def the_order_of_changes_changes_no_bit(one: Round) -> None:
-    """Whoever comes first into a buffer must not decide the result; nor is a state or an update written to."""
+    """Whoever comes first into a buffer must not decide the result; nor is the state written to."""
     if one.strategy.staleness == "refused":
         return
     before = replace(one.state).digest()
@@ -104,4 +105,4 @@ def _changes(one: Round, updates: Sequence[Update]) -> list[Change]:
 def _base(state: State, module: str) -> torch.Tensor:
     """What a state adds to the base besides its adapter, which changes leave as it is."""
     pair = state.base_delta.get(module)
-    return torch.zeros(LAYERS[module], dtype=torch.float64) if pair is None else pair.scale * pair.B @ pair.A
+    return torch.zeros(LAYERS[module], dtype=torch.float64) if pair is None else dense(pair)

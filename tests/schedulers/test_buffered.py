@@ -1,4 +1,4 @@
-"""Rounds without a barrier: who is asked when, what an old update does, and how a run goes on that was killed."""
+"""Rounds without a barrier: what an old update does, and how a run goes on that was killed."""
 
 import itertools
 from pathlib import Path
@@ -27,7 +27,7 @@ def clock(**speeds: Any) -> VirtualClock:
 
 @pytest.fixture
 def prepare(lab: Any, tmp_path: Path) -> Any:
-    """A run of a strategy, of mixed ranks where it takes them; what its clients keep is in a folder by name."""
+    """A run of a strategy, of mixed ranks where it takes them; what clients keep is in a named folder."""
 
     def made(strategy: Strategy, name: str, **more: Any) -> Any:
         ranks = MIXED if strategy.mixed_ranks else ALIKE
