@@ -96,8 +96,6 @@ class Speeds:
             ConfigError: it is neither.
         """
         known = [f.name for f in fields(cls) if f.init]
-        if isinstance(setting, cls):
-            return setting
         if isinstance(setting, str | Path):
             return cls(trace=str(setting))
         if not isinstance(setting, Mapping) or (unknown := sorted(map(str, setting.keys() - {*known}))):

@@ -246,7 +246,6 @@ BEFORE_LOADING = (
     schedulers.versions_of_strategy,
     schedulers.versions_under_masks,
     schedulers.versions_under_robust_rule,
-    schedulers.versions_recorded,
 )
 WITH_DATA = (
     privacy.cut_private_rows,

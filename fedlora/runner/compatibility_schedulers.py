@@ -39,16 +39,6 @@ def versions_under_robust_rule(spec: RunSpec) -> str | None:
     return None
 
 
-def versions_recorded(spec: RunSpec) -> str | None:
-    """A replay combines the updates of a round as if all had started from the state before it."""
-    if spec.scheduler.mixes_versions and spec.record_updates:
-        return (
-            f"record_updates: a replay combines a round's updates as those of one version, and under "
-            f"{type(spec.scheduler).__name__} they are of several; leave it out, or use scheduler=synchronous"
-        )
-    return None
-
-
 def full_buffer(known: Dealt) -> str | None:
     """A buffer that no number of clients could fill, since each is in it once."""
     buffer = getattr(known.spec.scheduler, "buffer", 1)
