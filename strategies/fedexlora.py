@@ -27,8 +27,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlora.core.adapter import Pair
-from fedlora.core.algebra import mean_extras, mean_factors, stack
+from fedlora.core.algebra import beyond, mean_extras, mean_factors, stack
 from fedlora.core.base_delta import BaseDelta
+from fedlora.core.changes import Change, cut_to, moved_extras, moved_products
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 
@@ -40,6 +41,7 @@ class FedExLoRA(Strategy):
     mixed_ranks = False
     linear = False
     exact = True
+    staleness = "exact"
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both mean factors, on the base with all that was added."""
@@ -58,6 +60,16 @@ class FedExLoRA(Strategy):
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
         base_delta = BaseDelta.of(state.base_delta).plus(gain)
+        return replace(state, adapter=adapter, round=state.round + 1, base_delta=base_delta)
+
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """The best of s B̄ Ā + Σ_k c_k Δ_k in the adapter's rank, and the rest of it in the base."""
+        changes = self.admit_changes(state, changes)
+        old, whole = state.adapter.pairs, moved_products(state, changes)
+        pairs = {m: cut_to(state, m, pair, old[m].rank) for m, pair in whole.items()}
+        rest = {m: beyond(pair, old[m].rank) for m, pair in whole.items()}
+        base_delta = BaseDelta.of(state.base_delta).plus({m: pair for m, pair in rest.items() if pair.rank})
+        adapter = replace(state.adapter, pairs={**old, **pairs}, extra=moved_extras(state, changes))
         return replace(state, adapter=adapter, round=state.round + 1, base_delta=base_delta)
 
 

@@ -47,6 +47,7 @@ import numpy as np
 
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import accumulate, beyond, compress, held, mean_extras, truncate, weighted_sum
+from fedlora.core.changes import Change, moved_whole
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.ranges import check_number
@@ -67,6 +68,7 @@ class FedFold(Strategy):
     mixed_ranks = True
     linear = False
     exact = True
+    staleness = "exact"
 
     def __post_init__(self) -> None:
         for name in ("fresh", "energy"):
@@ -100,8 +102,12 @@ class FedFold(Strategy):
             pairs[m] = weighted_sum([*(u.adapter.pairs[m] for u in sent), D], [*w, 1 - p], D.scale)
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
-        metrics = {"rank": fmean(pair.rank for pair in pairs.values())} if pairs else {}
-        return replace(state, adapter=adapter, round=state.round + 1, metrics=metrics)
+        return replace(state, adapter=adapter, round=state.round + 1, metrics=_rank(adapter))
+
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """D* + Σ_k c_k Δ_k, which is `aggregate`'s own rule where all have started from D*."""
+        moved = moved_whole(state, self.admit_changes(state, changes))
+        return replace(moved, metrics=_rank(moved.adapter))
 
     def _led(self, rank: int) -> int:
         """l, how many leading directions a client of this rank trains."""
@@ -119,3 +125,8 @@ def _given(update: Update, module: str) -> int:
     if update.peer is None:
         return update.adapter.pairs[module].rank
     return update.peer.ranks.get(module, update.peer.rank)
+
+
+def _rank(adapter: Adapter) -> dict[str, float]:
+    """The mean rank of D*, for the round's line."""
+    return {"rank": fmean(pair.rank for pair in adapter.pairs.values())} if adapter.pairs else {}

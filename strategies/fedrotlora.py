@@ -44,6 +44,7 @@ class FedRotLoRA(Strategy):
     mixed_ranks = False
     linear = False
     exact = False
+    staleness = "effective"
 
     blend: float = 1.0
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from fedlora.core.adapter import Pair
 from fedlora.core.algebra import mean_rows, pad
+from fedlora.core.changes import Change, among_holders, moved_factors
 from fedlora.core.messages import BOTH, Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 
@@ -33,6 +34,7 @@ class FedSALoRA(Strategy):
     mixed_ranks = True
     linear = False  # with one rank it would be: the weight that holds a row depends on who is sampled
     exact = False
+    staleness = "exact"
     personal = True
 
     def task(self, state: State, peer: Peer) -> Task:
@@ -49,3 +51,10 @@ class FedSALoRA(Strategy):
             A = mean_rows([u.adapter.pairs[m].A for u in sent], w, old.A)
             pairs[m] = Pair(A, pad(old, len(A)).B.to(A.dtype), old.scale)
         return replace(state, adapter=replace(state.adapter, pairs=pairs), round=state.round + 1)
+
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """Each row of A moved by those who hold it; nobody turns A, so that all versions have one basis."""
+        changes = self.admit_changes(state, changes)
+        weigh = among_holders(changes, lambda change, module: change.share)
+        adapter = replace(state.adapter, pairs=moved_factors(state, changes, weigh))
+        return replace(state, adapter=adapter, round=state.round + 1)

@@ -43,11 +43,14 @@ class FedSVD(Strategy):
     mixed_ranks = True
     linear = True
     exact = True
+    staleness = "effective"
 
     period: int = 1
 
     def __post_init__(self) -> None:
         check_whole("strategy.period", self.period, 0)
+        if not self.period:  # all versions have one Â
+            object.__setattr__(self, "staleness", "exact")
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""

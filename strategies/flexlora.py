@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedlora.core.algebra import mean_extras, weighted_sum
+from fedlora.core.changes import Change, moved_whole
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 
@@ -31,6 +32,7 @@ class FlexLoRA(Strategy):
     mixed_ranks = True
     linear = False
     exact = True
+    staleness = "exact"
     products = True
 
     def task(self, state: State, peer: Peer) -> Task:
@@ -47,3 +49,7 @@ class FlexLoRA(Strategy):
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1)
+
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """D* + Σ_k c_k Δ_k, whole."""
+        return moved_whole(state, self.admit_changes(state, changes))

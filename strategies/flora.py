@@ -26,6 +26,7 @@ import torch
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.algebra import accumulate, mean_extras, stack
 from fedlora.core.base_delta import BaseDelta
+from fedlora.core.changes import Change, gained, moved_extras
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, slice_to_rank
 from fedlora.seeds import generator
@@ -38,6 +39,7 @@ class FLoRA(Strategy):
     mixed_ranks = True
     linear = False
     exact = True
+    staleness = "exact"
     products = True
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
@@ -62,6 +64,15 @@ class FLoRA(Strategy):
         fresh = {m: _fresh(m, pair, state.seed, done) for m, pair in old.items()}
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=fresh, extra=extra)
+        return replace(state, adapter=adapter, round=done, base_delta=base_delta)
+
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """Merge Σ_k c_k Δ_k, where Δ_k is all of s_k B_k A_k, since every client starts with B = 0."""
+        changes, done = self.admit_changes(state, changes), state.round + 1
+        gain = {m: pair for m in state.adapter.pairs if (pair := gained(changes, m)) is not None}
+        fresh = {m: _fresh(m, pair, state.seed, done) for m, pair in state.adapter.pairs.items()}
+        adapter = replace(state.adapter, pairs=fresh, extra=moved_extras(state, changes))
+        base_delta = BaseDelta.of(state.base_delta).plus(gain)
         return replace(state, adapter=adapter, round=done, base_delta=base_delta)
 
 

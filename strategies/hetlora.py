@@ -41,6 +41,7 @@ from fedlora.core.algebra import (
     rescale,
     truncate,
 )
+from fedlora.core.changes import Change, Weigh, among_holders, cut_to, moved_extras, moved_products
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
@@ -70,6 +71,7 @@ class HetLoRA(Strategy):
     mixed_ranks = True
     linear = False
     exact = False
+    staleness = "effective"
 
     def __post_init__(self) -> None:
         check_number("HetLoRA.gamma", self.gamma, above=0, below=1)
@@ -100,6 +102,27 @@ class HetLoRA(Strategy):
         memory = {**state.memory, **self._prunings(state, heard)}
         metrics = {"prunings": float(sum(int(n) for n in memory.values()))}
         adapter = replace(state.adapter, pairs=pairs, extra=heads)
+        return replace(state, adapter=adapter, round=state.round + 1, memory=memory, metrics=metrics)
+
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """Σ_k ω_k s(τ_k) Δ_k is added, cut back to the largest rank; note who has pruned.
+
+        ω_k are the norms of what the buffer's clients sent, of whatever version. What a client has pruned
+        stays as it is: its tail was light against the tail that it was sent, which says nothing of D's.
+        """
+        changes = self.admit_changes(state, changes)
+        old, sent = state.adapter.pairs, [one.update for one in changes]
+        omega = self._weights({m: [norm(u.adapter.pairs[m]) for u in sent] for m in old})
+        place = {id(one): at for at, one in enumerate(changes)}
+        weigh: Weigh = lambda one, m: one.factor * omega[m][place[id(one)]]  # noqa: E731
+        if self.mean_over == "holders":
+            weigh = among_holders(changes, lambda one, m: omega[m][place[id(one)]])
+        whole = moved_products(state, changes, weigh)
+        largest = {m: max(old[m].rank, *(u.adapter.pairs[m].rank for u in sent)) for m in old}
+        pairs = {m: cut_to(state, m, pair, largest[m]) for m, pair in whole.items()}
+        adapter = replace(state.adapter, pairs={**old, **pairs}, extra=moved_extras(state, changes))
+        memory = {**state.memory, **self._prunings(state, sent)}
+        metrics = {"prunings": float(sum(int(n) for n in memory.values()))}
         return replace(state, adapter=adapter, round=state.round + 1, memory=memory, metrics=metrics)
 
     def _weights(self, sizes: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -30,6 +30,7 @@ class PFedLoRA(Strategy):
     mixed_ranks = False
     linear = True
     exact = False
+    staleness = "effective"
     personal = True
     client = "TwoPhase"
 

@@ -28,6 +28,7 @@ import torch
 
 from fedlora.core.adapter import Pair
 from fedlora.core.algebra import beyond, held, mean_extras, weighted_sum
+from fedlora.core.changes import Change, among_holders, moved_whole
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 
@@ -39,6 +40,7 @@ class RaFLoRA(Strategy):
     mixed_ranks = True
     linear = False
     exact = False
+    staleness = "effective"
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D; where D has fewer than the client's rank, fresh ones with B = 0."""
@@ -54,6 +56,12 @@ class RaFLoRA(Strategy):
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1)
+
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """D + Σ_k c_k Δ_k, in each direction over the updates that hold it; the same rule as `aggregate`."""
+        changes = self.admit_changes(state, changes)
+        weigh = among_holders(changes, lambda change, module: change.share)
+        return moved_whole(state, changes, weigh)
 
 
 def _partitioned(pairs: Sequence[Pair], weights: Sequence[float], old: Pair) -> Pair:

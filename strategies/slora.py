@@ -37,6 +37,7 @@ from fedlora.core.algebra import (
     stack,
     weighted_sum,
 )
+from fedlora.core.changes import Change, moved_whole
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, grow_rank, slice_to_rank
 from fedlora.errors import ConfigError
@@ -86,6 +87,8 @@ class SLoRA(Strategy):
             }
             for fact, value in facts.items():
                 object.__setattr__(self, fact, value)
+        if not self.sparse_rounds:  # else a change of the first stage may come in the second
+            object.__setattr__(self, "staleness", "exact" if self.second == "flexlora" else "effective")
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """The state before round 1, with all values of the mask zero.
@@ -127,6 +130,12 @@ class SLoRA(Strategy):
         extra = mean_extras([u.adapter.extra for u in sent], w)
         adapter = replace(state.adapter, pairs=pairs, extra=extra)
         return replace(state, adapter=adapter, round=state.round + 1, metrics={})
+
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """FedIT's rule for changes, or FlexLoRA's, which keeps D* whole."""
+        if self.second == "fedit":
+            return super().apply_changes(state, changes)
+        return moved_whole(state, self.admit_changes(state, changes))
 
     def _sparse(self, state: State, updates: Sequence[Update]) -> State:
         """One round of the first stage; the last one ends in the hand-over."""

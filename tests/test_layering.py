@@ -21,7 +21,7 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
     {"fedlora.training"},
     {"fedlora.storage", "fedlora.rounds.round_config"},
     {"fedlora.callbacks", "fedlora.robust", "fedlora.secure_aggregation", "fedlora.rounds", "fedlora.report"},
-    {"fedlora.engines"},
+    {"fedlora.engines", "fedlora.schedulers"},
     {"fedlora.strategies", "fedlora.clients"},
     {"fedlora.runner"},
     {"fedlora.config"},
@@ -42,6 +42,7 @@ WALLS = {
     "flwr": {
         "fedlora.rounds",
         "fedlora.runner.session",
+        "fedlora.schedulers",
         "fedlora.engines",
         "fedlora.secure_aggregation",
         "fedlora.deploy",

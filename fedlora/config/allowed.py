@@ -23,7 +23,7 @@ OURS = {
     "robust": ("fedlora.robust",),
     "steps": ("fedlora.robust",),
     "engine": ("fedlora.engines", "fedlora.deploy.engine"),
-    "scheduler": ("fedlora.rounds.scheduling",),
+    "scheduler": ("fedlora.rounds.scheduling", "fedlora.schedulers"),
     "stop": ("fedlora.callbacks.early_stopping",),
     "keep": ("fedlora.callbacks.best_checkpoint",),
 }

@@ -15,7 +15,13 @@ from fedlora.runner.spec import RunSpec
 
 from .translate import TRACKERS
 
-PUBLIC = ("fedlora.strategies", "fedlora.clients", "fedlora.privacy", "fedlora.training.rules")
+PUBLIC = (
+    "fedlora.strategies",
+    "fedlora.clients",
+    "fedlora.privacy",
+    "fedlora.training.rules",
+    "fedlora.schedulers",
+)
 
 
 def describe(

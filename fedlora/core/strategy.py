@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fedlora.core.adapter import Adapter, Pair
+from fedlora.core.admission import check_fits, lifted
 from fedlora.core.algebra import (
     compress,
     mean_extras,
@@ -22,6 +23,7 @@ from fedlora.core.algebra import (
     rescale,
     truncate,
 )
+from fedlora.core.changes import Change, moved_and_cut, moved_in_place
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.parametrization import LORA
 from fedlora.errors import IncompatibleUpdates
@@ -42,6 +44,9 @@ class Strategy(ABC):
         products: is the weighted mean of the products s·B·A, and of the extras, enough for it?
         exact: is the new ΔW the weighted mean of the clients', base delta and s_k B_k A_k together?
         personal: do clients keep a trained part, so that the global state alone is nobody's model?
+        staleness: what becomes of an update of an old version, where a scheduler does not wait for all:
+            "exact", its change is added and nothing of it is lost; "effective", its change of ΔW is added,
+            and the sum is cut back to the strategy's rank; "refused", clients must be at the same version.
         start: the initial adapter that the paper asks for, a value of `lora.init`.
         client: the name of the client class that it needs; empty where ordinary local training does.
         lr_factor: the learning rate that suits it, over the one that suits LoRA whose factors are both
@@ -53,6 +58,7 @@ class Strategy(ABC):
     exact: ClassVar[bool]
     products: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    staleness: ClassVar[Literal["exact", "effective", "refused"]] = "refused"
     start: ClassVar[str] = "lora"
     client: ClassVar[str] = ""
     lr_factor: ClassVar[float] = 1.0
@@ -89,6 +95,38 @@ class Strategy(ABC):
             IncompatibleUpdates: modules, shapes, ranks or weights that this algorithm cannot combine.
         """
 
+    def apply_changes(self, state: State, changes: Sequence[Change]) -> State:
+        """The next state from what clients have changed of what they were sent, of whatever version that was.
+
+        A client that has changed nothing moves nothing. By default the changes are added to the shared
+        factors where `staleness` is exact, which wants a basis that nobody moves, and else to ΔW, of which
+        the best of the state's ranks is kept (Eckart–Young); `cut_off` in the round's line says how much of
+        the changes that loses. Extras are added either way.
+
+        Args:
+            state: the newest one.
+            changes: at least one, in any order.
+
+        Raises:
+            IncompatibleUpdates: as `admit`; or the strategy refuses updates of an old version.
+        """
+        changes = self.admit_changes(state, changes)
+        return moved_in_place(state, changes) if self.staleness == "exact" else moved_and_cut(state, changes)
+
+    def admit_changes(self, state: State, changes: Sequence[Change]) -> list[Change]:
+        """The changes in the order of their clients' ids; every `apply_changes` begins with this call.
+
+        Raises:
+            IncompatibleUpdates: as `admit`; or the strategy refuses updates of an old version.
+        """
+        if self.staleness == "refused":
+            raise IncompatibleUpdates(
+                f"strategy {type(self).__name__} refuses updates of an old version; say its `staleness`"
+            )
+        found = sorted(changes, key=lambda one: -1 if one.update.peer is None else one.update.peer.id)
+        sent, _ = self.admit(state, [one.update for one in found])
+        return [replace(one, update=update) for one, update in zip(found, sent, strict=True)]
+
     def admit(
         self, state: State, updates: Sequence[Update], expected: Adapter | None = None
     ) -> tuple[list[Update], list[float]]:
@@ -117,7 +155,7 @@ class Strategy(ABC):
             raise IncompatibleUpdates(f"strategy {name}: client {twice[0]} sent more than one update")
         for position, update in enumerate(ordered):
             who = f"strategy {name}: {update.peer.called if update.peer else f'client #{position}'}"
-            _fits(expected, update.adapter, who)
+            check_fits(expected, update.adapter, who)
             for module, pair in update.adapter.pairs.items():
                 rank = expected.pairs[module].rank
                 if not self.mixed_ranks and pair.rank != rank:
@@ -127,7 +165,7 @@ class Strategy(ABC):
                     )
             if not (math.isfinite(update.weight) and update.weight >= 0):
                 raise IncompatibleUpdates(f"{who} has weight {update.weight}, expected a finite number >= 0")
-        return [_plain(update, expected) for update in ordered], normalised(
+        return [lifted(update, expected) for update in ordered], normalised(
             [update.weight for update in ordered]
         )
 
@@ -243,49 +281,6 @@ def grow_rank(state: State, peer: Peer) -> Adapter:
         rng = generator(state.seed, "refill", zlib.crc32(name.encode()), state.round)
         room[name] = pad_orthonormal(pair, peer.ranks.get(name, peer.rank), rng)
     return replace(state.adapter, pairs=room)
-
-
-def _plain(update: Update, expected: Adapter) -> Update:
-    """The update without autograd graphs, and in no lower precision than the state."""
-    kinds = {name: tensor.dtype for name, tensor in expected.tensors()}
-    lifted = {
-        name: tensor.detach().to(torch.promote_types(tensor.dtype, kinds.get(name, tensor.dtype)))
-        for name, tensor in update.adapter.tensors()
-    }
-    return replace(update, adapter=update.adapter.with_tensors(lifted))
-
-
-def _fits(expected: Adapter, got: Adapter, who: str) -> None:
-    """Raise IncompatibleUpdates unless modules, extras and all shapes but the rank are the expected ones."""
-    for kind, want, have in (
-        ("modules", expected.pairs.keys(), got.pairs.keys()),
-        ("extra tensors", expected.extra.keys(), got.extra.keys()),
-    ):
-        if want != have:
-            raise IncompatibleUpdates(
-                f"{who} sent other {kind} than the global adapter has: "
-                f"missing {sorted(want - have)[:3]}, unknown {sorted(have - want)[:3]}"
-            )
-    parts = [(module, tensor) for module, pair in got.pairs.items() for _, tensor in pair.factors()]
-    for name, tensor in [*parts, *got.extra.items()]:
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise IncompatibleUpdates(f"{who} sent NaN or infinity for '{name}': its training diverged")
-    for module, pair in got.pairs.items():
-        if pair.shape != expected.pairs[module].shape:
-            raise IncompatibleUpdates(
-                f"{who} sent an update of shape {pair.shape} for '{module}', "
-                f"expected {expected.pairs[module].shape}"
-            )
-    shapes = {name: tensor.shape for name, tensor in expected.extra.items()}
-    for module, own in expected.own_factors().items():
-        if module in got.pairs:  # of the rank that was sent
-            resized = expected.parametrization.resize(own, got.pairs[module].rank)
-            shapes |= {f"{module}.{word}": tensor.shape for word, tensor in resized.items()}
-    for name, tensor in got.extra.items():
-        if tensor.shape != shapes[name]:
-            raise IncompatibleUpdates(
-                f"{who} sent shape {tuple(tensor.shape)} for '{name}', expected {tuple(shapes[name])}"
-            )
 
 
 def named(suits: Callable[[type[Strategy]], bool]) -> str:

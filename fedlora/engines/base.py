@@ -73,6 +73,8 @@ class Engine(ABC):
         min_replies: share of the sampled clients without whose good updates a round changes nothing.
         wait: seconds to wait at the beginning of a round until there are clients enough.
         sites: whether clients are on machines of their own, with rows of their own.
+        speeds: of simulated clients in virtual time, as `fedlora.rounds.speeds.Speeds.of` takes them; None
+            where time is real, or nobody asks for it.
     """
 
     sites: ClassVar[bool] = False
@@ -81,6 +83,7 @@ class Engine(ABC):
     over_select: float = 0.0
     min_replies: float = 0.0
     wait: float = 0.0
+    speeds: Any = None
 
     @abstractmethod
     def run(self, run: Run) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from flwr.app import Message
@@ -14,6 +15,7 @@ from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.engines.simulation_grid import Group, SimulationGrid, answer, memory_of_group, together
 from fedlora.errors import ConfigError
 from fedlora.models.replicas import replica
+from fedlora.rounds.speeds import Speeds
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,26 @@ class InProcess(Engine):
         fuse: clients that train in one pass: "auto", or a number.
         devices: where groups of clients train side by side, a copy of the model on each: numbers of GPUs, or
             names such as "cpu"; "auto" takes all GPUs if the model is on one. None takes the model's own.
+        speeds: of the clients, in virtual time: a CSV file, or fields of `fedlora.rounds.speeds.Speeds` such
+            as {"lognormal": 1, "absent": 0.1}; None keeps no time.
+        over_select: share of clients sampled beyond clients_per_round, for whose number a synchronous round
+            waits in virtual time.
     """
 
     fuse: int | str = "auto"
     devices: Sequence[int | str] | str | None = None
+    speeds: Mapping[str, Any] | str | None = None
+    over_select: float = 0.0
 
     def __post_init__(self) -> None:
         together(self.fuse)
+        if self.speeds is not None:
+            Speeds.of(self.speeds)
+        elif self.over_select:
+            raise ConfigError(
+                "engine.over_select: in one process nobody is late but in virtual time; say "
+                "engine.speeds=..., or leave it out"
+            )
         if isinstance(self.devices, str | type(None)):
             if self.devices not in (None, "auto"):
                 raise ConfigError(

@@ -1,11 +1,14 @@
 """A run on a Ray cluster, for those who outgrow one machine: the groups of one process, over many actors."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fedlora.engines.base import Engine, Run, Session
 from fedlora.engines.simulation_grid import memory_of_group, together
 from fedlora.errors import ConfigError
+from fedlora.rounds.speeds import Speeds
 
 BARE = 900 * 2**20  # bytes of an actor before it works: Python, torch, transformers, Ray's share
 
@@ -22,6 +25,7 @@ class Ray(Engine):
         gpus: GPUs of each actor, or a share of one; None takes one where the model is on a GPU, else none.
         fuse: clients that train in one pass: "auto", or a number.
         wait: seconds to wait for the first actor, and for another where the last one has died.
+        speeds: as for `InProcess`.
     """
 
     address: str | None = None
@@ -30,9 +34,12 @@ class Ray(Engine):
     gpus: float | None = None
     fuse: int | str = "auto"
     wait: float = 600
+    speeds: Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         together(self.fuse)
+        if self.speeds is not None:
+            Speeds.of(self.speeds)
         if self.actors is not None and self.actors < 1:
             raise ConfigError(
                 f"engine.actors: expected a whole number of at least 1 or null, got {self.actors}"

@@ -41,10 +41,10 @@ class Picture:
 
 
 def results(runs: Sequence[Run]) -> list[Picture]:
-    """The headline metric over rounds, traffic, epsilon and rank, and the losses."""
+    """The headline metric over rounds, virtual time, traffic, epsilon and rank, and the losses."""
     shown = []
     for metric in sorted({run.metric for run in runs}):
-        each = [over_rounds, over_traffic, over_epsilon, over_rank]
+        each = [over_rounds, over_time, over_traffic, over_epsilon, over_rank]
         shown += [draw([run for run in runs if run.metric == metric], metric) for draw in each]
     return [picture for picture in [*shown, losses(runs)] if picture]
 
@@ -76,6 +76,19 @@ def over_rounds(runs: Sequence[Run], metric: str) -> Picture | None:
     where = f"on the {evaluated(runs)} after each round; round 0 is before training."
     caption = f"{words(metric).capitalize()} {where}"
     return _simple(runs, metric, words(metric), caption)
+
+
+def over_time(runs: Sequence[Run], metric: str) -> Picture | None:
+    """The headline metric against virtual time, for runs that have any."""
+
+    def series(run: Run) -> Series:
+        when = {0: 0.0} | dict(run.series("virtual_seconds"))
+        return {at: (when[at], value) for at, value in run.series(metric) if at in when}
+
+    said = f"{words(metric).capitalize()} against virtual time"
+    caption = f"{said}, the seconds that simulated clients would have taken until then."
+    drawn = means([run for run in runs if run.series("virtual_seconds")], series)
+    return _picture(f"{metric}-over-time", drawn, "virtual seconds", words(metric), caption)
 
 
 def over_traffic(runs: Sequence[Run], metric: str) -> Picture | None:

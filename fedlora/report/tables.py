@@ -101,6 +101,8 @@ def runs_table(runs: Sequence[Run]) -> Table:
     columns["MB down"] = megabytes([run.summary.get("bytes_down") for run in runs])
     columns["MB up"] = megabytes([run.summary.get("bytes_up") for run in runs])
     columns["seconds"] = amounts([run.summary.get("wall_seconds") for run in runs])
+    columns["virtual s"] = amounts([run.summary.get("virtual_seconds") for run in runs])
+    columns["virtual s to best"] = amounts([_time_of_best(run) for run in runs])
     columns["MB RAM"] = amounts([run.summary.get("peak_memory_mb") for run in runs])
     columns["adapter"] = [_hash(run)[:8] for run in runs]
     shown = {name: cells for name, cells in columns.items() if set(cells) != {ABSENT}}
@@ -183,11 +185,21 @@ def setting(value: object) -> str:
 
 def _best(run: Run) -> str:
     """The best value of the headline metric and the first round that reached it."""
-    measured = run.series(run.metric)
-    if not measured:
+    if (found := _best_round(run)) is None:
         return ABSENT
-    at, value = (max if run.more_is_better else min)(measured, key=lambda point: point[1])
-    return f"{score(value, run.metric)} ({at})"
+    return f"{score(found[1], run.metric)} ({found[0]})"
+
+
+def _best_round(run: Run) -> tuple[int, float] | None:
+    """The first round with the best value of the headline metric, and that value."""
+    measured = run.series(run.metric)
+    return (max if run.more_is_better else min)(measured, key=lambda point: point[1]) if measured else None
+
+
+def _time_of_best(run: Run) -> float | None:
+    """When, in virtual seconds, the best value of the headline metric was reached."""
+    times, found = dict(run.series("virtual_seconds")), _best_round(run)
+    return None if found is None else {0: 0.0, **times}.get(found[0]) if times else None
 
 
 def _last(run: Run, key: str) -> float | None:

@@ -10,7 +10,7 @@ from fedlora.core.messages import Peer, Task, Update
 from fedlora.errors import IncompatibleUpdates
 from fedlora.rounds.codec import Held, size, write_task
 from fedlora.rounds.pending import PendingMessages
-from fedlora.storage.client_state import BASE_DELTA, forgotten
+from fedlora.storage.client_state import BASE_DELTA, forgotten, last_seen
 
 GRACE = 60.0  # seconds for which a message outlives its round, so that a late node is known to be alive
 Read = Callable[[Message, Task, Peer, int], Update]
@@ -29,6 +29,13 @@ class Received:
     updates: list[Update]
     tasks: list[Task]
     lines: list[dict[str, Any]]
+
+    def plus(self, other: "Received") -> "Received":
+        """Both together, in the order of the clients' ids."""
+        pairs = [*zip(self.updates, self.tasks, strict=True), *zip(other.updates, other.tasks, strict=True)]
+        pairs.sort(key=lambda found: found[0].peer.id if found[0].peer else -1)
+        lines = sorted([*self.lines, *other.lines], key=lambda line: int(line["client"]))
+        return Received([update for update, _ in pairs], [task for _, task in pairs], lines)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,9 @@ class MessageExchange:
         self._pending = PendingMessages()
         self._sent: dict[int, _Sent] = {}
         self._held: dict[int, Held] = {}
+        self._called: dict[int, str] = {}  # node -> the name of the client that was last sent a task there
         self._seen: dict[str, int] = {}  # digest of a base delta's tensor -> the last version sent
+        self._newest = -1  # the newest version of which a task was sent
 
     @property
     def waiting(self) -> set[int]:
@@ -87,6 +96,7 @@ class MessageExchange:
         held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
         content, held = write_task(task, round, self._seed, held, version)
         content.update(more or {})
+        self._called[node] = peer.called
         self._sent[node] = _Sent(peer, task, round, version, size(content), held)
         ttl = None if self._timeout is None else self._timeout + GRACE
         return self._pending.note(Message(content, node, "train", ttl=ttl, group_id=str(round)))
@@ -111,7 +121,10 @@ class MessageExchange:
             node = self._pending.node(reply)
             sent = None if node is None else self._sent.pop(node, None)
             if node is None or sent is None:
-                self._warn(f"round {round}: a reply that nobody asked for was dropped")
+                who = (
+                    "" if node is None else f", of {self._called.get(node, node)}, which has answered already"
+                )
+                self._warn(f"round {round}: a reply that nobody asked for was dropped{who}")
                 strays.add(reply.metadata.src_node_id)
                 continue
             line = line_of(
@@ -145,15 +158,31 @@ class MessageExchange:
         self._sent, self._pending = {}, PendingMessages()
         return lines
 
+    def give_up(self, round: int, nodes: Iterable[int], why: str) -> list[dict[str, Any]]:
+        """The lines of clients for whose replies nobody waits any more.
+
+        Args:
+            round: the round that the lines belong to.
+            nodes: those of the clients.
+            why: what each line gives as the reason.
+        """
+        lines = []
+        for node in nodes:
+            sent = self._sent.pop(node)
+            lines.append(line_of(round, sent.peer, sent.bytes_down, 0) | {"status": "dropped", "reason": why})
+            self._warn(f"round {round}: {sent.peer.called} dropped: {why}")
+        return lines
+
     def _learn(self, node: int, held: Held) -> None:
         """Rely on what a node has received, now that it has answered."""
         self._held[node] = held
         if held.version is not None:
-            self._seen |= dict.fromkeys(_base_deltas(held).values(), held.version)
+            self._seen |= last_seen(self._seen, _base_deltas(held).values(), held.version)
 
     def _forget(self, version: int) -> None:
         """Stop relying on base deltas that clients of one process have dropped by now (`DownloadCache`)."""
-        old = forgotten(self._seen, version)
+        self._newest = max(self._newest, version)  # a task of an old version may be written after a newer one
+        old = forgotten(self._seen, self._newest)
         for seal in old:
             del self._seen[seal]
         for node, held in self._held.items() if old else ():

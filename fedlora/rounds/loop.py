@@ -7,8 +7,8 @@ messages.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from flwr.app import Message
@@ -21,14 +21,14 @@ from fedlora.core.update_step import RoundUpdates
 from fedlora.errors import ConfigError, FedLoraError, IncompatibleUpdates
 from fedlora.rounds.aggregation.base import Aggregation, Delivery
 from fedlora.rounds.aggregation.choice import aggregation_for
-from fedlora.rounds.codec import metrics_of, write_task
+from fedlora.rounds.evaluations import ask_clients, evaluate_updates
 from fedlora.rounds.exchange import MessageExchange, Received, line_of
-from fedlora.rounds.pending import PendingMessages
 from fedlora.rounds.registry import ClientRegistry
 from fedlora.rounds.round import PatientGrid, Round
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.rounds.totals import totals
+from fedlora.rounds.virtual_clock import VirtualClock
 from fedlora.seeds import generator
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
@@ -57,6 +57,7 @@ class ServerLoop:
         recording: records the updates that the strategy is given; None for no recording.
         scheduler: when tasks are sent, and when updates are aggregated.
         score: what clients call the score of their own models (`LearningTask.score`).
+        clock: the virtual time of simulated clients; None where nobody asks for it.
     """
 
     def __init__(
@@ -73,13 +74,14 @@ class ServerLoop:
         recording: UpdateLog | None = None,
         scheduler: Scheduler = Synchronous(),  # noqa: B008 (it has no state)
         score: str = "accuracy",
+        clock: VirtualClock | None = None,
     ) -> None:
         self.strategy, self.config, self._run = strategy, config, run
         self._registry, self._evaluate, self._named = registry, evaluate, named
-        self._folder, self._spent, self._scheduler = folder, spent, scheduler
+        self.folder, self._spent, self._scheduler = folder, spent, scheduler
         self._callbacks = Callbacks(run)
         self._aggregation = aggregation or aggregation_for(config)
-        self._recording, self._score = recording, score
+        self._recording, self._score, self.clock = recording, score, clock
         self._exchange = MessageExchange(run.warn, config.seed, config.timeout)
 
     @property
@@ -122,11 +124,29 @@ class ServerLoop:
                 f"{len(there)} of {self.config.clients} clients can take part, and {who} cannot, for the "
                 f"reason above; mend it there, or begin without with clients={len(there)}"
             )
+        if self.clock and self.folder and self.folder.schedule:
+            self.clock.load(self.folder.schedule)
         yield from self._scheduler.rounds(self, grid)
 
-    def begin_round(self, grid: Grid) -> Round:
-        """Begin the next round: sample its clients, and let them agree on what they need to deliver."""
+    def client(self, node: int) -> int:
+        """The id of the client on a node."""
+        return self._registry.peers[node].id
+
+    def client_done(self, count: int) -> None:
+        """Tell the callbacks that so many clients have finished."""
+        self._callbacks.client_done(count)
+
+    def begin_round(self, grid: Grid, wanted: int | None = None) -> Round:
+        """Begin the next round: sample its clients, and let them agree on what they need to deliver.
+
+        Where a scheduler says how many updates are `wanted`, it chooses among the clients itself: the round
+        then has all that are there, and no more is asked of them.
+        """
         began, number = time.perf_counter(), self.done + 1
+        if wanted is not None:
+            there, away = self._gather(grid, number, wanted)
+            self._callbacks.round_begin(number, wanted)
+            return Round(number, Delivery(there), wanted, away, began)
         refusal = self._aggregation.refusal()
         nodes, away = ([], []) if refusal else self._sample(grid, number)
         self._callbacks.round_begin(number, self.config.enough(len(nodes)))
@@ -137,12 +157,17 @@ class ServerLoop:
         """The tasks of a round's clients, each written when it is asked for, so that few are in memory."""
         return (self.message(round, node) for node in round.nodes)
 
-    def message(self, round: Round, node: int) -> Message:
-        """The task of one client, from the state as it is now."""
-        peer = self._registry.peers[node]
-        task = self.strategy.task(self.state, peer)
+    def message(self, round: Round, node: int, state: State | None = None) -> Message:
+        """The task of one client, from the state as it is now, or as it was in an earlier round."""
+        peer, state = self._registry.peers[node], state or self.state
+        task = self.strategy.task(state, peer)
         more = round.delivery.records(node)
-        return self._exchange.message(node, peer, task, round.number, self.state.round, more)
+        return self._exchange.message(node, peer, task, round.number, state.round, more)
+
+    def late(self, round: Round) -> set[int]:
+        """Let virtual time pass until a synchronous round has its replies; the nodes of the others."""
+        nodes = {self.client(node): node for node in round.nodes}
+        return {nodes[client] for client in self.clock.late(nodes)} if self.clock else set()
 
     def finish_round(
         self, round: Round, replies: Iterable[Message], keep_waiting: bool = False
@@ -158,12 +183,33 @@ class ServerLoop:
         Returns:
             The round's line of metrics.jsonl.
         """
-        received = self._exchange.receive(round.number, replies, round.delivery.read, keep_waiting)
+        schedule = self.clock.dump() if self.clock else ""
+        return self.close_round(round, self.receive(round, replies, keep_waiting), schedule)
+
+    def receive(self, round: Round, replies: Iterable[Message], keep_waiting: bool = True) -> Received:
+        """Check replies; as `finish_round`, which is told by `close_round` what is to be done with them."""
+        return self._exchange.receive(round.number, replies, round.delivery.read, keep_waiting)
+
+    def give_up(self, round: Round, nodes: Iterable[int], why: str) -> Received:
+        """Wait no longer for the replies of these nodes, for a reason that their lines give."""
+        return Received([], [], self._exchange.give_up(round.number, nodes, why))
+
+    def close_round(
+        self, round: Round, received: Received, schedule: str = "", needed: Collection[int] = ()
+    ) -> dict[str, Any]:
+        """Combine the good updates of a round, and record it; the round's line of metrics.jsonl.
+
+        Args:
+            round: what `begin_round` returned.
+            received: what `receive` returned.
+            schedule: what the scheduler has to know to go on from here.
+            needed: the rounds after whose states clients still work.
+        """
         lines = received.lines
         state, metrics = self._aggregate(round, received)
         round.delivery.count(round.number, self._registry.peers, lines, self._run.warn)
         if self.config.evaluate_updates and received.updates:
-            self._evaluate_updates(received)
+            evaluate_updates(received, self._evaluate, self._named)
         every = self.config.evaluate_every
         due = every and (round.number % every == 0 or round.number == self.config.rounds)
         if due and not self.strategy.personal:
@@ -173,54 +219,48 @@ class ServerLoop:
             gone = {"status": "away", "reason": "not connected when the round began"}
             lines += [line_of(round.number, peer, 0, 0) | gone for peer in self._registry.missing()]
             lines.sort(key=lambda line: int(line["client"]))
+        if self.clock:
+            metrics["virtual_seconds"] = self.clock.now
         named = self._named if self.strategy.personal else None  # the clients' own models are the result
         seconds = time.perf_counter() - round.began
         shown = self._aggregation.shows_losses
         line = totals(round.number, lines, metrics, seconds, shown, named, self._score)
         line |= self._spent(lines)
-        if self._folder:
-            self._folder.finish_round(round.number, state, line, lines)
+        if self.folder:
+            self.folder.finish_round(round.number, state, line, lines, schedule, needed)
         self._callbacks.round_end(line, lines, state)
         return line
 
     def evaluate_clients(self, grid: Grid) -> dict[int, dict[str, float]]:
-        """The metrics of each client's own model on the rows that the client keeps back, by client id.
+        """The metrics of each client's own model of the run's result on the rows that it keeps back, by id.
 
-        The models are those of the run's result. The mapping is empty unless `config.evaluate_clients` is
-        set.
+        The mapping is empty unless `config.evaluate_clients` is set.
         """
         if not self.config.evaluate_clients:
             return {}
-        found, asked = dict[int, dict[str, float]](), PendingMessages()
-        peers = self._registry.peers
-        questions = (asked.note(message) for message in self._questions(self._registry.gather(grid)))
-        for reply in grid.send_and_receive(questions, timeout=self.config.timeout):
-            if (node := asked.node(reply)) is None or peers[node].id in found:
-                continue
-            if reply.has_error() or "metrics" not in reply.content.metric_records:
-                why = reply.error.reason if reply.has_error() else "its reply has no metrics"
-                self._run.warn(f"{peers[node].called} could not evaluate its model: {why}")
-                continue
-            found[peers[node].id] = metrics_of(dict(reply.content.metric_records["metrics"]))
-        return dict(sorted(found.items()))
-
-    def _questions(self, nodes: Iterable[int]) -> Iterator[Message]:
-        for node in nodes:
-            task = self.strategy.task(self._run.result, self._registry.peers[node])
-            content = write_task(task, self.config.rounds + 1, self.config.seed)[0]
-            yield Message(content, node, "evaluate", ttl=self.config.timeout)
+        task = partial(self.strategy.task, self._run.result)
+        return ask_clients(grid, self._registry, task, self.config, self._run.warn)
 
     def _sample(self, grid: Grid, round: int) -> tuple[list[int], list[str]]:
         """This round's nodes, in the order of their clients' ids, and the names of the clients away."""
+        config = self.config
+        there, away = self._gather(grid, round, config.least(config.sampled(config.clients)))
+        busy = self._exchange.waiting | (grid.busy if isinstance(grid, PatientGrid) else set())
+        if self.clock:
+            self.clock.wait_for(map(self.client, there))
+            busy |= {node for node in there if self.clock.free(self.client(node)) > self.clock.now}
+        return self._aggregation.sample(there, busy, round, config), away
+
+    def _gather(self, grid: Grid, round: int, least: int) -> tuple[list[int], list[str]]:
+        """The nodes that are there, and the names of the clients that are not."""
         config, registry = self.config, self._registry
-        there = registry.gather(grid, config.least(config.sampled(config.clients)), config.wait)
+        there = registry.gather(grid, least, config.wait)
         if away := registry.away(config.clients):
             some = len(there)
             self._run.warn(
                 f"round {round}: {', '.join(away)} away, {some} of {some + len(away)} clients are there"
             )
-        busy = self._exchange.waiting | (grid.busy if isinstance(grid, PatientGrid) else set())
-        return self._aggregation.sample(there, busy, round, config), away
+        return there, away
 
     def _open(self, grid: Grid, nodes: list[int], round: int) -> Delivery:
         """Let the clients of a round agree on what they need; no node is left if they could not."""
@@ -253,12 +293,3 @@ class ServerLoop:
         for text in found.warnings:
             self._run.warn(f"round {number}: {text}")
         return found.state, dict(found.metrics)
-
-    def _evaluate_updates(self, received: Received) -> None:
-        """Evaluate each client's update by itself, and put the metrics into the client's line."""
-        both = zip(received.updates, received.tasks, strict=True)
-        alone = self._evaluate([replace(task, adapter=update.adapter) for update, task in both])
-        found = {u.peer.id: self._named(*m) for u, m in zip(received.updates, alone, strict=True) if u.peer}
-        for line in received.lines:
-            own = found.get(line["client"], {})
-            line |= {f"test_{name}": value for name, value in own.items()}

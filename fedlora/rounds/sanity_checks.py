@@ -59,12 +59,7 @@ def check_state(
         updates: what the strategy combined.
         tasks: the task that each update answers.
     """
-    found = (
-        []
-        if after.tensor_digest != before.tensor_digest
-        else ["the adapter did not move; is anything trained?"]
-    )
-    found += [*_lost(before, after), *_scales(before, after, updates, tasks)]
+    found = [*_still(before, after), *_lost(before, after), *_scales(before, after, updates, tasks)]
     if strategy.personal:  # the state is only a part of every model
         return {}, found
     if not found:
@@ -81,6 +76,22 @@ def check_state(
             "is not the clients' weighted mean"
         )
     return numbers, found
+
+
+def check_changed_state(
+    strategy: Strategy, before: State, after: State, updates: Sequence[Update], tasks: Sequence[Task]
+) -> tuple[dict[str, float], list[str]]:
+    """The same as `check_state` where changes were added to a state, which is no mean of the updates then."""
+    found = [*_still(before, after), *_lost(before, after), *_scales(before, after, updates, tasks)]
+    if strategy.personal:
+        return {}, found
+    return {**sizes(after), **tail_kept(before, after, updates)}, found
+
+
+def _still(before: State, after: State) -> Iterator[str]:
+    """An adapter that has not moved."""
+    if after.tensor_digest == before.tensor_digest:
+        yield "the adapter did not move; is anything trained?"
 
 
 def _lost(before: State, after: State) -> Iterator[str]:

@@ -1,11 +1,14 @@
 """When to send to whom, and when to aggregate: the order of a run's steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from flwr.serverapp import Grid
+
+from fedlora.core.update_step import UpdateStep
+from fedlora.rounds.aggregation.base import Aggregation
 
 if TYPE_CHECKING:
     from fedlora.rounds.loop import ServerLoop
@@ -16,7 +19,12 @@ class Scheduler(ABC):
 
     A scheduler decides when clients are sent tasks and when their updates are aggregated. What a step does is
     the server loop's business: sampling, checks, aggregation, evaluation, logs and checkpoints.
+
+    A fact that is read before a run begins:
+        mixes_versions: do updates of different versions come into one aggregation?
     """
+
+    mixes_versions: ClassVar[bool] = False
 
     @abstractmethod
     def rounds(self, server: "ServerLoop", grid: Grid) -> Iterator[dict[str, Any]]:
@@ -30,10 +38,21 @@ class Scheduler(ABC):
             What `finish_round` returns, the line of a finished round, before the next round begins.
         """
 
+    def aggregation(self, steps: Sequence[UpdateStep], uniform: bool) -> Aggregation | None:
+        """How updates are combined, where that depends on their versions; None for the usual way.
+
+        Args:
+            steps: what stands between the clients and the strategy.
+            uniform: whether clients count alike, instead of by their numbers of examples.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Synchronous(Scheduler):
     """Every round waits for the clients that it has asked, or until the timeout.
+
+    In virtual time a round takes as long as the slowest of those that it waits for.
 
     McMahan, Moore, Ramage, Hampson, Aguera y Arcas. "Communication-Efficient Learning of Deep Networks from
     Decentralized Data". AISTATS 2017. https://arxiv.org/abs/1602.05629, algorithm 1.
@@ -43,5 +62,7 @@ class Synchronous(Scheduler):
         """Sample, send, wait, finish."""
         while not server.finished:
             round = server.begin_round(grid)
-            replies = grid.send_and_receive(server.messages(round), timeout=server.config.timeout)
+            late = server.late(round)
+            messages = (m for m in server.messages(round) if m.metadata.dst_node_id not in late)
+            replies = grid.send_and_receive(messages, timeout=server.config.timeout)
             yield server.finish_round(round, replies)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedlora.clients import LocalTraining
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Peer, State, Task
 from fedlora.data import Dataset, Example, Part
@@ -11,6 +12,8 @@ from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.models import Base, load, targets
 from fedlora.privacy import DPSGD, ClientLevel, Plan
 from fedlora.rounds.round_config import RoundConfig
+from fedlora.rounds.speeds import Speeds
+from fedlora.rounds.virtual_clock import VirtualClock
 from fedlora.storage.client_state import ClientStore, DownloadCache
 from fedlora.training.evaluation import evaluate
 from fedlora.training.generation import Answer, answer, chosen
@@ -82,6 +85,24 @@ class Assembly:
         client would move the sum by more than epsilon counts.
         """
         return sampled if isinstance(self.spec.privacy, ClientLevel) else self.rules.enough(sampled)
+
+    def clock(self) -> VirtualClock | None:
+        """The virtual time of the run; None on real sites, and where nothing asks for it."""
+        engine = self.spec.engine
+        if engine.sites or (engine.speeds is None and not self.spec.scheduler.mixes_versions):
+            return None
+        speeds = Speeds() if engine.speeds is None else Speeds.of(engine.speeds)
+        clock = VirtualClock(speeds, self.spec.seed, self._steps, self.enough)
+        for client in range(self.rules.clients):
+            clock.pace(client)  # so that a client that a trace lacks is known now
+        return clock
+
+    def _steps(self, client: int) -> int:
+        """The local steps of a client's round; 1 where their number would tell of its rows."""
+        trains = self.runtime.client
+        if not isinstance(trains, LocalTraining) or (trains.steps is None and not self.counts_public):
+            return 1
+        return trains.count_steps(len(self.parts[client].rows))
 
     def peer(self, client: int, rank: int) -> Peer:
         """What the server knows of a client."""

@@ -12,6 +12,7 @@ from fedlora.models.parametrizations import LORA
 
 from . import compatibility_callbacks as callbacks
 from . import compatibility_privacy as privacy
+from . import compatibility_schedulers as schedulers
 from . import compatibility_steps as steps
 from .dealt import Dealt
 from .spec import RunSpec
@@ -242,6 +243,9 @@ BEFORE_LOADING = (
     callbacks.tracked_clients,
     steps.steps_without_updates,
     steps.updates_in_code,
+    schedulers.versions_of_strategy,
+    schedulers.versions_under_masks,
+    schedulers.versions_under_robust_rule,
 )
 WITH_DATA = (
     privacy.cut_private_rows,
@@ -254,6 +258,7 @@ WITH_DATA = (
     privacy.secure_clip,
     least_updates,
     steps.least_for_steps,
+    schedulers.full_buffer,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

@@ -29,8 +29,8 @@ def check_inputs(job: Assembly, folder: RunFolder, resumed: bool) -> None:
     """Remember what a new run has read, and refuse to go on with a run for which it has changed.
 
     Digests are kept of the labels in their order, each client's training rows, the test rows, their tokens,
-    the models' frozen weights, the adapter that the run began from, and the source of a strategy or client
-    of the user's own. Rows on other machines are their sites' business and not part of it. An own strategy
+    the models' frozen weights, the adapter that the run began from, the trace of virtual time, and the source
+    of a strategy or client of the user's own. Rows on other machines are their sites' business and not part of it. An own strategy
     that has changed is worth a warning only: to mend it is a reason to go on with a run.
 
     Args:
@@ -75,7 +75,7 @@ def _digests(job: Assembly, key: bytes) -> dict[str, Any]:
     clients = range(len(job.parts))
     rows = [[job.dataset.train[i] for i in part.rows] for part in job.parts]
     tokens = [example for k in clients for example in job.runtime.rows(k)]
-    bases = job.runtime.bases or [job.base]
+    bases, speeds = job.runtime.bases or [job.base], job.spec.engine.speeds
     return {
         "labels": _seal(key, job.dataset.labels),
         "clients": [_seal(key, _texts(own)) for own in rows],
@@ -83,6 +83,7 @@ def _digests(job: Assembly, key: bytes) -> dict[str, Any]:
         "tokens": _seal(key, _numbers([*tokens, *job.test])),
         "models": [_seal(key, [base.fingerprint(trained_heads(job.spec.lora, base))]) for base in bases],
         "adapter": None if job.spec.lora.adapter is None else _seal(key, [job.start.digest()]),
+        "speeds": _seal(key, [Path(speeds).read_bytes()]) if isinstance(speeds, str) else None,
         "code": [_seal(key, [_source(thing)]) for thing in (job.spec.strategy, job.runtime.client)],
     }
 
@@ -107,6 +108,8 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         found.append("the weights of the model")
     if before["adapter"] != now["adapter"]:
         found.append("the adapter in lora.adapter")
+    if before.get("speeds") != now["speeds"]:
+        found.append("the trace in engine.speeds")
     return found
 
 

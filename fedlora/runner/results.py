@@ -130,6 +130,11 @@ def finish(
         **seconds,
         "peak_memory_mb": round(peak),
         "adapter_sha256": digest,
+        **(
+            {"virtual_seconds": rounds[-1]["virtual_seconds"]}
+            if rounds and "virtual_seconds" in rounds[-1]
+            else {}
+        ),
         **({"own": own} if own else {}),
         **privacy,
         "versions": {

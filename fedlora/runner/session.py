@@ -220,6 +220,9 @@ class Session:
         central = None
         if isinstance(self.spec.privacy, ClientLevel):
             central = ClientLevelMechanism(self.spec.privacy, made.plans[0], folder.ledger)
+        steps = [*robust, *self.spec.steps]
+        uniform = made.rules.weights == "uniform"
+        aggregation = self.spec.scheduler.aggregation(steps, uniform)
         return ServerLoop(
             self.spec.strategy,
             self.handle,
@@ -229,10 +232,11 @@ class Session:
             made.named,
             folder,
             partial(self._spent, sites is not None),
-            aggregation_for(made.rules, central, [*robust, *self.spec.steps]),
+            aggregation or aggregation_for(made.rules, central, steps),
             UpdateLog(folder.path) if self.spec.record_updates else None,
             self.spec.scheduler,
             made.dataset.task.score,
+            made.clock(),
         )
 
     def _check_anything_came(self) -> None:

@@ -179,7 +179,7 @@ class DownloadCache:
             del self._held[client]
         if version is None:
             return
-        self._seen |= dict.fromkeys(self._seals[client].values(), version)
+        self._seen |= last_seen(self._seen, self._seals[client].values(), version)
         if version > self._version:
             self._version = version
             self._forget()
@@ -203,6 +203,14 @@ class DownloadCache:
             return read_tensors(self._file(client))[0]
         except CheckpointError:
             return None
+
+
+def last_seen(seen: Mapping[str, int], seals: Iterable[str], version: int) -> dict[str, int]:
+    """Digest -> the last version in whose tasks it was sent, now that it was sent in one more.
+
+    Clients may be sent tasks of an older version after those of a newer one.
+    """
+    return {seal: max(version, seen.get(seal, version)) for seal in seals}
 
 
 def forgotten(seen: Mapping[str, int], version: int) -> set[str]:

@@ -1,25 +1,22 @@
 """The folder of a run, and the order of its writes: a kill at any instant loses at most one round."""
 
-import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from torch import Tensor
-
-from fedlora.core.adapter import digest
 from fedlora.core.messages import State
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.privacy import Ledger
 from fedlora.privacy.ledger_files import LEDGER, read_ledger
 from fedlora.storage.atomic import write_whole
+from fedlora.storage.checkpoint import digest_of_state, number_of, read_checkpoint
 from fedlora.storage.client_state import ClientStore
-from fedlora.storage.tensors import read_tensors, write_tensors
+from fedlora.storage.tensors import write_tensors
 
 try:
     import fcntl
@@ -45,6 +42,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.schedule = ""  # of the checkpoint that was loaded, as `finish_round` was given it
+        self._needed: set[int] = set()  # rounds whose states the last checkpoint still needs
 
     @classmethod
     def create(cls, path: Path, config: str) -> "RunFolder":
@@ -142,20 +141,55 @@ class RunFolder:
         self.write(name, lambda file: file.write_text(text, encoding="utf-8"))
 
     def finish_round(
-        self, round: int, state: State, metrics: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]
+        self,
+        round: int,
+        state: State,
+        metrics: Mapping[str, Any],
+        clients: Sequence[Mapping[str, Any]],
+        schedule: str = "",
+        needed: Collection[int] = (),
     ) -> None:
-        """Append a round's lines to both logs, then write the state after the round."""
+        """Append a round's lines to both logs, then write the state after the round.
+
+        Args:
+            round: its number.
+            state: the state after it.
+            metrics: its line of metrics.jsonl.
+            clients: its lines of clients.jsonl.
+            schedule: what the scheduler has to know to go on from here; empty for nothing.
+            needed: the rounds after whose states clients still work; those checkpoints are kept.
+        """
         _append(self.path / "clients.jsonl", clients)
         _append(self.path / "metrics.jsonl", [metrics])
-        self.save_state(round, state)
+        self.save_state(round, state, schedule=schedule, needed=needed)
 
-    def save_state(self, round: int, state: State, kind: str = "round") -> None:
-        """Write the state after a round as a checkpoint with a digest, and remove older checkpoints."""
+    def save_state(
+        self,
+        round: int,
+        state: State,
+        kind: str = "round",
+        schedule: str = "",
+        needed: Collection[int] = (),
+    ) -> None:
+        """Write the state after a round as a checkpoint with a digest, and remove those that none needs."""
         tensors, header = state.pack()
         path = self.path / "checkpoint" / f"{kind}-{round:06d}.safetensors"
-        write_tensors(path, tensors, {"round": str(round), "state": header}, _digest)
+        more = {"schedule": schedule, "needed": json.dumps(sorted(needed))} if schedule else {}
+        write_tensors(path, tensors, {"round": str(round), "state": header, **more}, digest_of_state)
+        kept = {*needed} | self._needed  # of this checkpoint, and of the one before
         for old in self._checkpoints(kind)[:-KEPT]:
-            old.unlink()
+            if kind == SELECTED or number_of(old) not in kept:
+                old.unlink()
+        if kind != SELECTED:
+            self._needed = {*needed}
+
+    def state_after(self, round: int) -> State:
+        """The state after a round that `finish_round` was told to keep.
+
+        Raises:
+            CheckpointError: it is not there, or damaged.
+        """
+        return read_checkpoint(self.path / "checkpoint" / f"round-{round:06d}.safetensors")[1]
 
     def save_selected(self, round: int, state: State) -> None:
         """Keep the state of a round that may become the run's result, beside the last ones."""
@@ -163,8 +197,8 @@ class RunFolder:
 
     def selected(self, most: int) -> tuple[int, State] | None:
         """The last selected state of a round up to this one, and its round; None if there is none."""
-        found = [path for path in self._checkpoints(SELECTED) if int(path.stem.rpartition("-")[2]) <= most]
-        return _read_state(found[-1]) if found else None
+        found = [path for path in self._checkpoints(SELECTED) if number_of(path) <= most]
+        return read_checkpoint(found[-1])[:2] if found else None
 
     def result(self) -> tuple[int, State]:
         """The state that the run has come to, and its round: the one that its summary selects, or the last.
@@ -187,7 +221,9 @@ class RunFolder:
 
     def load_state(self) -> tuple[int, State]:
         """The newest undamaged state and its round; both logs are truncated to that round."""
-        round, state = self.read_state()
+        round, state, header = self._newest()
+        self.schedule = header.get("schedule", "")
+        self._needed = {*json.loads(header.get("needed", "[]"))}
         for log in ("metrics.jsonl", "clients.jsonl"):
             self.write(log, partial(_cut, self.path / log, round))
         return round, state
@@ -198,13 +234,14 @@ class RunFolder:
         Raises:
             CheckpointError: there is no undamaged checkpoint.
         """
+        return self._newest()[:2]
+
+    def _newest(self) -> tuple[int, State, Mapping[str, str]]:
         for path in reversed(self._checkpoints()):
             try:
-                round, state = _read_state(path)
+                return read_checkpoint(path)
             except (CheckpointError, KeyError, ValueError) as error:
                 warnings.warn(f"{path.name} is damaged ({error}); using the one before it", stacklevel=2)
-                continue
-            return round, state
         raise CheckpointError(f"'{self.path}' has no undamaged checkpoint to continue from; start a new run")
 
     def rounds(self) -> list[dict[str, Any]]:
@@ -238,17 +275,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a log; an incomplete last line is left out."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-
-
-def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
-    """SHA-256 over a checkpoint's round, its header and the digest of its state (`State.digest`)."""
-    state = digest(header["state"], sorted(tensors.items()))
-    return hashlib.sha256(f"{header['round']};{header['state']};{state}".encode()).hexdigest()
-
-
-def _read_state(path: Path) -> tuple[int, State]:
-    tensors, header = read_tensors(path, _digest)
-    return int(header["round"]), State.unpack(tensors, header["state"])
 
 
 def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.messages import Peer, State, Update
+from fedlora.core.algebra import dense
+from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.strategy import Strategy, next_state
 
 LAYERS = {"tall": (11, 4), "square": (6, 6), "wide": (5, 9)}
@@ -28,12 +29,16 @@ class Round:
         state: the state before the round.
         peers: who takes part.
         updates: what they send.
+        old: an earlier state, or the same in the first round.
+        late: updates of the peers that answer to it.
     """
 
     strategy: Strategy
     state: State
     peers: Sequence[Peer]
     updates: Sequence[Update]
+    old: State
+    late: Sequence[Update]
 
     def aggregate(self, updates: Sequence[Update] | None = None) -> State:
         """The next state, from the round's own updates or from others."""
@@ -49,12 +54,10 @@ def federation(strategy: Strategy, seed: int) -> Iterator[Round]:
     head = {"head.weight": random(rng, 2, 3), "head.bias": random(rng, 2)}
     state = strategy.init(Adapter(pairs, head))
     for number in range(3):
-        one = Round(
-            strategy,
-            state,
-            peers,
-            [trained(rng, strategy, state, *each) for each in zip(peers, WEIGHTS, strict=True)],
-        )
+        updates = [trained(rng, strategy, state, *each) for each in zip(peers, WEIGHTS, strict=True)]
+        if number == 0:
+            old, late = state, updates
+        one = Round(strategy, state, peers, updates, old, late)
         if number in (0, 2):
             yield copy.deepcopy(one)  # before aggregate can write into it
         state = one.aggregate()
@@ -72,6 +75,15 @@ def trained(rng: np.random.Generator, strategy: Strategy, state: State, peer: Pe
         {name: after(name, tensor) for name, tensor in task.adapter.tensors()}
     )
     return Update(adapter, weight, peer, {"loss": 1.0})
+
+
+def effective(task: Task, adapter: Adapter, module: str) -> Tensor:
+    """All that a client's model adds to a module's weight."""
+    found = torch.zeros(LAYERS[module], dtype=torch.float64)
+    for pairs in (task.base_delta, adapter.plain().pairs):
+        if module in pairs:
+            found = found + dense(pairs[module])
+    return found
 
 
 def random(rng: np.random.Generator, *shape: int) -> Tensor:

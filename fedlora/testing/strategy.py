@@ -16,15 +16,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fedlora.core.adapter import Adapter, Pair
-from fedlora.core.algebra import dense
-from fedlora.core.messages import State, Task, Update
+from fedlora.core.adapter import Pair
+from fedlora.core.messages import State, Update
 from fedlora.core.strategy import Strategy
 from fedlora.core.vectors import embed, form, scales, with_shared
 from fedlora.errors import IncompatibleUpdates
 
-from .federation import LAYERS, WEIGHTS, Round, federation
+from .federation import LAYERS, WEIGHTS, Round, effective, federation
 from .promises import Broken, named, report, what_came
+from .staleness import (
+    a_change_of_an_old_version_is_added,
+    a_client_that_learned_nothing_moves_nothing,
+    the_order_of_changes_changes_no_bit,
+    versions_are_refused_by_name,
+)
 
 CLOSE = 1e-9
 FACTS = ("mixed_ranks", "linear", "products", "exact", "personal")
@@ -64,6 +69,8 @@ def facts_are_stated(one: Round) -> None:
     for fact in FACTS:
         if not isinstance(getattr(one.strategy, fact, None), bool):
             raise Broken(f"expected the class to set {fact} to True or False")
+    if one.strategy.staleness not in ("exact", "effective", "refused"):
+        raise Broken(f"expected staleness to be exact, effective or refused, got {one.strategy.staleness!r}")
     if not (dataclasses.is_dataclass(one.strategy) and one.strategy == dataclasses.replace(one.strategy)):
         raise Broken("expected a frozen dataclass, which is equal to a copy of itself")
 
@@ -156,7 +163,7 @@ def exact_means_the_weighted_mean(one: Round) -> None:
         for update, weight in zip(one.updates, WEIGHTS, strict=True):
             assert update.peer is not None
             task = one.strategy.task(one.state, update.peer)
-            ideal += weight / sum(WEIGHTS) * _effective(task, update.adapter, module)
+            ideal += weight / sum(WEIGHTS) * effective(task, update.adapter, module)
         gap = float((after.delta(module) - ideal).norm() / max(1.0, float(ideal.norm())))
         if gap > CLOSE:
             raise Broken(f"exact is True, and ΔW of '{module}' is {gap:.1e} from the clients' weighted mean")
@@ -204,6 +211,10 @@ PROMISES: tuple[Callable[[Round], None], ...] = (
     exact_means_the_weighted_mean,
     linear_means_that_a_mean_is_enough,
     a_state_survives_its_file,
+    versions_are_refused_by_name,
+    a_client_that_learned_nothing_moves_nothing,
+    a_change_of_an_old_version_is_added,
+    the_order_of_changes_changes_no_bit,
 )
 
 
@@ -211,15 +222,6 @@ def _digests(one: Round) -> list[str]:
     """Digests of all that a round was given, of copies, since a state keeps its own."""
     adapters = [dataclasses.replace(update.adapter) for update in one.updates]
     return [dataclasses.replace(one.state).digest(), *(adapter.digest() for adapter in adapters)]
-
-
-def _effective(task: Task, adapter: Adapter, module: str) -> Tensor:
-    """All that a client's model adds to a module's weight."""
-    found = torch.zeros(LAYERS[module], dtype=torch.float64)
-    for pairs in (task.base_delta, adapter.plain().pairs):
-        if module in pairs:
-            found = found + dense(pairs[module])
-    return found
 
 
 def _same(one: State, two: State, what: str) -> None:

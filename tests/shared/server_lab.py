@@ -28,6 +28,7 @@ from fedlora.rounds.loop import ServerLoop
 from fedlora.rounds.registry import ClientRegistry
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
+from fedlora.rounds.virtual_clock import VirtualClock
 from fedlora.seeds import generator
 from fedlora.storage.run_folder import RunFolder
 from fedlora.tasks import Classification
@@ -188,16 +189,25 @@ class Lab:
         aggregation: Aggregation | None = None,
         scheduler: Scheduler | None = None,
         callbacks: Sequence[Callback] = (),
+        clock: VirtualClock | None = None,
+        resumed: RunFolder | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
         said = StringIO()
         self.folder.mkdir(exist_ok=True)
-        folder = RunFolder.create(self.folder / f"run-{len(list(self.folder.iterdir()))}", "seed: 1\n")
+        start, done = strategy.init(self.adapter(most or max(ranks))), 0
+        if resumed is None:
+            folder = RunFolder.create(self.folder / f"run-{len(list(self.folder.iterdir()))}", "seed: 1\n")
+            folder.save_state(0, start)
+        else:
+            folder = RunFolder(resumed.path)
+            done, start = folder.load_state()
         shown = ConsoleProgress(console or Console(file=said, width=200))
         handle = RunHandle(
             rounds,
-            strategy.init(self.adapter(most or max(ranks))),
+            start,
+            done,
             path=folder.path,
             strategy=strategy,
             callbacks=[shown, *callbacks],
@@ -219,6 +229,8 @@ class Lab:
             return {"loss": loss, "accuracy": right}
 
         config = RoundConfig(rounds=rounds, seed=rules.pop("seed", 0), **rules)
+        scheduler = scheduler or Synchronous()
+        aggregation = aggregation or scheduler.aggregation((), config.weights == "uniform")
         federation = ServerLoop(
             strategy,
             handle,
@@ -230,7 +242,8 @@ class Lab:
             named,
             folder,
             aggregation=aggregation or aggregation_for(config, central),
-            scheduler=scheduler or Synchronous(),
+            scheduler=scheduler,
+            clock=clock,
         )
         return Ran(federation, folder, said, client, grid, handle)
 

@@ -30,18 +30,22 @@ class PlainAggregation(Aggregation):
 
     def aggregate(self, given: RoundUpdates, delivery: Delivery, rng: np.random.Generator) -> Aggregated:
         """Apply the steps and the strategy, and check the updates and the new state."""
+        given, odd = self.stepped(given)
+        before = given.state
+        state = next_state(given.strategy, before, given.updates, rng)
+        numbers, wrong = check_state(given.strategy, before, state, given.updates, given.tasks)
+        metrics = {**state.metrics, **given.metrics, **numbers}
+        return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates)
+
+    def stepped(self, given: RoundUpdates) -> tuple[RoundUpdates, list[str]]:
+        """The updates as the strategy is given them, and what looks wrong with those that came."""
         if self.uniform:
             given = given.become([replace(update, weight=1.0) for update in given.updates])
         coded = [at for at, step in enumerate(self.steps) if step.at_client and step.at_server]
         first = min(coded, default=len(self.steps))
         given = _applied(self.steps[first:], given)
         odd = [*check_updates(given.updates, given.tasks)]  # of the updates, not of a code for them
-        given = _applied(self.steps[:first], given)
-        before = given.state
-        state = next_state(given.strategy, before, given.updates, rng)
-        numbers, wrong = check_state(given.strategy, before, state, given.updates, given.tasks)
-        metrics = {**state.metrics, **given.metrics, **numbers}
-        return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates)
+        return _applied(self.steps[:first], given), odd
 
 
 def _applied(steps: Sequence[UpdateStep], given: RoundUpdates) -> RoundUpdates:
