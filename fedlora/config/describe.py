@@ -15,7 +15,13 @@ from fedlora.runner.spec import RunSpec
 
 from .translate import TRACKERS
 
-PUBLIC = ("fedlora.strategies", "fedlora.clients", "fedlora.privacy", "fedlora.training.rules")
+PUBLIC = (
+    "fedlora.strategies",
+    "fedlora.clients",
+    "fedlora.privacy",
+    "fedlora.training.rules",
+    "fedlora.compression",
+)
 
 
 def describe(
@@ -63,6 +69,7 @@ def describe(
         "robust": robust,
         "rule": part("rule", spec.rule),
         "steps": [made for made, _ in steps],
+        "compression": part("compression", spec.compression),
         "scheduler": scheduler,
         "track": {"name": "none", "clients": False},
         "stop": {"name": "none"},

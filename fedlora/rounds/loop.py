@@ -15,6 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.callbacks.base import Callbacks, RunHandle
+from fedlora.compression import Compression
 from fedlora.core.messages import State, Task
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import RoundUpdates
@@ -57,6 +58,7 @@ class ServerLoop:
         recording: records the updates that the strategy is given; None for no recording.
         scheduler: when tasks are sent, and when updates are aggregated.
         score: what clients call the score of their own models (`LearningTask.score`).
+        compression: how the numbers of messages travel; None as they are.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class ServerLoop:
         recording: UpdateLog | None = None,
         scheduler: Scheduler = Synchronous(),  # noqa: B008 (it has no state)
         score: str = "accuracy",
+        compression: Compression | None = None,
     ) -> None:
         self.strategy, self.config, self._run = strategy, config, run
         self._registry, self._evaluate, self._named = registry, evaluate, named
@@ -80,7 +83,9 @@ class ServerLoop:
         self._callbacks = Callbacks(run)
         self._aggregation = aggregation or aggregation_for(config)
         self._recording, self._score = recording, score
-        self._exchange = MessageExchange(run.warn, config.seed, config.timeout)
+        self._exchange = MessageExchange(
+            run.warn, config.seed, config.timeout, compression, config.secure_sum
+        )
 
     @property
     def state(self) -> State:
