@@ -32,6 +32,7 @@ class PFedLoRA(Strategy):
     exact = False
     personal = True
     client = "TwoPhase"
+    fixed_basis = True
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average θ: each factor by itself."""

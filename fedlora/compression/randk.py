@@ -54,21 +54,30 @@ class RandK(Compression):
 
     def encode(self, numbers: Numbers, sizes: Sequence[int], key: MessageKey) -> dict[str, Any]:
         """The numbers at the places of the round, as they are."""
-        at = self.places(sum(sizes), key)
+        at = self._places(sizes, key)
         return code_of(self.values).encode(numbers[at], [len(at)], key)
 
     def decode(self, arrays: Mapping[str, Any], sizes: Sequence[int], key: MessageKey) -> Numbers:
         """n / k times each number that was kept, or the number itself with error feedback; else zero."""
         among = sum(sizes)
-        at, found = self.places(among, key), np.zeros(among, dtype=np.float32)
+        at, found = self._places(sizes, key), np.zeros(among, dtype=np.float32)
         factor = np.float32(1 if self.error_feedback else among / len(at))
         with np.errstate(over="ignore"):
             found[at] = code_of(self.values).decode(arrays, [len(at)], key) * factor
         return found
 
-    def places(self, among: int, key: MessageKey) -> Any:
-        """The places of a round, growing."""
-        count = kept(self.density, [among])
-        if count == among:
-            return np.arange(among)
-        return np.sort(key.common().choice(among, count, replace=False, shuffle=False))
+    def _places(self, sizes: Sequence[int], key: MessageKey) -> Any:
+        return common_places(kept(self.density, sizes), sum(sizes), key)
+
+
+def common_places(count: int, among: int, key: MessageKey) -> Any:
+    """The places of a round, growing; the same ones for all its clients.
+
+    Args:
+        count: how many.
+        among: how many numbers there are.
+        key: of a message of the round.
+    """
+    if count == among:
+        return np.arange(among)
+    return np.sort(key.common().choice(among, count, replace=False, shuffle=False))

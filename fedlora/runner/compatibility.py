@@ -11,6 +11,7 @@ from fedlora.errors import ConfigError
 from fedlora.models.parametrizations import LORA
 
 from . import compatibility_callbacks as callbacks
+from . import compatibility_compression as compression
 from . import compatibility_privacy as privacy
 from . import compatibility_steps as steps
 from .dealt import Dealt
@@ -242,6 +243,9 @@ BEFORE_LOADING = (
     callbacks.tracked_clients,
     steps.steps_without_updates,
     steps.updates_in_code,
+    compression.feedback_without_basis,
+    compression.steps_in_code,
+    compression.masked_codes,
 )
 WITH_DATA = (
     privacy.cut_private_rows,
@@ -254,6 +258,7 @@ WITH_DATA = (
     privacy.secure_clip,
     least_updates,
     steps.least_for_steps,
+    compression.masked_ranks,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

@@ -229,7 +229,7 @@ class Session:
             made.named,
             folder,
             partial(self._spent, sites is not None),
-            aggregation_for(made.rules, central, [*robust, *self.spec.steps]),
+            aggregation_for(made.rules, central, [*robust, *self.spec.steps], self.spec.compression),
             UpdateLog(folder.path) if self.spec.record_updates else None,
             self.spec.scheduler,
             made.dataset.task.score,
