@@ -58,7 +58,7 @@ class RandK(Compression):
         return code_of(self.values).encode(numbers[at], [len(at)], key)
 
     def decode(self, arrays: Mapping[str, Any], sizes: Sequence[int], key: MessageKey) -> Numbers:
-        """n / k times each number that was kept, or the number itself with error feedback; else zero."""
+        """Each number that was kept, times n / k unless there is error feedback; zero elsewhere."""
         among = sum(sizes)
         at, found = self._places(sizes, key), np.zeros(among, dtype=np.float32)
         factor = np.float32(1 if self.error_feedback else among / len(at))

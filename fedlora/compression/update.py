@@ -34,7 +34,9 @@ class CodedUpdate:
 def code_update(
     codec: Compression, change: Mapping[str, Tensor], memory: Mapping[str, Tensor], key: MessageKey
 ) -> CodedUpdate:
-    """A change in code. With error feedback, where e is what was kept and δ the change,
+    """A change in code, and what is kept for the next one.
+
+    With error feedback, where e is what was kept and δ the change,
 
         e ← e + δ,    send C(e),    e ← e - C(e)
 

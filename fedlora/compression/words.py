@@ -1,4 +1,4 @@
-"""The codes of values by the words of settings: for downloads, and for the numbers that sparse codecs keep."""
+"""The codes of values by the words of settings: for downloads, and for numbers that sparse codes keep."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

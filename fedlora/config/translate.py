@@ -64,8 +64,8 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
-            client, lora, privacy, robust, rule, steps, compression, scheduler, engine, model (ModelSpec), data
-            (DataSpec); and callbacks beside those that the configuration names, or None for none at all.
+            client, lora, privacy, robust, rule, steps, compression, scheduler, engine, model (ModelSpec),
+            data (DataSpec); and callbacks beside those that the configuration names, or None for none at all.
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
@@ -129,8 +129,9 @@ def check_lacking(config: DictConfig, given: Collection[str]) -> None:
 def kept_spec(config: DictConfig, given: Mapping[str, Any] | None = None, strategy: bool = False) -> RunSpec:
     """The description of a run whose model and rows alone are wanted.
 
-    Its client, privacy, rules, compression, scheduler and engine are None, and it has no steps and no callbacks: to read
-    what a run has left, no code of the user's is needed, and nothing that a stranger's folder names is made.
+    Its client, privacy, rules, compression, scheduler and engine are None, and it has no steps and no
+    callbacks: to read what a run has left, no code of the user's is needed, and nothing that a stranger's
+    folder names is made.
 
     Args:
         config: the run's.

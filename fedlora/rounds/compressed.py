@@ -60,7 +60,9 @@ def plain_task(content: RecordDict, codec: Compression | None, client: int) -> R
     try:
         coded = _read(arrays, codec, lengths(form), key, CODE)
     except IncompatibleUpdates as error:
-        raise CheckpointError(f"the task is in another code than this client's settings say: {error}") from error
+        raise CheckpointError(
+            f"the task is in another code than this client's settings say: {error}"
+        ) from error
     rest = {name: array for name, array in arrays.items() if not name.startswith(CODE)}
     found = {f"{ADAPTER}{name}": Array(t.numpy()) for name, t in tensors(coded, form).items()}
     return RecordDict({**content, "arrays": ArrayRecord({**rest, **found})})

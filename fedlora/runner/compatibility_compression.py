@@ -53,11 +53,7 @@ def masked_codes(spec: RunSpec) -> str | None:
 
 def masked_ranks(known: Dealt) -> str | None:
     """Under masks, a place is one of the largest form, which clients of smaller ranks have not all of."""
-    if (
-        known.spec.secure_sum
-        and for_uploads(known.spec.compression) is not None
-        and len({*known.ranks}) > 1
-    ):
+    if known.spec.secure_sum and for_uploads(known.spec.compression) is not None and len({*known.ranks}) > 1:
         return (
             "compression: under secure_sum clients share places among their numbers, so they need one rank, "
             f"got ranks {sorted({*known.ranks})}; use one, or leave out compression or secure_sum"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fedlora.callbacks.base import Callback, Callbacks, RunHandle
 from fedlora.callbacks.console import ConsoleProgress
+from fedlora.compression import Compression
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, Task
 from fedlora.core.strategy import Strategy
@@ -188,6 +189,7 @@ class Lab:
         aggregation: Aggregation | None = None,
         scheduler: Scheduler | None = None,
         callbacks: Sequence[Callback] = (),
+        compression: Compression | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
@@ -203,7 +205,8 @@ class Lab:
             callbacks=[shown, *callbacks],
         )
         done = Callbacks(handle).client_done
-        grid = self.grid(client, ranks, fuse, rows=rows, site=site or {}, done=done)
+        own = {"compression": compression, **(site or {})}
+        grid = self.grid(client, ranks, fuse, rows=rows, site=own, done=done)
         if change is not None:
             grid.__class__ = Tampered
             grid.change = change  # type: ignore[attr-defined]
@@ -229,8 +232,9 @@ class Lab:
             evaluate or score,
             named,
             folder,
-            aggregation=aggregation or aggregation_for(config, central),
+            aggregation=aggregation or aggregation_for(config, central, (), compression),
             scheduler=scheduler or Synchronous(),
+            compression=compression,
         )
         return Ran(federation, folder, said, client, grid, handle)
 
