@@ -72,7 +72,7 @@ class Settings:
         rule: what bends local training, such as FedProx(mu=0.01); None without.
         steps: UpdateSteps, what changes an update on its way from the training to the strategy: in this order
             at the clients, in the reverse order at the server.
-        compression: how messages travel: bf16, int8, nf4, topk or randk, or an object; None as they are.
+        compression: how messages travel: a name, such as "topk", or an object; None as they are.
         scheduler: when clients are asked and updates aggregated; None waits for all that a round asks.
         engine: where clients run; None takes this process.
         callbacks: what watches the run, such as [EarlyStopping(patience=3)], or objects of your own classes.

@@ -73,11 +73,12 @@ class Compression(ABC):
         return False
 
     @abstractmethod
-    def form(self, sizes: Sequence[int]) -> Form:
+    def form(self, sizes: Sequence[int], key: MessageKey) -> Form:
         """The arrays of a message, by name.
 
         Args:
             sizes: how many numbers each tensor of the message has; at least one in all.
+            key: which message it is.
         """
 
     @abstractmethod
@@ -88,7 +89,7 @@ class Compression(ABC):
             numbers: of all tensors, float32, one after the other. If one is not finite, so is one of those
                 that `decode` gives.
             sizes: as for `form`.
-            key: which message it is.
+            key: as for `form`.
         """
 
     @abstractmethod
@@ -98,7 +99,7 @@ class Compression(ABC):
         Args:
             arrays: of the dtypes and shapes that `form` gives. Their content may be anybody's.
             sizes: as for `form`.
-            key: as for `encode`.
+            key: as for `form`.
 
         Raises:
             IncompatibleUpdates: `encode` makes no such arrays; names the array.

@@ -23,7 +23,7 @@ class BF16(Compression):
 
     codes_values = True
 
-    def form(self, sizes: Sequence[int]) -> Form:
+    def form(self, sizes: Sequence[int], key: MessageKey) -> Form:
         """One array of halves."""
         return {"halves": ("uint16", (sum(sizes),))}
 

@@ -36,7 +36,7 @@ class Int8(Compression):
         super().__post_init__()
         check_whole("compression.block", self.block)
 
-    def form(self, sizes: Sequence[int]) -> Form:
+    def form(self, sizes: Sequence[int], key: MessageKey) -> Form:
         """A code for each number and a scale for each block."""
         blocks = len(block_starts(sizes, self.block))
         return {"codes": ("int8", (sum(sizes),)), "scales": ("float32", (blocks,))}

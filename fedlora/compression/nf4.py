@@ -54,7 +54,7 @@ class NF4(Compression):
         super().__post_init__()
         check_whole("compression.block", self.block)
 
-    def form(self, sizes: Sequence[int]) -> Form:
+    def form(self, sizes: Sequence[int], key: MessageKey) -> Form:
         """Two codes a byte, and a scale for each block."""
         blocks = len(block_starts(sizes, self.block))
         return {"codes": ("uint8", ((sum(sizes) + 1) // 2,)), "scales": ("float32", (blocks,))}

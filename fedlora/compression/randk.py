@@ -48,9 +48,9 @@ class RandK(Compression):
         """Whether all numbers travel, as they are."""
         return self.density == 1 and self.values == "none"
 
-    def form(self, sizes: Sequence[int]) -> Form:
+    def form(self, sizes: Sequence[int], key: MessageKey) -> Form:
         """The numbers that are kept."""
-        return code_of(self.values).form([kept(self.density, sizes)])
+        return code_of(self.values).form([kept(self.density, sizes)], key)
 
     def encode(self, numbers: Numbers, sizes: Sequence[int], key: MessageKey) -> dict[str, Any]:
         """The numbers at the places of the round, as they are."""

@@ -43,11 +43,11 @@ class TopK(Compression):
         """Whether all numbers travel, as they are."""
         return self.density == 1 and self.values == "none"
 
-    def form(self, sizes: Sequence[int]) -> Form:
+    def form(self, sizes: Sequence[int], key: MessageKey) -> Form:
         """The numbers that are kept, and their places unless all are."""
         count, among = kept(self.density, sizes), sum(sizes)
         places: Form = {"places": ("uint8", (length_of(count, among),))} if count < among else {}
-        return code_of(self.values).form([count]) | places
+        return code_of(self.values).form([count], key) | places
 
     def encode(self, numbers: Numbers, sizes: Sequence[int], key: MessageKey) -> dict[str, Any]:
         """The largest numbers, and where they are."""

@@ -21,7 +21,7 @@ class Float32(Compression):
         """True."""
         return True
 
-    def form(self, sizes: Sequence[int]) -> Form:
+    def form(self, sizes: Sequence[int], key: MessageKey) -> Form:
         """One array of numbers."""
         return {"values": ("float32", (sum(sizes),))}
 

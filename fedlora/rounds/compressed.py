@@ -117,7 +117,7 @@ def _read(
     arrays: Mapping[str, Array], codec: Compression, sizes: Any, key: MessageKey, prefix: str = ""
 ) -> Any:
     """The numbers of arrays in code, each of which is checked before anything is made of it."""
-    wanted = {f"{prefix}{name}": kind for name, kind in codec.form(sizes).items()}
+    wanted = {f"{prefix}{name}": kind for name, kind in codec.form(sizes, key).items()}
     given = {name for name in arrays if name.startswith(prefix)}
     if given != wanted.keys():
         missing, unknown = sorted(wanted.keys() - given), [f"{n:.60}" for n in sorted(given - wanted.keys())]

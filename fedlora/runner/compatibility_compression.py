@@ -1,6 +1,6 @@
 """Refused pairings with compression; `compatibility` lists them all."""
 
-from fedlora.compression import RandK, TopK
+from fedlora.compression import RandK
 from fedlora.compression.words import for_uploads
 from fedlora.core.strategy import named as strategies
 
@@ -40,10 +40,11 @@ def masked_codes(spec: RunSpec) -> str | None:
             f"compression.values={codec.values}: under secure_sum each number is masked as 8 bytes, whatever "
             "it was coded by; leave it out"
         )
-    if isinstance(codec, TopK):
+    if not codec.codes_values:
         return (
-            "compression: under secure_sum the places that topk sends would tell what a client has learned, "
-            "and clients with different places cannot be summed; use compression=randk"
+            f"compression: under secure_sum the numbers of {type(codec).__name__} cannot be summed, since each "
+            "client sends other places, and places that follow from the rows would tell of them; use "
+            "compression=randk"
         )
     return (
         f"compression: under secure_sum each number is masked as 8 bytes, so {type(codec).__name__} would "

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from server_lab import Lab, Noise, identity
-from server_lab import lab
+from server_lab import Lab, Noise, identity, lab
 
 from fedlora.core.messages import Peer, State
 from fedlora.core.strategy import next_state

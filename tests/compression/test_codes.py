@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.compression import BF16, NF4, Int8, MessageKey, RandK, TopK
+from fedlora.compression import BF16, NF4, Int8, MessageKey, RandK, Segments, TopK
 from fedlora.compression.places import length_of, read_places, write_places
 from fedlora.errors import ConfigError, IncompatibleUpdates
 
@@ -15,7 +15,12 @@ SIZES = [70, 1, 0, 129]
 KEY = MessageKey(0, 3, 2)
 CODES = [BF16(), Int8(), Int8(block=7), NF4(), TopK(density=0.3), RandK(density=0.3)]
 RANDOM_NF4 = RandK(density=0.25, values="nf4")
-CODES += [TopK(density=0.3, values="nf4"), RandK(density=0.3, values="int8")]
+CODES += [
+    TopK(density=0.3, values="nf4"),
+    RandK(density=0.3, values="int8"),
+    Segments(),
+    Segments(count=3, values="nf4"),
+]
 
 
 def numbers(seed: int = 0) -> np.ndarray:
@@ -33,7 +38,7 @@ def there_and_back(code, given, key=KEY):
 def test_arrays_have_the_form_that_the_receiver_expects_and_follow_from_the_key(code):
     given = numbers()
     arrays = code.encode(given.copy(), SIZES, KEY)
-    assert {n: (str(a.dtype), a.shape) for n, a in arrays.items()} == code.form(SIZES)
+    assert {n: (str(a.dtype), a.shape) for n, a in arrays.items()} == code.form(SIZES, KEY)
     again = code.encode(given, SIZES, KEY)
     assert all(np.array_equal(again[n], a) for n, a in arrays.items())
     back = code.decode(arrays, SIZES, KEY)
@@ -121,6 +126,16 @@ def test_random_places_are_those_of_the_round_whoever_asks():
     assert places(MessageKey(0, 3, 2)) == places(MessageKey(0, 8, 2))
     assert places(MessageKey(0, 3, 2)) != places(MessageKey(0, 3, 3))
     assert places(MessageKey(0, 3, 2)) != places(MessageKey(1, 3, 2))
+
+
+def test_segments_take_turns_over_clients_and_rounds_and_cover_everything_once():
+    given, code = numbers(), Segments(count=3, error_feedback=True)
+    for keys in ([MessageKey(0, k, 1) for k in range(3)], [MessageKey(0, 5, t) for t in range(1, 4)]):
+        assert np.array_equal(sum(there_and_back(code, given, key) for key in keys), given)
+    whole = np.mean([there_and_back(Segments(count=3), given, MessageKey(0, k, 1)) for k in range(3)], axis=0)
+    assert np.allclose(whole, given, rtol=1e-6)
+    one = np.ones(1, dtype=np.float32)
+    assert Segments(count=9).decode({"values": one}, [1], KEY).tolist() == [1]
 
 
 @given(among=st.integers(1, 5000), share=st.floats(0, 1), seed=st.integers(0, 2**32))

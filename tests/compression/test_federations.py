@@ -10,7 +10,7 @@ import torch
 from flwr.app import Message
 
 from fedlora import strategies
-from fedlora.compression import BF16, NF4, Int8, MessageKey, RandK, TopK
+from fedlora.compression import BF16, NF4, Int8, MessageKey, RandK, Segments, TopK
 from fedlora.compression.randk import common_places
 from fedlora.compression.update import code_update, vector
 from fedlora.core.vectors import flat
@@ -18,7 +18,7 @@ from fedlora.privacy import ClientLevel, Plan
 from fedlora.privacy.client_level import ClientLevelMechanism
 
 EVERY = sorted(strategies.__all__)
-CODES = [BF16(), Int8(), TopK(density=0.2, values="int8", download="nf4"), RandK(density=0.2)]
+CODES = [BF16(), Int8(), TopK(density=0.2, values="int8", download="nf4"), Segments(), RandK(density=0.2)]
 
 
 def totals(ran: Any) -> tuple[int, int]:
@@ -113,29 +113,25 @@ def test_a_training_that_diverged_leaves_what_was_kept_as_it_was() -> None:
 @pytest.mark.parametrize("code", [Int8(), TopK(density=0.1), TopK(density=0.1, values="bf16")], ids=repr)
 def test_bytes_up_are_those_of_the_arrays_that_travel(lab: Any, code: Any) -> None:
     seen: list[Message] = []
+    form = code.form(SHARED, MessageKey(0, 0, 1))
 
     def watch(replies: list[Message]) -> list[Message]:
         seen.extend(replies)
         for reply in replies:
             arrays = {n: a.numpy() for n, a in reply.content.array_records["arrays"].items()}
-            assert {n: (str(a.dtype), a.shape) for n, a in arrays.items()} == code.form(SHARED)
+            assert {n: (str(a.dtype), a.shape) for n, a in arrays.items()} == code.form(
+                SHARED, MessageKey(0, 0, 1)
+            )
         return replies
 
     ran = lab.run(strategies.FedIT(), rounds=1, compression=code, change=watch)
     sizes = [line["bytes_up"] for line in ran.lines("clients.jsonl")]
     assert len(seen) == len(sizes) == 3
-    payload = sum(math.prod(s) * np.dtype(k).itemsize for k, s in code.form(SHARED).values())
+    payload = sum(math.prod(s) * np.dtype(k).itemsize for k, s in form.values())
     assert all(payload < count < payload + 900 for count in sizes)
 
 
-SHARED = [
-    32,
-    24,
-    32,
-    32,
-    2,
-    6,
-]  # of the lab's adapter at rank 4: A and B of two layers, the head's bias, weight
+SHARED = [32, 24, 32, 32, 2, 6]  # of the lab's adapter at rank 4: A and B of two layers, the head
 
 
 def test_masked_sums_of_common_places_are_the_means_of_the_clients_updates(lab: Any) -> None:
@@ -144,16 +140,14 @@ def test_masked_sums_of_common_places_are_the_means_of_the_clients_updates(lab: 
             lab.run(strategies.FFALoRA(), (4,) * 4, secure_sum=on, compression=code) for on in (False, True)
         )
         assert all(line["clients"] == 4 for line in masked.lines("metrics.jsonl")), masked.text
-        for one, two in zip(
-            *(dict(r.federation.state.adapter.tensors()).values() for r in (plain, masked)), strict=True
-        ):
+        ends = [[t for _, t in ran.federation.state.adapter.tensors()] for ran in (plain, masked)]
+        for one, two in zip(*ends, strict=True):
             torch.testing.assert_close(one, two, atol=5e-6, rtol=5e-6)
     whole = lab.run(strategies.FFALoRA(), (4,) * 4, secure_sum=True)
     few = lab.run(strategies.FFALoRA(), (4,) * 4, secure_sum=True, compression=RandK(density=0.1))
     saved = totals(whole)[0] - totals(few)[0]
-    assert saved == pytest.approx(
-        2 * 4 * 8 * 0.9 * (24 + 32 + 8 + 1), rel=0.1
-    )  # rounds, clients, bytes a word
+    rounds, clients, word = 2, 4, 8
+    assert saved == pytest.approx(rounds * clients * word * 0.9 * (24 + 32 + 8), rel=0.1)
 
 
 def test_a_clipped_and_masked_sum_of_common_places_moves_them_alone(lab: Any, tmp_path: Path) -> None:
