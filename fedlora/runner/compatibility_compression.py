@@ -42,8 +42,8 @@ def masked_codes(spec: RunSpec) -> str | None:
         )
     if not codec.codes_values:
         return (
-            f"compression: under secure_sum the numbers of {type(codec).__name__} cannot be summed, since each "
-            "client sends other places, and places that follow from the rows would tell of them; use "
+            f"compression: under secure_sum the numbers of {type(codec).__name__} cannot be summed, since "
+            "clients send other places, and places that follow from the rows would tell of them; use "
             "compression=randk"
         )
     return (
