@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora import errors
 
 if TYPE_CHECKING:
-    from fedlora import callbacks, clients, privacy, robust, schedulers, strategies
+    from fedlora import callbacks, clients, compression, privacy, robust, schedulers, strategies
     from fedlora.api.compare import compare
     from fedlora.api.run import Run
     from fedlora.api.run import open_run as open
@@ -50,7 +50,10 @@ _HOMES = {  # public name -> where it is
     "simulate": "api.simulate",
     "sweep": "api.sweep",
 }
-_ROOMS = {name: name for name in ("callbacks", "clients", "privacy", "robust", "schedulers", "strategies")}
+_ROOMS = {
+    name: name
+    for name in ("callbacks", "clients", "compression", "privacy", "robust", "schedulers", "strategies")
+}
 _ROOMS["rules"] = "training.rules"
 _NAMED = {"open": "open_run"}  # what would hide a builtin in its own module
 
@@ -79,6 +82,7 @@ __all__ = [
     "callbacks",
     "clients",
     "compare",
+    "compression",
     "each",
     "errors",
     "open",

@@ -35,6 +35,7 @@ class FeDeRA(Strategy):
     exact = False
     staleness = "effective"
     start = "pissa"
+    fixed_basis = True
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself; W_f stays."""

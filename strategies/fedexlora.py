@@ -42,6 +42,7 @@ class FedExLoRA(Strategy):
     linear = False
     exact = True
     staleness = "exact"
+    fixed_basis = True
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both mean factors, on the base with all that was added."""

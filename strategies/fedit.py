@@ -29,6 +29,7 @@ class FedIT(Strategy):
     linear = True
     exact = False
     staleness = "effective"
+    fixed_basis = True
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself."""

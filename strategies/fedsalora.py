@@ -36,6 +36,7 @@ class FedSALoRA(Strategy):
     exact = False
     staleness = "exact"
     personal = True
+    fixed_basis = True
 
     def task(self, state: State, peer: Peer) -> Task:
         """A to train and share; B and the head, where the client has none yet, to train and keep."""

@@ -31,6 +31,7 @@ class FFALoRA(Strategy):
     linear = True
     exact = True
     staleness = "exact"
+    fixed_basis = True
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""

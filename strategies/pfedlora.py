@@ -33,6 +33,7 @@ class PFedLoRA(Strategy):
     staleness = "effective"
     personal = True
     client = "TwoPhase"
+    fixed_basis = True
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average θ: each factor by itself."""

@@ -37,6 +37,7 @@ class RoLoRA(Strategy):
     linear = True
     exact = True
     staleness = "effective"
+    fixed_basis = True
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors, one of them to train and to send back."""

@@ -7,7 +7,9 @@ from typing import Any
 from torch import nn
 
 import fedlora.clients
+import fedlora.compression
 import fedlora.strategies
+from fedlora.compression import Compression
 from fedlora.config.presets import model_preset, presets
 from fedlora.core.strategy import Strategy
 from fedlora.errors import ConfigError
@@ -28,6 +30,22 @@ def strategy_of(given: Strategy | str) -> Strategy:
         raise ConfigError(f"strategy: expected an object or one of {', '.join(sorted(names))}, got {given!r}")
     made: Strategy = getattr(fedlora.strategies, names[given.lower()])()
     return made
+
+
+def compression_of(given: Compression | str | None) -> Compression | None:
+    """A compression by its name on the command line, or as it is given.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    if not isinstance(given, str):
+        return given
+    ours = (getattr(fedlora.compression, name) for name in fedlora.compression.__all__)
+    names = {cls.__name__.lower(): cls for cls in ours if cls in Compression.__subclasses__()}
+    if given != "none" and given not in names:
+        known = ", ".join(["none", *sorted(names)])
+        raise ConfigError(f"compression: expected an object or one of {known}, got {given!r}")
+    return None if given == "none" else names[given]()
 
 
 def model_of(given: Any) -> tuple[ModelSpec, dict[str, Any] | None]:

@@ -34,6 +34,7 @@ PARTS = (
     "robust",
     "rule",
     "steps",
+    "compression",
     "scheduler",
     "engine",
     "model",

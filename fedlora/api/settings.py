@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.callbacks.base import Callback
+from fedlora.compression import Compression
 from fedlora.config.defaults import defaults
 from fedlora.config.describe import describe
 from fedlora.config.presets import data_preset, files_preset, presets
@@ -26,7 +27,7 @@ from fedlora.tasks import TASKS, LearningTask
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
-from .parts import client_of, model_of, strategy_of
+from .parts import client_of, compression_of, model_of, strategy_of
 from .rows import Columns, dataset
 
 OPTIONS = {"partition", "alpha", "shards", "min_rows", "max_rows", "max_length"}
@@ -71,6 +72,7 @@ class Settings:
         rule: what bends local training, such as FedProx(mu=0.01); None without.
         steps: UpdateSteps, what changes an update on its way from the training to the strategy: in this order
             at the clients, in the reverse order at the server.
+        compression: how messages travel: a name, such as "topk", or an object; None as they are.
         scheduler: when clients are asked and updates aggregated; None waits for all that a round asks.
         engine: where clients run; None takes this process.
         callbacks: what watches the run, such as [EarlyStopping(patience=3)], or objects of your own classes.
@@ -107,6 +109,7 @@ class Settings:
     robust: Robust | None = None
     rule: LocalRule | None = None
     steps: Sequence[UpdateStep] = ()
+    compression: Compression | str | None = None
     scheduler: Scheduler | None = None
     engine: Engine | None = None
     callbacks: Sequence[Callback] = ()
@@ -140,6 +143,7 @@ class Settings:
             robust=self.robust,
             rule=self.rule,
             steps=_listed(self.steps, "steps"),
+            compression=compression_of(self.compression),
             scheduler=self.scheduler or Synchronous(),
             engine=self.engine or InProcess(),
             callbacks=_listed(self.callbacks, "callbacks"),

@@ -21,6 +21,7 @@ PUBLIC = (
     "fedlora.privacy",
     "fedlora.training.rules",
     "fedlora.schedulers",
+    "fedlora.compression",
 )
 
 
@@ -69,6 +70,7 @@ def describe(
         "robust": robust,
         "rule": part("rule", spec.rule),
         "steps": [made for made, _ in steps],
+        "compression": part("compression", spec.compression),
         "scheduler": scheduler,
         "track": {"name": "none", "clients": False},
         "stop": {"name": "none"},

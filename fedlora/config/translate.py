@@ -14,6 +14,7 @@ from fedlora.callbacks.mlflow import MLflow
 from fedlora.callbacks.tensorboard import TensorBoard
 from fedlora.callbacks.tracker import Tracker
 from fedlora.callbacks.wandb import WandB
+from fedlora.compression import Compression
 from fedlora.core.parametrization import LORA
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import UpdateStep
@@ -34,7 +35,18 @@ from .instantiate import kept, make, named
 
 HELD_OUT = "fedlora.data.files.held_out"  # what data=sites makes; its name could be that of anybody's folder
 FILES = "fedlora.data.files.load"
-CODE = ("strategy", "client", "privacy", "robust", "rule", "steps", "scheduler", "engine")  # may be anyone's
+# May be anyone's.
+CODE = (
+    "strategy",
+    "client",
+    "privacy",
+    "robust",
+    "rule",
+    "steps",
+    "compression",
+    "scheduler",
+    "engine",
+)
 ROLES = ("text", "label", "prompt", "response")
 # A tracker is chosen by name and not by `_target_`: a kept configuration, which may come from anyone, brings
 # no code that sends numbers anywhere.
@@ -52,8 +64,8 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
-            client, lora, privacy, robust, rule, steps, scheduler, engine, model (ModelSpec), data (DataSpec);
-            and callbacks beside those that the configuration names, or None for none at all.
+            client, lora, privacy, robust, rule, steps, compression, scheduler, engine, model (ModelSpec),
+            data (DataSpec); and callbacks beside those that the configuration names, or None for none at all.
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
@@ -81,6 +93,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         robust=part("robust", lambda: named(config, "robust", Robust)),
         rule=part("rule", lambda: named(config, "rule", LocalRule)),
         steps=tuple(part("steps", lambda: _steps(config)) or ()),
+        compression=part("compression", lambda: named(config, "compression", Compression)),
         scheduler=part("scheduler", lambda: make(config, "scheduler", Scheduler)),
         engine=part("engine", lambda: make(config, "engine", Engine)),
         callbacks=() if added is None else (*_callbacks(config), *added),
@@ -116,8 +129,9 @@ def check_lacking(config: DictConfig, given: Collection[str]) -> None:
 def kept_spec(config: DictConfig, given: Mapping[str, Any] | None = None, strategy: bool = False) -> RunSpec:
     """The description of a run whose model and rows alone are wanted.
 
-    Its client, privacy, rules, scheduler and engine are None, and it has no steps and no callbacks: to read
-    what a run has left, no code of the user's is needed, and nothing that a stranger's folder names is made.
+    Its client, privacy, rules, compression, scheduler and engine are None, and it has no steps and no
+    callbacks: to read what a run has left, no code of the user's is needed, and nothing that a stranger's
+    folder names is made.
 
     Args:
         config: the run's.

@@ -1,7 +1,7 @@
 """The client side of a run: from Flower messages to trained updates, for one client or many at once."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -10,14 +10,17 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
+from fedlora.compression import Compression
+from fedlora.compression.words import for_downloads, for_uploads
 from fedlora.core.update_step import UpdateStep
 from fedlora.data import Example
 from fedlora.engines.client_memory import ClientMemory, Downloads
-from fedlora.engines.replies import client_halves, draft
+from fedlora.engines.replies import Outgoing, draft, outgoing
 from fedlora.errors import CheckpointError, ConfigError, PrivacyError
 from fedlora.models import Base
 from fedlora.privacy import Ledger
 from fedlora.rounds.codec import REFUSED, read_task
+from fedlora.rounds.compressed import plain_task
 from fedlora.secure_aggregation import protocol
 from fedlora.secure_aggregation.masked_round import SUM
 from fedlora.storage.client_state import DownloadCache
@@ -48,6 +51,7 @@ class ClientRuntime:
             number. A round that is asked for again counts again.
         masked: whether a client trains only where its update leaves under the masks of a secure sum.
         steps: whose client halves make of what training gave what is sent, in this order.
+        compression: how the numbers of messages travel; None as they are.
     """
 
     base: Base
@@ -60,6 +64,7 @@ class ClientRuntime:
     most: int | None = None
     masked: bool = False
     steps: Sequence[UpdateStep] = ()
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
         if self.held_out and self.client.private:
@@ -94,10 +99,14 @@ class ClientRuntime:
             told = self._told([_own(a, o) for a, o in zip(assignments, outcomes, strict=True)])
         outcomes = [replace(o, metrics=o.metrics | more) for o, more in zip(outcomes, told, strict=True)]
         sent = [self._sent(a, outcome) for a, outcome in zip(assignments, outcomes, strict=True)]
-        drafts = [draft(m, a, o) for m, a, (o, _) in zip(messages, assignments, sent, strict=True)]
-        for a, (outcome, of_steps) in zip(assignments, sent, strict=True):
-            self._remember(a, outcome, of_steps)
+        drafts = [draft(m, a, out) for m, a, out in zip(messages, assignments, sent, strict=True)]
+        for a, out in zip(assignments, sent, strict=True):
+            self._remember(a, out)
         self._spend(assignments, outcomes, contexts)
+        for a, out in zip(assignments, sent, strict=True):
+            # Paid for first: what steps keep may be a part of a change, which a later message then holds.
+            if self.memory is not None:
+                self.memory.steps.write(a.client, a.round, out.kept)
         for m, (a, held) in zip(messages, read, strict=True):
             # Once nothing can fail any more: a second try starts from what was held before.
             self.shelf.hold(a.client, held, _version(m))
@@ -142,16 +151,14 @@ class ClientRuntime:
         with self._discreet("private training"):
             return self._each_base(self.client.train, assignments)
 
-    def _sent(
-        self, assignment: TrainRequest, outcome: TrainResult
-    ) -> tuple[TrainResult, Mapping[str, Tensor]]:
-        """The outcome with the adapter that is to be sent, and what the steps keep for the next time."""
-        if not any(step.at_client for step in self.steps):
-            return outcome, {}
+    def _sent(self, assignment: TrainRequest, outcome: TrainResult) -> Outgoing:
+        """What is to be sent of an outcome, and what is kept for the next time."""
+        codec = for_uploads(self.compression) if assignment.task.shared() else None
+        if codec is None and not any(step.at_client for step in self.steps):
+            return Outgoing(outcome)
         before = {} if self.memory is None else self.memory.steps.read(assignment.client, assignment.round)
         with self._discreet("a step on a private update"):
-            adapter, kept = client_halves(self.steps, assignment, outcome, before)
-        return replace(outcome, adapter=adapter), kept
+            return outgoing(self.steps, codec, assignment, outcome, before)
 
     @contextmanager
     def _discreet(self, what: str) -> Iterator[None]:
@@ -192,7 +199,8 @@ class ClientRuntime:
     def _assignment(self, message: Message, context: Context) -> tuple[TrainRequest, dict[str, Tensor]]:
         """What a message asks of a client, and what it holds once this is done."""
         client = int(context.node_config["client"])
-        task, round, seed, held = read_task(message.content, self.shelf.held(client))
+        content = plain_task(message.content, for_downloads(self.compression), client)
+        task, round, seed, held = read_task(content, self.shelf.held(client))
         memory = {} if self.memory is None else self.memory.read(client, round)
         ledger = self._ledger(client, context)
         return TrainRequest(client, round, seed, task, self._split(client)[0], memory, ledger), held
@@ -262,14 +270,11 @@ class ClientRuntime:
             )
         return outcome.ledger
 
-    def _remember(
-        self, assignment: TrainRequest, outcome: TrainResult, of_steps: Mapping[str, Tensor]
-    ) -> None:
-        if (outcome.memory or of_steps) and self.memory is None:
+    def _remember(self, assignment: TrainRequest, sent: Outgoing) -> None:
+        if (sent.outcome.memory or sent.kept) and self.memory is None:
             raise ConfigError("a client has a part of its own to keep, and its site has nowhere to keep it")
         if self.memory is not None:
-            self.memory.write(assignment.client, assignment.round, outcome.memory)
-            self.memory.steps.write(assignment.client, assignment.round, of_steps)
+            self.memory.write(assignment.client, assignment.round, sent.outcome.memory)
 
     def _told(self, assignments: Sequence[TrainRequest]) -> list[dict[str, float]]:
         """Each client's own evaluation; empty where it keeps no rows back."""

@@ -1,18 +1,38 @@
 """What leaves a client: its update through the client halves of the steps, in the clear or under masks."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flwr.app import Context, Error, Message
 from torch import Tensor
 
+from fedlora.compression import Compression, MessageKey
+from fedlora.compression.update import code_update
 from fedlora.core.adapter import Adapter
 from fedlora.core.update_step import ClientUpdate, UpdateStep
 from fedlora.errors import IncompatibleUpdates
+from fedlora.rounds import compressed
 from fedlora.rounds.codec import FAILED, write_update
 from fedlora.secure_aggregation.masked_round import SUM, write_masked
 from fedlora.training.client import TrainRequest, TrainResult
+
+LOST = "code/"  # begins the names of what error feedback keeps, among what the steps keep
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What one client sends and keeps.
+
+    Args:
+        outcome: what training gave, with the adapter that the receiver will read.
+        kept: what steps and error feedback keep for the next time. It is one file, since they go on together.
+        arrays: of the code of the change; None where the update travels as it is.
+    """
+
+    outcome: TrainResult
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    arrays: Mapping[str, Any] | None = None
 
 
 def client_halves(
@@ -29,16 +49,7 @@ def client_halves(
     Raises:
         IncompatibleUpdates: a step returned no update, or one of other tensors than it was given.
     """
-    trained = {name: tensor.cpu() for name, tensor in outcome.adapter.tensors()}  # as what it was sent
-    given = ClientUpdate(
-        assignment.client,
-        assignment.round,
-        assignment.seed,
-        assignment.task,
-        assignment.start,
-        outcome.adapter.with_tensors(trained),
-        float(_examples(assignment, outcome)),
-    )
+    given = _given(assignment, outcome)
     kept: dict[str, Tensor] = {}
     for at, step in enumerate(steps):
         own = {n.removeprefix(f"{at}/"): t for n, t in memory.items() if n.startswith(f"{at}/")}
@@ -49,7 +60,38 @@ def client_halves(
     return given.adapter, kept
 
 
-def draft(message: Message, assignment: TrainRequest, outcome: TrainResult) -> Callable[[Context], Message]:
+def outgoing(
+    steps: Sequence[UpdateStep],
+    codec: Compression | None,
+    assignment: TrainRequest,
+    outcome: TrainResult,
+    memory: Mapping[str, Tensor],
+) -> Outgoing:
+    """An outcome after the client halves of the steps, and in code.
+
+    Args:
+        steps: in the order in which they are applied.
+        codec: of the run's updates; None where they travel as they are.
+        assignment: what the client was asked; its task is as the client has received it.
+        outcome: what training gave.
+        memory: what was kept the last time.
+
+    Raises:
+        IncompatibleUpdates: as `client_halves`.
+    """
+    adapter, kept = client_halves(steps, assignment, outcome, memory)
+    outcome = replace(outcome, adapter=adapter)
+    if codec is None:
+        return Outgoing(outcome, kept)
+    given = _given(assignment, outcome)
+    lost = {name.removeprefix(LOST): tensor for name, tensor in memory.items() if name.startswith(LOST)}
+    key = MessageKey(assignment.seed, assignment.client, assignment.round)
+    coded = code_update(codec, given.change, lost, key)
+    kept |= {f"{LOST}{name}": tensor for name, tensor in coded.memory.items()}
+    return Outgoing(replace(outcome, adapter=given.moved(coded.change).adapter), kept, coded.arrays)
+
+
+def draft(message: Message, assignment: TrainRequest, sent: Outgoing) -> Callable[[Context], Message]:
     """The reply to a training message, which the client's context completes.
 
     All that can fail in the clear fails here, before the round is paid for. Masks are used once, so they are
@@ -58,11 +100,15 @@ def draft(message: Message, assignment: TrainRequest, outcome: TrainResult) -> C
     Args:
         message: what the client was sent.
         assignment: the same, read.
-        outcome: with the adapter that is to be sent.
+        sent: what is to be sent.
     """
+    outcome = sent.outcome
     examples = _examples(assignment, outcome)
     if SUM not in message.content:
-        reply = Message(write_update(outcome, assignment.task, assignment.round, examples), reply_to=message)
+        content = write_update(outcome, assignment.task, assignment.round, examples)
+        if sent.arrays is not None:
+            compressed.code_update(content, assignment.task, outcome.adapter, sent.arrays)
+        reply = Message(content, reply_to=message)
         return lambda context: reply
 
     def masked(context: Context) -> Message:
@@ -73,6 +119,20 @@ def draft(message: Message, assignment: TrainRequest, outcome: TrainResult) -> C
         return Message(content, reply_to=message)
 
     return masked
+
+
+def _given(assignment: TrainRequest, outcome: TrainResult) -> ClientUpdate:
+    """A client's update on its way, on the processor, as what it was sent."""
+    trained = {name: tensor.cpu() for name, tensor in outcome.adapter.tensors()}
+    return ClientUpdate(
+        assignment.client,
+        assignment.round,
+        assignment.seed,
+        assignment.task,
+        assignment.start,
+        outcome.adapter.with_tensors(trained),
+        float(_examples(assignment, outcome)),
+    )
 
 
 def _examples(assignment: TrainRequest, outcome: TrainResult) -> int:

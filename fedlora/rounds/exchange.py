@@ -6,9 +6,12 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message
 
+from fedlora.compression import Compression, MessageKey
+from fedlora.compression.words import for_downloads, for_uploads
 from fedlora.core.messages import Peer, Task, Update
 from fedlora.errors import IncompatibleUpdates
 from fedlora.rounds.codec import Held, size, write_task
+from fedlora.rounds.compressed import code_task, plain_update
 from fedlora.rounds.pending import PendingMessages
 from fedlora.storage.client_state import BASE_DELTA, forgotten, last_seen
 
@@ -57,10 +60,20 @@ class MessageExchange:
         warn: takes a line for the user about every client that is dropped.
         seed: the run's, which every task carries.
         timeout: seconds after which a reply counts as missing; None for never.
+        compression: how the numbers of messages travel; None as they are.
+        masked: whether updates come under masks, so that no single one is read here.
     """
 
-    def __init__(self, warn: Callable[[str], None], seed: int, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        warn: Callable[[str], None],
+        seed: int,
+        timeout: float | None = None,
+        compression: Compression | None = None,
+        masked: bool = False,
+    ) -> None:
         self._warn, self._seed, self._timeout = warn, seed, timeout
+        self._down, self._up = for_downloads(compression), None if masked else for_uploads(compression)
         self._pending = PendingMessages()
         self._sent: dict[int, _Sent] = {}
         self._held: dict[int, Held] = {}
@@ -95,6 +108,8 @@ class MessageExchange:
         self._forget(version)
         held = self._held.pop(node, None)  # until it answers, nobody knows what it has received
         content, held = write_task(task, round, self._seed, held, version)
+        if self._down:
+            code_task(content, task, self._down, MessageKey(self._seed, peer.id, round, down=True))
         content.update(more or {})
         self._called[node] = peer.called
         self._sent[node] = _Sent(peer, task, round, version, size(content), held)
@@ -131,6 +146,8 @@ class MessageExchange:
                 round, sent.peer, sent.bytes_down, size(reply.content) if reply.has_content() else 0
             )
             try:
+                if self._up:
+                    plain_update(reply, sent.task, self._up, MessageKey(self._seed, sent.peer.id, sent.round))
                 update = read(reply, sent.task, sent.peer, sent.round)
             except IncompatibleUpdates as error:
                 self._warn(f"round {round}: {sent.peer.called} dropped: {error}")

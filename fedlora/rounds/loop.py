@@ -15,6 +15,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.callbacks.base import Callbacks, RunHandle
+from fedlora.compression import Compression
 from fedlora.core.messages import State, Task
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import RoundUpdates
@@ -58,6 +59,7 @@ class ServerLoop:
         scheduler: when tasks are sent, and when updates are aggregated.
         score: what clients call the score of their own models (`LearningTask.score`).
         clock: the virtual time of simulated clients; None where nobody asks for it.
+        compression: how the numbers of messages travel; None as they are.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class ServerLoop:
         scheduler: Scheduler = Synchronous(),  # noqa: B008 (it has no state)
         score: str = "accuracy",
         clock: VirtualClock | None = None,
+        compression: Compression | None = None,
     ) -> None:
         self.strategy, self.config, self._run = strategy, config, run
         self._registry, self._evaluate, self._named = registry, evaluate, named
@@ -82,7 +85,9 @@ class ServerLoop:
         self._callbacks = Callbacks(run)
         self._aggregation = aggregation or aggregation_for(config)
         self._recording, self._score, self.clock = recording, score, clock
-        self._exchange = MessageExchange(run.warn, config.seed, config.timeout)
+        self._exchange = MessageExchange(
+            run.warn, config.seed, config.timeout, compression, config.secure_sum
+        )
 
     @property
     def state(self) -> State:

@@ -19,12 +19,13 @@ from fedlora.rounds.aggregation_error import aggregation_error, sizes, tail_kept
 SHOWN = 3  # names in a warning
 
 
-def check_updates(updates: Sequence[Update], tasks: Sequence[Task]) -> Iterator[str]:
+def check_updates(updates: Sequence[Update], tasks: Sequence[Task], sparse: bool = False) -> Iterator[str]:
     """What looks wrong with the updates of a round, a sentence each.
 
     Args:
         updates: those that passed the checks.
         tasks: the task that each update answers.
+        sparse: whether they hold a few numbers of each change, so that not all that is trained moves.
     """
     asked, moved, still, seals = dict[str, None](), set[str](), list[str](), dict[str, str]()
     for task, update in zip(tasks, updates, strict=True):
@@ -38,7 +39,7 @@ def check_updates(updates: Sequence[Update], tasks: Sequence[Task]) -> Iterator[
             seals[who] = update.adapter.digest()
         else:
             still.append(who)
-    if moved and (frozen := [name for name in asked if name not in moved]):
+    if moved and not sparse and (frozen := [name for name in asked if name not in moved]):
         yield f"no client has moved {_some(frozen)}; is it trained?"
     if moved and still:
         yield f"{', '.join(still)} sent back what was sent to it; does it train?"

@@ -1,13 +1,12 @@
 """When to send to whom, and when to aggregate: the order of a run's steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from flwr.serverapp import Grid
 
-from fedlora.core.update_step import UpdateStep
 from fedlora.rounds.aggregation.base import Aggregation
 
 if TYPE_CHECKING:
@@ -38,14 +37,13 @@ class Scheduler(ABC):
             What `finish_round` returns, the line of a finished round, before the next round begins.
         """
 
-    def aggregation(self, steps: Sequence[UpdateStep], uniform: bool) -> Aggregation | None:
-        """How updates are combined, where that depends on their versions; None for the usual way.
+    def aggregation(self, synchronous: Aggregation) -> Aggregation:
+        """How updates are combined, where that depends on their versions; by default as in other rounds.
 
         Args:
-            steps: what stands between the clients and the strategy.
-            uniform: whether clients count alike, instead of by their numbers of examples.
+            synchronous: how the updates of one version are combined.
         """
-        return None
+        return synchronous
 
 
 @dataclass(frozen=True)

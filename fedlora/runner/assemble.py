@@ -215,6 +215,7 @@ def client_runtime(
         most=most,
         masked=masked,
         steps=spec.steps,
+        compression=spec.compression,
     )
 
 

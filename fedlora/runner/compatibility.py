@@ -11,6 +11,7 @@ from fedlora.errors import ConfigError
 from fedlora.models.parametrizations import LORA
 
 from . import compatibility_callbacks as callbacks
+from . import compatibility_compression as compression
 from . import compatibility_privacy as privacy
 from . import compatibility_schedulers as schedulers
 from . import compatibility_steps as steps
@@ -246,6 +247,9 @@ BEFORE_LOADING = (
     schedulers.versions_of_strategy,
     schedulers.versions_under_masks,
     schedulers.versions_under_robust_rule,
+    compression.feedback_without_basis,
+    compression.steps_in_code,
+    compression.masked_codes,
 )
 WITH_DATA = (
     privacy.cut_private_rows,
@@ -259,6 +263,7 @@ WITH_DATA = (
     least_updates,
     steps.least_for_steps,
     schedulers.full_buffer,
+    compression.masked_ranks,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

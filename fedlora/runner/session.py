@@ -221,8 +221,7 @@ class Session:
         if isinstance(self.spec.privacy, ClientLevel):
             central = ClientLevelMechanism(self.spec.privacy, made.plans[0], folder.ledger)
         steps = [*robust, *self.spec.steps]
-        uniform = made.rules.weights == "uniform"
-        aggregation = self.spec.scheduler.aggregation(steps, uniform)
+        plain = aggregation_for(made.rules, central, steps, self.spec.compression)
         return ServerLoop(
             self.spec.strategy,
             self.handle,
@@ -232,11 +231,12 @@ class Session:
             made.named,
             folder,
             partial(self._spent, sites is not None),
-            aggregation or aggregation_for(made.rules, central, steps),
+            self.spec.scheduler.aggregation(plain),
             UpdateLog(folder.path) if self.spec.record_updates else None,
             self.spec.scheduler,
             made.dataset.task.score,
             made.clock(),
+            self.spec.compression,
         )
 
     def _check_anything_came(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.callbacks.base import Callback
+from fedlora.compression import Compression
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import UpdateStep
 from fedlora.data import Dataset, Row
@@ -198,6 +199,7 @@ class RunSpec:
         rule: what bends local training, beside the rules of the strategy; None without.
         steps: what changes an update on its way from the training to the strategy: in this order at the
             clients, in the reverse order at the server, and there before the robust rule.
+        compression: how the numbers of messages travel; None as they are.
         scheduler: when clients are sent tasks, and when their updates are aggregated.
         engine: where the clients run.
         callbacks: what watches the run, in the order in which they are called.
@@ -225,6 +227,7 @@ class RunSpec:
     robust: Robust | None = None
     rule: LocalRule | None = None
     steps: Sequence[UpdateStep] = ()
+    compression: Compression | None = None
     scheduler: Scheduler = field(default_factory=Synchronous)
     engine: Engine = field(default_factory=InProcess)
     callbacks: Sequence[Callback] = ()

@@ -4,6 +4,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from fedlora.callbacks.base import Callback
+from fedlora.compression import Compression
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import UpdateStep
 from fedlora.engines.base import Engine
@@ -24,6 +25,7 @@ KINDS: dict[str, type] = {
     "privacy": Privacy,
     "robust": Robust,
     "rule": LocalRule,
+    "compression": Compression,
     "scheduler": Scheduler,
     "engine": Engine,
 }

@@ -11,14 +11,14 @@ every step, a part α_t of all that the client's cut lacks, and for an old versi
 have learned since.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
-from fedlora.core.update_step import UpdateStep
 from fedlora.ranges import check_number, check_whole
+from fedlora.rounds.aggregation.base import Aggregation
 from fedlora.rounds.aggregation.buffered import BufferedAggregation
 from fedlora.rounds.scheduling import Scheduler
 from fedlora.schedulers.flight import buffers
@@ -62,9 +62,9 @@ class Asynchronous(Scheduler):
         """A round is one update."""
         return buffers(server, grid, 1, self.concurrency, self.max_staleness)
 
-    def aggregation(self, steps: Sequence[UpdateStep], uniform: bool) -> BufferedAggregation:
+    def aggregation(self, synchronous: Aggregation) -> Aggregation:
         """The change of one update is added, by its age."""
-        return BufferedAggregation.of(steps, uniform, self._staleness.factor, self.alpha)
+        return BufferedAggregation.of(synchronous, self._staleness.factor, self.alpha)
 
     @property
     def _staleness(self) -> Staleness:

@@ -14,14 +14,14 @@ paper's; no client is twice in a buffer. A buffer that all clients at work have 
 is a synchronous round, and the strategy averages it by its own rule.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
-from fedlora.core.update_step import UpdateStep
 from fedlora.ranges import check_number, check_whole
+from fedlora.rounds.aggregation.base import Aggregation
 from fedlora.rounds.aggregation.buffered import BufferedAggregation
 from fedlora.rounds.scheduling import Scheduler
 from fedlora.schedulers.flight import buffers
@@ -71,9 +71,9 @@ class Buffered(Scheduler):
         """A round is a buffer."""
         return buffers(server, grid, self.buffer, self.concurrency, self.max_staleness)
 
-    def aggregation(self, steps: Sequence[UpdateStep], uniform: bool) -> BufferedAggregation:
+    def aggregation(self, synchronous: Aggregation) -> Aggregation:
         """Changes are added, each by its age."""
-        return BufferedAggregation.of(steps, uniform, self._staleness.factor, self.lr, self.cap)
+        return BufferedAggregation.of(synchronous, self._staleness.factor, self.lr, self.cap)
 
     @property
     def _staleness(self) -> Staleness:

@@ -3,7 +3,8 @@
 It serves strategies that need no more than a mean of the factors. A client sends its shared tensors times its
 weight, padded to the largest ranks, and the weight itself, all under masks
 (`fedlora.secure_aggregation.protocol`). Under client-level privacy it sends its change instead, which it
-clips itself, since nobody else sees it.
+clips itself, since nobody else sees it. With `compression=randk` it also sends its change, and of this the
+numbers at the places alone that all clients of the round share.
 """
 
 import json
@@ -12,14 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedlora.compression import MessageKey
+from fedlora.compression.randk import common_places
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Peer, Task, Update
-from fedlora.core.vectors import clipped, embed, flat, form, split, with_shared
+from fedlora.core.vectors import clipped, embed, flat, form, moved_factors, split, with_shared
 from fedlora.errors import IncompatibleUpdates
 from fedlora.rounds.aggregation.base import Delivery
 from fedlora.rounds.codec import array_of, metrics_of, numbers_of
@@ -44,6 +48,7 @@ class Terms:
         clip: the largest norm of the change, which is then sent instead of the values; None sends the values.
         cap: with a clip, the number of examples from which on a client has the weight 1; None gives all the
             weight 1.
+        places: seed, round and number of the places whose change is sent; None sends all numbers.
     """
 
     form: Mapping[str, tuple[int, ...]]
@@ -52,10 +57,21 @@ class Terms:
     uniform: bool = False
     clip: float | None = None
     cap: int | None = None
+    places: tuple[int, int, int] | None = None
+
+    @property
+    def at(self) -> Any:
+        """The places in the vector of the form whose numbers are sent, growing."""
+        among = sum(math.prod(shape) for shape in self.form.values())
+        if self.places is None:
+            return np.arange(among)
+        seed, round, count = self.places
+        return common_places(count, among, MessageKey(seed, 0, round))
 
     def write(self) -> ConfigRecord:
         """The terms as a record of a message."""
-        return ConfigRecord({"terms": json.dumps(self.__dict__)})
+        said = {name: value for name, value in self.__dict__.items() if (name, value) != ("places", None)}
+        return ConfigRecord({"terms": json.dumps(said)})
 
     @classmethod
     def read(cls, record: ConfigRecord) -> "Terms":
@@ -64,7 +80,7 @@ class Terms:
         return cls(**(read | {"form": {name: tuple(shape) for name, shape in read["form"].items()}}))
 
     def vector(self, sent: Adapter, got: Adapter, examples: int) -> Tensor:
-        """The summand of one client, float64: its weighted tensors or its clipped change, then its weight.
+        """The summand of one client, float64: its weighted tensors or its change, then its weight.
 
         With a clip the last number is 0, because the sum of weights would reveal how many clients took part.
 
@@ -72,13 +88,21 @@ class Terms:
             sent: the adapter that the client received.
             got: the adapter that it has trained.
             examples: its number of rows.
+
+        Raises:
+            IncompatibleUpdates: there are common places, and this client's ranks are others than the form's.
         """
+        tensors = dict(sent.tensors())
+        if self.places is not None and any(tuple(tensors[n].shape) != s for n, s in self.form.items()):
+            raise IncompatibleUpdates("expected the ranks of all clients, in which they share places")
         values = flat(embed(got, self.form, self.scales))
+        if self.clip is not None or self.places is not None:
+            values = (values - flat(embed(sent, self.form, self.scales)))[self.at]
         if self.clip is None:
             weight = 1.0 if self.uniform else float(examples)
             return torch.cat([values * weight, torch.tensor([weight], dtype=torch.float64)])
         weight = 1.0 if self.cap is None else min(examples / self.cap, 1.0)
-        change = clipped(values - flat(embed(sent, self.form, self.scales)), self.clip)
+        change = clipped(values, self.clip)
         # Truncated to the fixed-point grid: rounding to nearest could increase the norm beyond the clip.
         bounded = (change * weight * POINT).trunc() / POINT
         return torch.cat([bounded, torch.zeros(1, dtype=torch.float64)])
@@ -112,6 +136,7 @@ class SecureSum(Delivery):
         uniform: as in `Terms`.
         clip: as in `Terms`.
         cap: as in `Terms`.
+        places: as in `Terms`.
 
     Raises:
         ConfigError: there are fewer than 3 nodes.
@@ -127,11 +152,12 @@ class SecureSum(Delivery):
         uniform: bool = False,
         clip: float | None = None,
         cap: int | None = None,
+        places: tuple[int, int, int] | None = None,
     ) -> None:
         self.exchange = SecureRound(grid, nodes, round)
         super().__init__(self.exchange.open())
         scales = {name: pair.scale for name, pair in wide.adapter.pairs.items()}
-        self._terms = Terms(form(wide), scales, len(self.nodes), uniform, clip, cap)
+        self._terms = Terms(form(wide), scales, len(self.nodes), uniform, clip, cap, places)
         self._wide, self._vectors = wide, dict[int, Words]()
 
     def records(self, node: int) -> dict[str, ConfigRecord]:
@@ -145,7 +171,7 @@ class SecureSum(Delivery):
             IncompatibleUpdates: the client failed, or its reply is of another round or is not one vector.
         """
         metrics = metrics_of(numbers_of(reply, round))
-        length = sum(math.prod(shape) for shape in self._terms.form.values()) + 1
+        length = len(self._terms.at) + 1
         arrays = reply.content.array_records.get("arrays") or ArrayRecord()
         if set(arrays) != {"masked"}:
             raise IncompatibleUpdates(f"expected one masked vector, got {sorted(arrays)[:3]}")
@@ -186,7 +212,7 @@ class SecureSum(Delivery):
         Raises:
             IncompatibleUpdates: too few vectors arrived, or shares are wrong.
         """
-        return decode(self.exchange.total(self._vectors))[:-1]
+        return self._spread(decode(self.exchange.total(self._vectors))[:-1])
 
     def mean(self) -> Update:
         """The weighted mean of the vectors as a single update.
@@ -199,4 +225,13 @@ class SecureSum(Delivery):
             raise IncompatibleUpdates(
                 f"secure sum: expected a sum of weights above 0, got {float(total[-1])}"
             )
-        return Update(with_shared(self._wide, split(total[:-1] / total[-1], self._terms.form)))
+        mean = split(self._spread(total[:-1] / total[-1]), self._terms.form)
+        changes = self._terms.places is not None
+        return Update(moved_factors(self._wide, mean) if changes else with_shared(self._wide, mean))
+
+    def _spread(self, total: Tensor) -> Tensor:
+        """Each number of a sum at its place in the vector of the form, and zero at all others."""
+        among = sum(math.prod(shape) for shape in self._terms.form.values())
+        whole = torch.zeros(among, dtype=torch.float64)
+        whole[self._terms.at] = total
+        return whole

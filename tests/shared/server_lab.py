@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fedlora.callbacks.base import Callback, Callbacks, RunHandle
 from fedlora.callbacks.console import ConsoleProgress
+from fedlora.compression import Compression
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Peer, Task
 from fedlora.core.strategy import Strategy
@@ -191,6 +192,7 @@ class Lab:
         callbacks: Sequence[Callback] = (),
         clock: VirtualClock | None = None,
         resumed: RunFolder | None = None,
+        compression: Compression | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
@@ -213,7 +215,8 @@ class Lab:
             callbacks=[shown, *callbacks],
         )
         done = Callbacks(handle).client_done
-        grid = self.grid(client, ranks, fuse, rows=rows, site=site or {}, done=done)
+        own = {"compression": compression, **(site or {})}
+        grid = self.grid(client, ranks, fuse, rows=rows, site=own, done=done)
         if change is not None:
             grid.__class__ = Tampered
             grid.change = change  # type: ignore[attr-defined]
@@ -230,7 +233,6 @@ class Lab:
 
         config = RoundConfig(rounds=rounds, seed=rules.pop("seed", 0), **rules)
         scheduler = scheduler or Synchronous()
-        aggregation = aggregation or scheduler.aggregation((), config.weights == "uniform")
         federation = ServerLoop(
             strategy,
             handle,
@@ -241,9 +243,12 @@ class Lab:
             evaluate or score,
             named,
             folder,
-            aggregation=aggregation or aggregation_for(config, central),
+            aggregation=scheduler.aggregation(
+                aggregation or aggregation_for(config, central, (), compression)
+            ),
             scheduler=scheduler,
             clock=clock,
+            compression=compression,
         )
         return Ran(federation, folder, said, client, grid, handle)
 

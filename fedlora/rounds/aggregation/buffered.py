@@ -10,7 +10,7 @@ from flwr.app import Message
 from fedlora.core.algebra import normalised
 from fedlora.core.changes import Change
 from fedlora.core.messages import Peer, Task, Update
-from fedlora.core.update_step import RoundUpdates, UpdateStep
+from fedlora.core.update_step import RoundUpdates
 from fedlora.errors import IncompatibleUpdates
 from fedlora.rounds.aggregation.base import Aggregated, Aggregation, Delivery
 from fedlora.rounds.aggregation.plain import PlainAggregation
@@ -67,15 +67,11 @@ class BufferedAggregation(Aggregation):
 
     @classmethod
     def of(
-        cls,
-        steps: Sequence[UpdateStep],
-        uniform: bool,
-        factor: Callable[[int], float],
-        lr: float,
-        cap: float | None = None,
+        cls, synchronous: Aggregation, factor: Callable[[int], float], lr: float, cap: float | None = None
     ) -> "BufferedAggregation":
-        """The aggregation of a run with these update steps, where clients may count alike."""
-        return cls(PlainAggregation(tuple(steps), uniform), factor, lr, cap)
+        """The aggregation of a run whose updates of one version are combined so."""
+        assert isinstance(synchronous, PlainAggregation), "runner.compatibility refuses the others"
+        return cls(synchronous, factor, lr, cap)
 
     def least(self, needed: int) -> int:
         """What the settings ask for, and what every step needs."""

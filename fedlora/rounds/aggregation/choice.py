@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from fedlora.compression import Compression, RandK
+from fedlora.compression.words import for_uploads
 from fedlora.core.update_step import UpdateStep
 from fedlora.privacy.client_level import ClientLevelMechanism
 from fedlora.rounds.aggregation.base import Aggregation
@@ -12,7 +14,10 @@ from fedlora.rounds.round_config import RoundConfig
 
 
 def aggregation_for(
-    config: RoundConfig, mechanism: ClientLevelMechanism | None = None, steps: Sequence[UpdateStep] = ()
+    config: RoundConfig,
+    mechanism: ClientLevelMechanism | None = None,
+    steps: Sequence[UpdateStep] = (),
+    compression: Compression | None = None,
 ) -> Aggregation:
     """The aggregation of a run.
 
@@ -20,10 +25,12 @@ def aggregation_for(
         config: says whether clients send under masks, and how they are weighted.
         mechanism: of client-level privacy; None without it.
         steps: whose server halves stand between the updates and the strategy; only plain aggregation has any.
+        compression: how the numbers of messages travel; None as they are.
     """
-    uniform = config.weights == "uniform"
+    uniform, codec = config.weights == "uniform", for_uploads(compression)
     if config.secure_sum:
-        return MaskedAggregation(mechanism, uniform)
+        assert codec is None or isinstance(codec, RandK), "runner.compatibility refuses others under masks"
+        return MaskedAggregation(mechanism, uniform, codec, config.seed)
     if mechanism is not None:
         return ClientLevelAggregation(mechanism)
-    return PlainAggregation(tuple(steps), uniform)
+    return PlainAggregation(tuple(steps), uniform, codec is not None and not codec.codes_values)

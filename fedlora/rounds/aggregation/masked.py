@@ -1,13 +1,17 @@
 """Aggregation under masks that cancel in the sum: the server sees nothing of an update but the sum."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedlora.compression import RandK
+from fedlora.compression.topk import kept
 from fedlora.core.messages import Task
 from fedlora.core.update_step import RoundUpdates
+from fedlora.core.vectors import form
 from fedlora.errors import IncompatibleUpdates
 from fedlora.privacy.client_level import ClientLevelMechanism
 from fedlora.rounds.aggregation.base import Aggregated, Aggregation, Delivery, aggregate_mean, choose
@@ -23,10 +27,14 @@ class MaskedAggregation(Aggregation):
         mechanism: of client-level privacy; None without it.
         uniform: whether clients count alike, instead of by their numbers of examples; a mechanism has a rule
             of its own for this.
+        codec: of the updates, at places that all clients of a round share; None where they travel whole.
+        seed: the run's.
     """
 
     mechanism: ClientLevelMechanism | None = None
     uniform: bool = False
+    codec: RandK | None = None
+    seed: int = 0
 
     @property
     def shows_losses(self) -> bool:
@@ -57,7 +65,12 @@ class MaskedAggregation(Aggregation):
     def open(self, grid: Grid, nodes: Sequence[int], round: int, wide: Callable[[], Task]) -> Delivery:
         """Let the clients agree on masks; those that do not are out of the round."""
         terms = self.mechanism.terms if self.mechanism else {"uniform": self.uniform}
-        return SecureSum(grid, nodes, round, wide(), **terms)
+        whole = wide()
+        places = None
+        if self.codec is not None:
+            sizes = [math.prod(shape) for shape in form(whole).values()]
+            places = (self.seed, round, kept(self.codec.density, sizes))
+        return SecureSum(grid, nodes, round, whole, places=places, **terms)
 
     def aggregate(self, given: RoundUpdates, delivery: Delivery, rng: np.random.Generator) -> Aggregated:
         """Unmask the sum, add noise where there is a mechanism, and show the strategy the mean.

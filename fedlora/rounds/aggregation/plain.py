@@ -19,10 +19,12 @@ class PlainAggregation(Aggregation):
         steps: in their order at the clients; so the last of them is applied first here, and a robust rule,
             which stands before all others, is applied last.
         uniform: whether clients count alike, instead of by their numbers of examples.
+        sparse: whether updates hold a few numbers of each change.
     """
 
     steps: Sequence[UpdateStep] = ()
     uniform: bool = False
+    sparse: bool = False
 
     def least(self, needed: int) -> int:
         """What the settings ask for, and what every step needs."""
@@ -44,7 +46,8 @@ class PlainAggregation(Aggregation):
         coded = [at for at, step in enumerate(self.steps) if step.at_client and step.at_server]
         first = min(coded, default=len(self.steps))
         given = _applied(self.steps[first:], given)
-        odd = [*check_updates(given.updates, given.tasks)]  # of the updates, not of a code for them
+        # Of the updates, not of a code for them.
+        odd = [*check_updates(given.updates, given.tasks, self.sparse)]
         return _applied(self.steps[:first], given), odd
 
 
