@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora import errors
 
 if TYPE_CHECKING:
-    from fedlora import callbacks, clients, privacy, robust, strategies
+    from fedlora import callbacks, clients, privacy, robust, server_optimizers, strategies
     from fedlora.api.compare import compare
     from fedlora.api.run import Run
     from fedlora.api.run import open_run as open
@@ -50,7 +50,9 @@ _HOMES = {  # public name -> where it is
     "simulate": "api.simulate",
     "sweep": "api.sweep",
 }
-_ROOMS = {name: name for name in ("callbacks", "clients", "privacy", "robust", "strategies")}
+_ROOMS = {
+    name: name for name in ("callbacks", "clients", "privacy", "robust", "server_optimizers", "strategies")
+}
 _ROOMS["rules"] = "training.rules"
 _NAMED = {"open": "open_run"}  # what would hide a builtin in its own module
 
@@ -85,6 +87,7 @@ __all__ = [
     "privacy",
     "robust",
     "rules",
+    "server_optimizers",
     "simulate",
     "strategies",
     "sweep",

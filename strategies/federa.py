@@ -34,6 +34,7 @@ class FeDeRA(Strategy):
     linear = True
     exact = False
     start = "pissa"
+    server_space = "factors"
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself; W_f stays."""

@@ -40,6 +40,7 @@ class FedExLoRA(Strategy):
     mixed_ranks = False
     linear = False
     exact = True
+    server_space = "base_delta"
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both mean factors, on the base with all that was added."""

@@ -67,6 +67,7 @@ class FedFold(Strategy):
     mixed_ranks = True
     linear = False
     exact = True
+    server_space = "product"
 
     def __post_init__(self) -> None:
         for name in ("fresh", "energy"):

@@ -44,6 +44,7 @@ class FedRotLoRA(Strategy):
     mixed_ranks = False
     linear = False
     exact = False
+    server_space = "factors"
 
     blend: float = 1.0
 

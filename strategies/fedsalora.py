@@ -34,6 +34,7 @@ class FedSALoRA(Strategy):
     linear = False  # with one rank it would be: the weight that holds a row depends on who is sampled
     exact = False
     personal = True
+    server_space = "factors"
 
     def task(self, state: State, peer: Peer) -> Task:
         """A to train and share; B and the head, where the client has none yet, to train and keep."""

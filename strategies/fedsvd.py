@@ -43,11 +43,14 @@ class FedSVD(Strategy):
     mixed_ranks = True
     linear = True
     exact = True
+    server_space = "rank"
 
     period: int = 1
 
     def __post_init__(self) -> None:
         check_whole("strategy.period", self.period, 0)
+        if not self.period:  # A stays, and with it what B's columns mean
+            object.__setattr__(self, "server_space", "factors")
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""

@@ -32,6 +32,7 @@ class FlexLoRA(Strategy):
     linear = False
     exact = True
     products = True
+    server_space = "product"
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D*; where D* has fewer than the client's rank, fresh ones with B = 0."""

@@ -39,6 +39,7 @@ class FLoRA(Strategy):
     linear = False
     exact = True
     products = True
+    server_space = "base_delta"
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """An adapter that has learned something (B ≠ 0) is merged too, and a fresh one takes its place."""

@@ -32,6 +32,7 @@ class PFedLoRA(Strategy):
     exact = False
     personal = True
     client = "TwoPhase"
+    server_space = "factors"
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average θ: each factor by itself."""

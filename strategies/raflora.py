@@ -39,6 +39,7 @@ class RaFLoRA(Strategy):
     mixed_ranks = True
     linear = False
     exact = False
+    server_space = "product"
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D; where D has fewer than the client's rank, fresh ones with B = 0."""

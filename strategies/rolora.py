@@ -36,6 +36,7 @@ class RoLoRA(Strategy):
     mixed_ranks = True
     linear = True
     exact = True
+    server_space = "factors"
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors, one of them to train and to send back."""

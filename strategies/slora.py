@@ -65,6 +65,7 @@ class SLoRA(Strategy):
     mixed_ranks = False
     linear = True
     exact = False
+    server_space = "factors"
 
     sparse_rounds: int = 2
     density: float | None = None
@@ -82,6 +83,7 @@ class SLoRA(Strategy):
                 "mixed_ranks": True,
                 "linear": False,
                 "products": True,
+                "server_space": "product",
                 "exact": self.keep_residual or not self.sparse_rounds,
             }
             for fact, value in facts.items():

@@ -34,6 +34,7 @@ PARTS = (
     "robust",
     "rule",
     "steps",
+    "server",
     "scheduler",
     "engine",
     "model",

@@ -22,11 +22,12 @@ from fedlora.ranges import check_whole
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, RunSpec
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.tasks import TASKS, LearningTask
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
-from .parts import client_of, model_of, strategy_of
+from .parts import client_of, model_of, server_of, strategy_of
 from .rows import Columns, dataset
 
 OPTIONS = {"partition", "alpha", "shards", "min_rows", "max_rows", "max_length"}
@@ -71,6 +72,7 @@ class Settings:
         rule: what bends local training, such as FedProx(mu=0.01); None without.
         steps: UpdateSteps, what changes an update on its way from the training to the strategy: in this order
             at the clients, in the reverse order at the server.
+        server: the server's optimizer: fedavgm, fedadam, fedyogi or fedadagrad, or an object; None without.
         scheduler: when clients are asked and updates aggregated; None waits for all that a round asks.
         engine: where clients run; None takes this process.
         callbacks: what watches the run, such as [EarlyStopping(patience=3)], or objects of your own classes.
@@ -107,6 +109,7 @@ class Settings:
     robust: Robust | None = None
     rule: LocalRule | None = None
     steps: Sequence[UpdateStep] = ()
+    server: ServerOptimizer | str | None = None
     scheduler: Scheduler | None = None
     engine: Engine | None = None
     callbacks: Sequence[Callback] = ()
@@ -140,6 +143,7 @@ class Settings:
             robust=self.robust,
             rule=self.rule,
             steps=_listed(self.steps, "steps"),
+            server=server_of(self.server),
             scheduler=self.scheduler or Synchronous(),
             engine=self.engine or InProcess(),
             callbacks=_listed(self.callbacks, "callbacks"),

@@ -21,6 +21,7 @@ OURS = {
     "rule": ("fedlora.training.rules",),
     "lora": ("fedlora.models.parametrizations",),
     "robust": ("fedlora.robust",),
+    "server": ("fedlora.server_optimizers",),
     "steps": ("fedlora.robust",),
     "engine": ("fedlora.engines", "fedlora.deploy.engine"),
     "scheduler": ("fedlora.rounds.scheduling",),

@@ -63,6 +63,7 @@ def describe(
         "robust": robust,
         "rule": part("rule", spec.rule),
         "steps": [made for made, _ in steps],
+        "server": part("server", spec.server),
         "scheduler": scheduler,
         "track": {"name": "none", "clients": False},
         "stop": {"name": "none"},

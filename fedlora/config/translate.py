@@ -26,6 +26,7 @@ from fedlora.privacy import Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
@@ -34,7 +35,7 @@ from .instantiate import kept, make, named
 
 HELD_OUT = "fedlora.data.files.held_out"  # what data=sites makes; its name could be that of anybody's folder
 FILES = "fedlora.data.files.load"
-CODE = ("strategy", "client", "privacy", "robust", "rule", "steps", "scheduler", "engine")  # may be anyone's
+CODE = ("strategy", "client", "privacy", "robust", "rule", "steps", "server", "scheduler", "engine")
 ROLES = ("text", "label", "prompt", "response")
 # A tracker is chosen by name and not by `_target_`: a kept configuration, which may come from anyone, brings
 # no code that sends numbers anywhere.
@@ -52,8 +53,8 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
-            client, lora, privacy, robust, rule, steps, scheduler, engine, model (ModelSpec), data (DataSpec);
-            and callbacks beside those that the configuration names, or None for none at all.
+            client, lora, privacy, robust, rule, steps, server, scheduler, engine, model (ModelSpec), data
+            (DataSpec); and callbacks beside those that the configuration names, or None for none at all.
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
@@ -81,6 +82,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         robust=part("robust", lambda: named(config, "robust", Robust)),
         rule=part("rule", lambda: named(config, "rule", LocalRule)),
         steps=tuple(part("steps", lambda: _steps(config)) or ()),
+        server=part("server", lambda: named(config, "server", ServerOptimizer)),
         scheduler=part("scheduler", lambda: make(config, "scheduler", Scheduler)),
         engine=part("engine", lambda: make(config, "engine", Engine)),
         callbacks=() if added is None else (*_callbacks(config), *added),

@@ -24,6 +24,7 @@ from fedlora.core.algebra import (
 )
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.parametrization import LORA
+from fedlora.core.update_checks import check_fit, lifted
 from fedlora.errors import IncompatibleUpdates
 from fedlora.seeds import generator
 
@@ -46,6 +47,11 @@ class Strategy(ABC):
         client: the name of the client class that it needs; empty where ordinary local training does.
         lr_factor: the learning rate that suits it, over the one that suits LoRA whose factors are both
             trained and averaged.
+        server_space: where a server optimizer works, between this strategy's state and the next: "factors",
+            on the factors, which mean the same from round to round; or on ΔW, where they do not, and the step
+            goes into the adapter at any rank ("product"), into the adapter at its own rank and with what is
+            left into the base delta ("rank"), or into the base delta ("base_delta"). A strategy that adds to
+            the base delta itself then does so by `BaseDelta.plus`. Empty: nowhere.
     """
 
     mixed_ranks: ClassVar[bool]
@@ -56,6 +62,7 @@ class Strategy(ABC):
     start: ClassVar[str] = "lora"
     client: ClassVar[str] = ""
     lr_factor: ClassVar[float] = 1.0
+    server_space: ClassVar[Literal["", "factors", "product", "rank", "base_delta"]] = ""
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """The state before round 1.
@@ -117,7 +124,7 @@ class Strategy(ABC):
             raise IncompatibleUpdates(f"strategy {name}: client {twice[0]} sent more than one update")
         for position, update in enumerate(ordered):
             who = f"strategy {name}: {update.peer.called if update.peer else f'client #{position}'}"
-            _fits(expected, update.adapter, who)
+            check_fit(expected, update.adapter, who)
             for module, pair in update.adapter.pairs.items():
                 rank = expected.pairs[module].rank
                 if not self.mixed_ranks and pair.rank != rank:
@@ -127,7 +134,7 @@ class Strategy(ABC):
                     )
             if not (math.isfinite(update.weight) and update.weight >= 0):
                 raise IncompatibleUpdates(f"{who} has weight {update.weight}, expected a finite number >= 0")
-        return [_plain(update, expected) for update in ordered], normalised(
+        return [lifted(update, expected) for update in ordered], normalised(
             [update.weight for update in ordered]
         )
 
@@ -243,49 +250,6 @@ def grow_rank(state: State, peer: Peer) -> Adapter:
         rng = generator(state.seed, "refill", zlib.crc32(name.encode()), state.round)
         room[name] = pad_orthonormal(pair, peer.ranks.get(name, peer.rank), rng)
     return replace(state.adapter, pairs=room)
-
-
-def _plain(update: Update, expected: Adapter) -> Update:
-    """The update without autograd graphs, and in no lower precision than the state."""
-    kinds = {name: tensor.dtype for name, tensor in expected.tensors()}
-    lifted = {
-        name: tensor.detach().to(torch.promote_types(tensor.dtype, kinds.get(name, tensor.dtype)))
-        for name, tensor in update.adapter.tensors()
-    }
-    return replace(update, adapter=update.adapter.with_tensors(lifted))
-
-
-def _fits(expected: Adapter, got: Adapter, who: str) -> None:
-    """Raise IncompatibleUpdates unless modules, extras and all shapes but the rank are the expected ones."""
-    for kind, want, have in (
-        ("modules", expected.pairs.keys(), got.pairs.keys()),
-        ("extra tensors", expected.extra.keys(), got.extra.keys()),
-    ):
-        if want != have:
-            raise IncompatibleUpdates(
-                f"{who} sent other {kind} than the global adapter has: "
-                f"missing {sorted(want - have)[:3]}, unknown {sorted(have - want)[:3]}"
-            )
-    parts = [(module, tensor) for module, pair in got.pairs.items() for _, tensor in pair.factors()]
-    for name, tensor in [*parts, *got.extra.items()]:
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise IncompatibleUpdates(f"{who} sent NaN or infinity for '{name}': its training diverged")
-    for module, pair in got.pairs.items():
-        if pair.shape != expected.pairs[module].shape:
-            raise IncompatibleUpdates(
-                f"{who} sent an update of shape {pair.shape} for '{module}', "
-                f"expected {expected.pairs[module].shape}"
-            )
-    shapes = {name: tensor.shape for name, tensor in expected.extra.items()}
-    for module, own in expected.own_factors().items():
-        if module in got.pairs:  # of the rank that was sent
-            resized = expected.parametrization.resize(own, got.pairs[module].rank)
-            shapes |= {f"{module}.{word}": tensor.shape for word, tensor in resized.items()}
-    for name, tensor in got.extra.items():
-        if tensor.shape != shapes[name]:
-            raise IncompatibleUpdates(
-                f"{who} sent shape {tuple(tensor.shape)} for '{name}', expected {tuple(shapes[name])}"
-            )
 
 
 def named(suits: Callable[[type[Strategy]], bool]) -> str:

@@ -19,8 +19,9 @@ from fedlora.core.messages import State, Task
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import RoundUpdates
 from fedlora.errors import ConfigError, FedLoraError, IncompatibleUpdates
-from fedlora.rounds.aggregation.base import Aggregation, Delivery
+from fedlora.rounds.aggregation.base import Aggregated, Aggregation, Delivery
 from fedlora.rounds.aggregation.choice import aggregation_for
+from fedlora.rounds.aggregation_error import sizes
 from fedlora.rounds.codec import metrics_of, write_task
 from fedlora.rounds.exchange import MessageExchange, Received, line_of
 from fedlora.rounds.pending import PendingMessages
@@ -30,6 +31,8 @@ from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.rounds.totals import totals
 from fedlora.seeds import generator
+from fedlora.server_optimizers import ServerOptimizer
+from fedlora.server_optimizers.advance import advance, without_optimizer
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
 
@@ -57,6 +60,7 @@ class ServerLoop:
         recording: records the updates that the strategy is given; None for no recording.
         scheduler: when tasks are sent, and when updates are aggregated.
         score: what clients call the score of their own models (`LearningTask.score`).
+        optimizer: makes the server's step of what a round has changed; None moves by the change itself.
     """
 
     def __init__(
@@ -73,13 +77,14 @@ class ServerLoop:
         recording: UpdateLog | None = None,
         scheduler: Scheduler = Synchronous(),  # noqa: B008 (it has no state)
         score: str = "accuracy",
+        optimizer: ServerOptimizer | None = None,
     ) -> None:
         self.strategy, self.config, self._run = strategy, config, run
         self._registry, self._evaluate, self._named = registry, evaluate, named
         self._folder, self._spent, self._scheduler = folder, spent, scheduler
         self._callbacks = Callbacks(run)
         self._aggregation = aggregation or aggregation_for(config)
-        self._recording, self._score = recording, score
+        self._recording, self._score, self._optimizer = recording, score, optimizer
         self._exchange = MessageExchange(run.warn, config.seed, config.timeout)
 
     @property
@@ -87,6 +92,11 @@ class ServerLoop:
         """The state after the rounds that are done."""
         assert self._run.state is not None, "a server has a state"
         return self._run.state
+
+    @property
+    def _shown(self) -> State:
+        """The state as the strategy is shown it."""
+        return without_optimizer(self.state)
 
     @property
     def done(self) -> int:
@@ -140,7 +150,7 @@ class ServerLoop:
     def message(self, round: Round, node: int) -> Message:
         """The task of one client, from the state as it is now."""
         peer = self._registry.peers[node]
-        task = self.strategy.task(self.state, peer)
+        task = self.strategy.task(self._shown, peer)
         more = round.delivery.records(node)
         return self._exchange.message(node, peer, task, round.number, self.state.round, more)
 
@@ -206,7 +216,7 @@ class ServerLoop:
 
     def _questions(self, nodes: Iterable[int]) -> Iterator[Message]:
         for node in nodes:
-            task = self.strategy.task(self._run.result, self._registry.peers[node])
+            task = self.strategy.task(without_optimizer(self._run.result), self._registry.peers[node])
             content = write_task(task, self.config.rounds + 1, self.config.seed)[0]
             yield Message(content, node, "evaluate", ttl=self.config.timeout)
 
@@ -224,7 +234,7 @@ class ServerLoop:
 
     def _open(self, grid: Grid, nodes: list[int], round: int) -> Delivery:
         """Let the clients of a round agree on what they need; no node is left if they could not."""
-        wide = lambda: self.strategy.task(self.state, self._registry.widest)  # noqa: E731
+        wide = lambda: self.strategy.task(self._shown, self._registry.widest)  # noqa: E731
         try:
             return self._aggregation.open(grid, nodes, round, wide)
         except (ConfigError, IncompatibleUpdates) as error:
@@ -240,7 +250,7 @@ class ServerLoop:
             self._run.warn(f"round {number}: {round.refusal or few}; the state stays as it was")
             return self.state, {}
         before, rng = self.state, generator(self.config.seed, "aggregate", 0, number)
-        given = RoundUpdates(self.strategy, before, updates, received.tasks, self._registry.widest)
+        given = RoundUpdates(self.strategy, self._shown, updates, received.tasks, self._registry.widest)
         try:
             found = self._aggregation.aggregate(given, round.delivery, rng)
         except IncompatibleUpdates as error:  # no client's message ends a run
@@ -252,7 +262,20 @@ class ServerLoop:
             self._recording.write(number, before, found.combined)
         for text in found.warnings:
             self._run.warn(f"round {number}: {text}")
-        return found.state, dict(found.metrics)
+        return self._stepped(number, found)
+
+    def _stepped(self, number: int, found: Aggregated) -> tuple[State, dict[str, Any]]:
+        """What the server makes of an aggregated state: its own step, where the run has an optimizer.
+
+        The checks and the error of the aggregation were those of the strategy's own state; the sizes are of
+        what comes out.
+        """
+        metrics = dict(found.metrics)
+        if self._optimizer is None:
+            return found.state, metrics
+        rng = generator(self.config.seed, "aggregate", 0, number)
+        state, more = advance(self.strategy, self._optimizer, self.state, found.state, found.answered, rng)
+        return state, metrics | more | (sizes(state) if "delta_norm" in metrics else {})
 
     def _evaluate_updates(self, received: Received) -> None:
         """Evaluate each client's update by itself, and put the metrics into the client's line."""

@@ -12,6 +12,7 @@ from fedlora.models.parametrizations import LORA
 
 from . import compatibility_callbacks as callbacks
 from . import compatibility_privacy as privacy
+from . import compatibility_server as server
 from . import compatibility_steps as steps
 from .dealt import Dealt
 from .spec import RunSpec
@@ -242,6 +243,8 @@ BEFORE_LOADING = (
     callbacks.tracked_clients,
     steps.steps_without_updates,
     steps.updates_in_code,
+    server.server_without_space,
+    server.server_of_numbers,
 )
 WITH_DATA = (
     privacy.cut_private_rows,

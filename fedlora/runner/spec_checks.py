@@ -12,6 +12,7 @@ from fedlora.privacy import Privacy
 from fedlora.ranges import check_whole
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
@@ -24,6 +25,7 @@ KINDS: dict[str, type] = {
     "privacy": Privacy,
     "robust": Robust,
     "rule": LocalRule,
+    "server": ServerOptimizer,
     "scheduler": Scheduler,
     "engine": Engine,
 }
