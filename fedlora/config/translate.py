@@ -35,6 +35,7 @@ from .instantiate import kept, make, named
 
 HELD_OUT = "fedlora.data.files.held_out"  # what data=sites makes; its name could be that of anybody's folder
 FILES = "fedlora.data.files.load"
+# What may be of anyone's making.
 CODE = ("strategy", "client", "privacy", "robust", "rule", "steps", "server", "scheduler", "engine")
 ROLES = ("text", "label", "prompt", "response")
 # A tracker is chosen by name and not by `_target_`: a kept configuration, which may come from anyone, brings

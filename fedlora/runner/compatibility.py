@@ -257,6 +257,7 @@ WITH_DATA = (
     privacy.secure_clip,
     least_updates,
     steps.least_for_steps,
+    server.server_of_padded_sum,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

@@ -29,6 +29,7 @@ from fedlora.rounds.registry import ClientRegistry
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.seeds import generator
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.storage.run_folder import RunFolder
 from fedlora.tasks import Classification
 from fedlora.training.client import Client, TrainRequest, TrainResult
@@ -188,6 +189,7 @@ class Lab:
         aggregation: Aggregation | None = None,
         scheduler: Scheduler | None = None,
         callbacks: Sequence[Callback] = (),
+        optimizer: ServerOptimizer | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
@@ -231,6 +233,7 @@ class Lab:
             folder,
             aggregation=aggregation or aggregation_for(config, central),
             scheduler=scheduler or Synchronous(),
+            optimizer=optimizer,
         )
         return Ran(federation, folder, said, client, grid, handle)
 
