@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedlora.tasks import LearningTask
     from fedlora.training import rules
     from fedlora.training.client import Client, TrainRequest, TrainResult
+    from fedlora.training.round_schedule import RoundSchedule
 
 _HOMES = {  # public name -> where it is
     "Adapter": "core.adapter",
@@ -32,6 +33,7 @@ _HOMES = {  # public name -> where it is
     "ModelSpec": "runner.spec",
     "Pair": "core.adapter",
     "Peer": "core.messages",
+    "RoundSchedule": "training.round_schedule",
     "RoundUpdates": "core.update_step",
     "Run": "api.run",
     "Scheduler": "rounds.scheduling",
@@ -66,6 +68,7 @@ __all__ = [
     "ModelSpec",
     "Pair",
     "Peer",
+    "RoundSchedule",
     "RoundUpdates",
     "Run",
     "Scheduler",

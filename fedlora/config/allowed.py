@@ -14,7 +14,7 @@ from fedlora.errors import ConfigError
 # only `data` may read them: a server must not have a site open a file by the way of, say, `client`.
 OURS = {
     "strategy": ("fedlora.strategies",),
-    "client": ("fedlora.clients", "fedlora.training.rules"),
+    "client": ("fedlora.clients", "fedlora.training.rules", "fedlora.training.round_schedule"),
     "privacy": ("fedlora.privacy",),
     "data": ("fedlora.data",),
     "model": ("fedlora.models.packaged",),

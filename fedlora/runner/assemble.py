@@ -194,6 +194,7 @@ def client_runtime(
         most=most,
         masked=masked,
         steps=spec.steps,
+        rounds=spec.rounds,
     )
 
 
