@@ -81,7 +81,11 @@ class GatedExperts(Client):
     def _mix(self, base: Base, assignment: TrainRequest) -> TrainResult:
         with Mixture(base, assignment, train=True) as mixture:
             loss, steps = self.local.descend(
-                base, mixture.parameters, lambda rows: mixture.scores(rows)[0], self.local.batches(assignment)
+                base,
+                mixture.parameters,
+                lambda rows: mixture.scores(rows)[0],
+                self.local.batches(assignment),
+                self.local.round_rate(assignment),
             )
             return TrainResult(mixture.gate, {"loss": loss, "steps": float(steps)}, mixture.memory())
 

@@ -10,7 +10,7 @@ that starts anew each round: after the server has combined factors, old moments 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from fedlora.privacy import DPSGD, Plan, self_test
 from fedlora.ranges import check_number, check_whole
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
+from fedlora.training.round_schedule import RoundSchedule
 from fedlora.training.rules.base import LocalRule, check_private, rules_of
 from fedlora.training.steps import FitJob, Parameters
 from fedlora.training.trainer import descend, fit
@@ -51,6 +52,8 @@ class LocalTraining(Client):
         clip: largest gradient norm over all that a client trains; None does not clip.
         schedule: "constant", "linear" or "cosine" decay to zero over the client's own steps of a round.
         warmup: share of the steps in which the rate rises from zero.
+        over_rounds: the rate over the rounds of the federation, which multiplies with `schedule`, and the
+            number of steps of each round.
         micro_tokens: tokens a micro-batch holds at most, in training and evaluation, and a step of clients
             that train together. It changes speed and memory, and of the result no more than its rounding.
             None chooses by the rows.
@@ -75,6 +78,7 @@ class LocalTraining(Client):
     micro_tokens: int | None = None
     privacy: DPSGD | None = None
     rules: Sequence[LocalRule] = ()
+    over_rounds: RoundSchedule = field(default_factory=RoundSchedule)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -101,15 +105,23 @@ class LocalTraining(Client):
                     "client.max_tokens: under privacy=dp_sgd how many rows a step has must not depend on how "
                     "long they are; leave it out, and say client.batch_size"
                 )
+            if self.over_rounds.steps is not None:
+                raise ConfigError(
+                    "client.over_rounds.steps: under privacy=dp_sgd the noise is planned, and accounted for, "
+                    "by one number of steps in every round; leave it out, and say client.steps"
+                )
 
     def train(self, base: Base, assignments: Sequence[TrainRequest]) -> list[TrainResult]:
         """Train all assignments in one pass; what is a client's own goes on from its memory and into it."""
         if self.privacy is not None:
             return self._train_privately(base, assignments, self.privacy)
-        jobs = [FitJob(self._task(a), self.batches(a)) for a in assignments]
+        jobs = [FitJob(self._task(a), self.batches(a), rate=self.round_rate(a)) for a in assignments]
         fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, self.clip, self.micro_tokens)
         return [
-            replace(_outcome(a, job.task, f.adapter), metrics={"loss": f.loss, "steps": float(f.steps)})
+            replace(
+                _outcome(a, job.task, f.adapter),
+                metrics={"loss": f.loss, "steps": float(f.steps), **self._told(a)},
+            )
             for a, job, f in zip(assignments, jobs, fitted, strict=True)
         ]
 
@@ -145,12 +157,13 @@ class LocalTraining(Client):
             self_test(base, task)
             mechanism = plan.mechanism(a.client, a.round)
             drawn = [mechanism.source.chosen(len(a.rows), plan.q) for _ in range(plan.steps)]
-            jobs.append(FitJob(task, [[a.rows[i] for i in batch] for batch in drawn], mechanism))
+            batches = [[a.rows[i] for i in batch] for batch in drawn]
+            jobs.append(FitJob(task, batches, mechanism, self.round_rate(a)))
         fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, None, self.micro_tokens)
         outcomes = []
         for a, job, f, plan in zip(assignments, jobs, fitted, plans, strict=True):
             ledger, examples = plan.after(a.ledger), None if privacy.public_counts else 1
-            metrics = privacy.report(plan, ledger)
+            metrics = privacy.report(plan, ledger) | self._told(a)
             if privacy.public_metrics and f.clipped is not None:
                 metrics |= {"loss": f.loss, "clipped": f.clipped}
             made = _outcome(a, job.task, f.adapter)
@@ -163,6 +176,7 @@ class LocalTraining(Client):
         parameters: Parameters,
         losses: Callable[[list[Example]], Tensor],
         batches: Sequence[Sequence[Example]],
+        rate: float = 1.0,
     ) -> tuple[float, int]:
         """The same kind of steps for one client, on a loss of the caller's; see `trainer.descend`.
 
@@ -173,7 +187,15 @@ class LocalTraining(Client):
             names = ", ".join(type(rule).__name__ for rule in self.rules)
             raise ConfigError(f"client: steps on a loss of its own follow no local rule, got {names}")
         made, tokens = self.make_optimizer, self.micro_tokens
-        return descend(base, parameters, losses, batches, made, self.rate_factor, self.clip, tokens)
+        return descend(base, parameters, losses, batches, made, self.rate_factor, self.clip, tokens, rate)
+
+    def round_rate(self, assignment: TrainRequest) -> float:
+        """What all rates are multiplied with in the assignment's round."""
+        return self.over_rounds.factor(assignment.round, assignment.rounds)
+
+    def _told(self, assignment: TrainRequest) -> dict[str, float]:
+        """The rate of A of the round, for the client's line, where rounds have rates of their own."""
+        return {"lr": self.lr * self.round_rate(assignment)} if self.over_rounds.rates else {}
 
     def _task(self, assignment: TrainRequest) -> Task:
         """The task of a round from where the client starts, with the user's rules after the strategy's."""
@@ -193,10 +215,11 @@ class LocalTraining(Client):
         """The rows of each of the round's steps, a new order each pass; the last of a pass may have fewer."""
         rng = generator(assignment.seed, "batches", assignment.client, assignment.round)
         rows, found, passes = assignment.rows, list[list[Example]](), 0
-        while rows and (passes < self.epochs if self.steps is None else len(found) < self.steps):
+        steps = self.over_rounds.steps_of(assignment.round) or self.steps
+        while rows and (passes < self.epochs if steps is None else len(found) < steps):
             found += self._cut([rows[i] for i in rng.permutation(len(rows))])
             passes += 1
-        return found[: self.steps]
+        return found[:steps]
 
     def _cut(self, rows: list[Example]) -> list[list[Example]]:
         """The rows of one pass, step by step."""

@@ -115,10 +115,10 @@ class TwoPhase(Client):
         return Personal(base, assignment, fresh, self.mu, train)
 
     def _train(self, base: Base, assignment: TrainRequest) -> TrainResult:
-        batches = self.local.batches(assignment)
+        batches, rate = self.local.batches(assignment), self.local.round_rate(assignment)
         with self.personal(base, assignment, train=True) as model:
-            loss, steps = model.first(self.local, batches)
-            after, _ = model.second(self.local, batches)
+            loss, steps = model.first(self.local, batches, rate)
+            after, _ = model.second(self.local, batches, rate)
             told = {"loss": loss, "adapter_loss": after, "steps": float(steps)}
             return TrainResult(model.theta(), told, model.memory())
 
@@ -152,7 +152,9 @@ class Personal:
     ) -> None:
         self._open.close()
 
-    def first(self, local: LocalTraining, batches: Sequence[Sequence[Example]]) -> tuple[float, int]:
+    def first(
+        self, local: LocalTraining, batches: Sequence[Sequence[Example]], rate: float
+    ) -> tuple[float, int]:
         """Phase 1, of ω; θ stays as it is, bit for bit. The mean loss over the steps, and their number."""
 
         def losses(rows: list[Example]) -> Tensor:
@@ -161,9 +163,11 @@ class Personal:
             adapted, own = (F.cross_entropy(found, target, reduction="none") for found in (beside, logits))
             return self._mu * adapted + (1 - self._mu) * own
 
-        return local.descend(self._base, self._bank.factors(0), losses, batches)
+        return local.descend(self._base, self._bank.factors(0), losses, batches, rate)
 
-    def second(self, local: LocalTraining, batches: Sequence[Sequence[Example]]) -> tuple[float, int]:
+    def second(
+        self, local: LocalTraining, batches: Sequence[Sequence[Example]], rate: float
+    ) -> tuple[float, int]:
         """Phase 2, of θ; ω stays as it is, bit for bit. The mean loss over the steps, and their number."""
 
         def losses(rows: list[Example]) -> Tensor:
@@ -172,7 +176,7 @@ class Personal:
             beside = self._beside(h)
             return F.cross_entropy(beside, target, reduction="none")
 
-        return local.descend(self._base, {"A": [self._A], "B": [self._B]}, losses, batches)
+        return local.descend(self._base, {"A": [self._A], "B": [self._B]}, losses, batches, rate)
 
     def scores(self, rows: list[Example]) -> tuple[Tensor, Tensor]:
         """One loss a row and one share of right answers a row, both (rows,), of both predictions together."""

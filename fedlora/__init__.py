@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING, Any
 from fedlora import errors
 
 if TYPE_CHECKING:
-    from fedlora import callbacks, clients, compression, privacy, robust, schedulers, strategies
+    from fedlora import (
+        callbacks,
+        clients,
+        compression,
+        privacy,
+        robust,
+        schedulers,
+        server_optimizers,
+        strategies,
+    )
     from fedlora.api.compare import compare
     from fedlora.api.run import Run
     from fedlora.api.run import open_run as open
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
     from fedlora.tasks import LearningTask
     from fedlora.training import rules
     from fedlora.training.client import Client, TrainRequest, TrainResult
+    from fedlora.training.round_schedule import RoundSchedule
 
 _HOMES = {  # public name -> where it is
     "Adapter": "core.adapter",
@@ -32,6 +42,7 @@ _HOMES = {  # public name -> where it is
     "ModelSpec": "runner.spec",
     "Pair": "core.adapter",
     "Peer": "core.messages",
+    "RoundSchedule": "training.round_schedule",
     "RoundUpdates": "core.update_step",
     "Run": "api.run",
     "Scheduler": "rounds.scheduling",
@@ -52,7 +63,16 @@ _HOMES = {  # public name -> where it is
 }
 _ROOMS = {
     name: name
-    for name in ("callbacks", "clients", "compression", "privacy", "robust", "schedulers", "strategies")
+    for name in (
+        "callbacks",
+        "clients",
+        "compression",
+        "privacy",
+        "robust",
+        "schedulers",
+        "server_optimizers",
+        "strategies",
+    )
 }
 _ROOMS["rules"] = "training.rules"
 _NAMED = {"open": "open_run"}  # what would hide a builtin in its own module
@@ -67,6 +87,7 @@ __all__ = [
     "ModelSpec",
     "Pair",
     "Peer",
+    "RoundSchedule",
     "RoundUpdates",
     "Run",
     "Scheduler",
@@ -90,6 +111,7 @@ __all__ = [
     "robust",
     "rules",
     "schedulers",
+    "server_optimizers",
     "simulate",
     "strategies",
     "sweep",

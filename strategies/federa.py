@@ -36,6 +36,7 @@ class FeDeRA(Strategy):
     staleness = "effective"
     start = "pissa"
     fixed_basis = True
+    server_space = "factors"
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself; W_f stays."""

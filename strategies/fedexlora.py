@@ -43,6 +43,7 @@ class FedExLoRA(Strategy):
     exact = True
     staleness = "exact"
     fixed_basis = True
+    server_space = "base_delta"
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both mean factors, on the base with all that was added."""

@@ -69,6 +69,7 @@ class FedFold(Strategy):
     linear = False
     exact = True
     staleness = "exact"
+    server_space = "product"
 
     def __post_init__(self) -> None:
         for name in ("fresh", "energy"):

@@ -30,6 +30,7 @@ class FedIT(Strategy):
     exact = False
     staleness = "effective"
     fixed_basis = True
+    server_space = "factors"
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself."""

@@ -67,6 +67,7 @@ class FedMS(Strategy):
     exact = False
     personal = True
     client = "GatedExperts"
+    server_space = "factors"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "capacity", tuple(self.capacity))

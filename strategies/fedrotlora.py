@@ -45,6 +45,7 @@ class FedRotLoRA(Strategy):
     linear = False
     exact = False
     staleness = "effective"
+    server_space = "factors"
 
     blend: float = 1.0
 

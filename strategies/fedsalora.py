@@ -37,6 +37,7 @@ class FedSALoRA(Strategy):
     staleness = "exact"
     personal = True
     fixed_basis = True
+    server_space = "factors"
 
     def task(self, state: State, peer: Peer) -> Task:
         """A to train and share; B and the head, where the client has none yet, to train and keep."""

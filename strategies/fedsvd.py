@@ -44,13 +44,15 @@ class FedSVD(Strategy):
     linear = True
     exact = True
     staleness = "effective"
+    server_space = "rank"
 
     period: int = 1
 
     def __post_init__(self) -> None:
         check_whole("strategy.period", self.period, 0)
-        if not self.period:  # all versions have one Â
+        if not self.period:  # A stays for all versions, and with it what B's columns mean
             object.__setattr__(self, "staleness", "exact")
+            object.__setattr__(self, "server_space", "factors")
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""

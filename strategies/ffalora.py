@@ -32,6 +32,7 @@ class FFALoRA(Strategy):
     exact = True
     staleness = "exact"
     fixed_basis = True
+    server_space = "factors"
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""

@@ -34,6 +34,7 @@ class FlexLoRA(Strategy):
     exact = True
     staleness = "exact"
     products = True
+    server_space = "product"
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D*; where D* has fewer than the client's rank, fresh ones with B = 0."""

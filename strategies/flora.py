@@ -41,6 +41,7 @@ class FLoRA(Strategy):
     exact = True
     staleness = "exact"
     products = True
+    server_space = "base_delta"
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """An adapter that has learned something (B ≠ 0) is merged too, and a fresh one takes its place."""

@@ -34,6 +34,7 @@ class PFedLoRA(Strategy):
     personal = True
     client = "TwoPhase"
     fixed_basis = True
+    server_space = "factors"
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average θ: each factor by itself."""

@@ -45,6 +45,7 @@ class PrivateLoRA(Strategy):
     exact = True
     staleness = "exact"
     fixed_basis = True
+    server_space = "factors"
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """Fresh frozen factors, uniform in ±1/√fan-in, and M = 0; an adapter's ΔW becomes base delta."""

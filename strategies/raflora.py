@@ -41,6 +41,7 @@ class RaFLoRA(Strategy):
     linear = False
     exact = False
     staleness = "effective"
+    server_space = "product"
 
     def task(self, state: State, peer: Peer) -> Task:
         """The leading directions of D; where D has fewer than the client's rank, fresh ones with B = 0."""

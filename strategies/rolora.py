@@ -38,6 +38,7 @@ class RoLoRA(Strategy):
     exact = True
     staleness = "effective"
     fixed_basis = True
+    server_space = "factors"
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors, one of them to train and to send back."""

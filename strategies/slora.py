@@ -66,6 +66,7 @@ class SLoRA(Strategy):
     mixed_ranks = False
     linear = True
     exact = False
+    server_space = "factors"
 
     sparse_rounds: int = 2
     density: float | None = None
@@ -83,6 +84,7 @@ class SLoRA(Strategy):
                 "mixed_ranks": True,
                 "linear": False,
                 "products": True,
+                "server_space": "product",
                 "exact": self.keep_residual or not self.sparse_rounds,
             }
             for fact, value in facts.items():

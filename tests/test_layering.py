@@ -17,7 +17,15 @@ LAYERS = [  # low to high: a module imports from its own layer or a lower one, a
     },
     {"fedlora.core", "fedlora.storage.atomic"},
     {"fedlora"},  # fedlora/__init__.py itself
-    {"fedlora.data", "fedlora.tasks", "fedlora.models", "fedlora.privacy", "fedlora.compression"},
+    # server_optimizers: over states and strategies alone, and below the loop that applies them
+    {
+        "fedlora.data",
+        "fedlora.tasks",
+        "fedlora.models",
+        "fedlora.privacy",
+        "fedlora.compression",
+        "fedlora.server_optimizers",
+    },
     {"fedlora.training"},
     {"fedlora.storage", "fedlora.rounds.round_config"},
     {"fedlora.callbacks", "fedlora.robust", "fedlora.secure_aggregation", "fedlora.rounds", "fedlora.report"},

@@ -7,7 +7,7 @@ from fedlora.config.resume import check_given
 from fedlora.errors import ConfigError
 from fedlora.runner.spec import DataSpec
 
-from .parts import model_of, strategy_of
+from .parts import model_of, server_of, strategy_of
 from .settings import OPTIONS, Settings
 
 # What belongs to rows in memory, as `simulate` takes it.
@@ -46,6 +46,8 @@ def given_objects(config: Mapping[str, Any], given: Mapping[str, Any], where: st
         parts["model"], _ = model_of(parts["model"])
     if "strategy" in parts:
         parts["strategy"] = strategy_of(parts["strategy"])
+    if "server" in parts:
+        parts["server"] = server_of(parts["server"])
     if "data" in parts and not isinstance(parts["data"], DataSpec):
         parts["data"] = _rows(config, parts["data"], words, where)
     return parts

@@ -8,12 +8,14 @@ from torch import nn
 
 import fedlora.clients
 import fedlora.compression
+import fedlora.server_optimizers
 import fedlora.strategies
 from fedlora.compression import Compression
 from fedlora.config.presets import model_preset, presets
 from fedlora.core.strategy import Strategy
 from fedlora.errors import ConfigError
 from fedlora.runner.spec import LoRASpec, ModelSpec
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.training.client import Client
 
 
@@ -46,6 +48,21 @@ def compression_of(given: Compression | str | None) -> Compression | None:
         known = ", ".join(["none", *sorted(names)])
         raise ConfigError(f"compression: expected an object or one of {known}, got {given!r}")
     return None if given == "none" else names[given]()
+
+
+def server_of(given: ServerOptimizer | str | None) -> ServerOptimizer | None:
+    """A server optimizer by its name on the command line, or as it is given; None without one.
+
+    Raises:
+        ConfigError: no such name.
+    """
+    if given is None or isinstance(given, ServerOptimizer):
+        return given
+    names = {name.lower(): name for name in fedlora.server_optimizers.__all__ if name != "ServerOptimizer"}
+    if not isinstance(given, str) or given.lower() not in names:
+        raise ConfigError(f"server: expected an object or one of {', '.join(sorted(names))}, got {given!r}")
+    made: ServerOptimizer = getattr(fedlora.server_optimizers, names[given.lower()])()
+    return made
 
 
 def model_of(given: Any) -> tuple[ModelSpec, dict[str, Any] | None]:

@@ -35,6 +35,7 @@ PARTS = (
     "rule",
     "steps",
     "compression",
+    "server",
     "scheduler",
     "engine",
     "model",

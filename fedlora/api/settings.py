@@ -23,11 +23,12 @@ from fedlora.ranges import check_whole
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, RunSpec
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.tasks import TASKS, LearningTask
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
-from .parts import client_of, compression_of, model_of, strategy_of
+from .parts import client_of, compression_of, model_of, server_of, strategy_of
 from .rows import Columns, dataset
 
 OPTIONS = {"partition", "alpha", "shards", "min_rows", "max_rows", "max_length"}
@@ -73,6 +74,7 @@ class Settings:
         steps: UpdateSteps, what changes an update on its way from the training to the strategy: in this order
             at the clients, in the reverse order at the server.
         compression: how messages travel: a name, such as "topk", or an object; None as they are.
+        server: the server's optimizer: fedavgm, fedadam, fedyogi or fedadagrad, or an object; None without.
         scheduler: when clients are asked and updates aggregated; None waits for all that a round asks.
         engine: where clients run; None takes this process.
         callbacks: what watches the run, such as [EarlyStopping(patience=3)], or objects of your own classes.
@@ -110,6 +112,7 @@ class Settings:
     rule: LocalRule | None = None
     steps: Sequence[UpdateStep] = ()
     compression: Compression | str | None = None
+    server: ServerOptimizer | str | None = None
     scheduler: Scheduler | None = None
     engine: Engine | None = None
     callbacks: Sequence[Callback] = ()
@@ -144,6 +147,7 @@ class Settings:
             rule=self.rule,
             steps=_listed(self.steps, "steps"),
             compression=compression_of(self.compression),
+            server=server_of(self.server),
             scheduler=self.scheduler or Synchronous(),
             engine=self.engine or InProcess(),
             callbacks=_listed(self.callbacks, "callbacks"),

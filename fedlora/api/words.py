@@ -8,7 +8,7 @@ from fedlora.errors import FedLoraError
 
 # What the command line says of a part that Python gives as an object.
 PHRASES = {
-    **{f"{name}=none": f"{name}=None" for name in ("privacy", "robust", "rule", "compression")},
+    **{f"{name}=none": f"{name}=None" for name in ("privacy", "robust", "rule", "compression", "server")},
     "privacy=dp_sgd": "privacy=DPSGD(...)",
     "privacy=client_level": "privacy=ClientLevel(...)",
     "scheduler=synchronous": "scheduler=None",

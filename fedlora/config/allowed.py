@@ -14,7 +14,7 @@ from fedlora.errors import ConfigError
 # only `data` may read them: a server must not have a site open a file by the way of, say, `client`.
 OURS = {
     "strategy": ("fedlora.strategies",),
-    "client": ("fedlora.clients", "fedlora.training.rules"),
+    "client": ("fedlora.clients", "fedlora.training.rules", "fedlora.training.round_schedule"),
     "privacy": ("fedlora.privacy",),
     "data": ("fedlora.data",),
     "model": ("fedlora.models.packaged",),
@@ -22,6 +22,7 @@ OURS = {
     "lora": ("fedlora.models.parametrizations",),
     "robust": ("fedlora.robust",),
     "compression": ("fedlora.compression",),
+    "server": ("fedlora.server_optimizers",),
     "steps": ("fedlora.robust",),
     "engine": ("fedlora.engines", "fedlora.deploy.engine"),
     "scheduler": ("fedlora.rounds.scheduling", "fedlora.schedulers"),

@@ -70,6 +70,7 @@ class Schema:
     rule: dict[str, Any] = field(default_factory=dict)
     steps: list[Any] = field(default_factory=list)
     compression: dict[str, Any] = field(default_factory=dict)
+    server: dict[str, Any] = field(default_factory=dict)
     scheduler: dict[str, Any] = field(default_factory=dict)
     track: dict[str, Any] = field(default_factory=dict)
     stop: dict[str, Any] = field(default_factory=dict)

@@ -71,6 +71,7 @@ def describe(
         "rule": part("rule", spec.rule),
         "steps": [made for made, _ in steps],
         "compression": part("compression", spec.compression),
+        "server": part("server", spec.server),
         "scheduler": scheduler,
         "track": {"name": "none", "clients": False},
         "stop": {"name": "none"},

@@ -27,6 +27,7 @@ from fedlora.privacy import Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
 from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
@@ -35,7 +36,7 @@ from .instantiate import kept, make, named
 
 HELD_OUT = "fedlora.data.files.held_out"  # what data=sites makes; its name could be that of anybody's folder
 FILES = "fedlora.data.files.load"
-# May be anyone's.
+# What may be of anyone's making.
 CODE = (
     "strategy",
     "client",
@@ -44,6 +45,7 @@ CODE = (
     "rule",
     "steps",
     "compression",
+    "server",
     "scheduler",
     "engine",
 )
@@ -64,8 +66,8 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
     Args:
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
-            client, lora, privacy, robust, rule, steps, compression, scheduler, engine, model (ModelSpec),
-            data (DataSpec); and callbacks beside those that the configuration names, or None for none at all.
+            client, lora, privacy, robust, rule, steps, compression, server, scheduler, engine, model
+            (ModelSpec), data (DataSpec); and callbacks beside those that the configuration names, or None for none at all.
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.
@@ -94,6 +96,7 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         rule=part("rule", lambda: named(config, "rule", LocalRule)),
         steps=tuple(part("steps", lambda: _steps(config)) or ()),
         compression=part("compression", lambda: named(config, "compression", Compression)),
+        server=part("server", lambda: named(config, "server", ServerOptimizer)),
         scheduler=part("scheduler", lambda: make(config, "scheduler", Scheduler)),
         engine=part("engine", lambda: make(config, "engine", Engine)),
         callbacks=() if added is None else (*_callbacks(config), *added),

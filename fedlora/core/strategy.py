@@ -52,6 +52,11 @@ class Strategy(ABC):
         client: the name of the client class that it needs; empty where ordinary local training does.
         lr_factor: the learning rate that suits it, over the one that suits LoRA whose factors are both
             trained and averaged.
+        server_space: where a server optimizer works, between this strategy's state and the next: "factors",
+            on the factors, which mean the same from round to round; or on ΔW, where they do not, and the step
+            goes into the adapter at any rank ("product"), into the adapter at its own rank and with what is
+            left into the base delta ("rank"), or into the base delta ("base_delta"). A strategy that adds to
+            the base delta itself then does so by `BaseDelta.plus`. Empty: nowhere.
     """
 
     mixed_ranks: ClassVar[bool]
@@ -64,6 +69,7 @@ class Strategy(ABC):
     start: ClassVar[str] = "lora"
     client: ClassVar[str] = ""
     lr_factor: ClassVar[float] = 1.0
+    server_space: ClassVar[Literal["", "factors", "product", "rank", "base_delta"]] = ""
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """The state before round 1.

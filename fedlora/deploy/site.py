@@ -21,7 +21,13 @@ from fedlora.storage.client_state import ClientStore, DownloadCache
 from fedlora.tasks import learning_task
 from fedlora.training.client import Client
 
-OF_SERVER = ("scheduler", "engine", "robust", "callbacks")  # of a run, nothing that a site would make
+OF_SERVER = (
+    "scheduler",
+    "server",
+    "engine",
+    "robust",
+    "callbacks",
+)  # nothing of a site's
 
 
 @dataclass(frozen=True)

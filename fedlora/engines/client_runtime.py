@@ -52,6 +52,7 @@ class ClientRuntime:
         masked: whether a client trains only where its update leaves under the masks of a secure sum.
         steps: whose client halves make of what training gave what is sent, in this order.
         compression: how the numbers of messages travel; None as they are.
+        rounds: how many rounds the federation has, for schedules over them; None where nobody has said it.
     """
 
     base: Base
@@ -65,6 +66,7 @@ class ClientRuntime:
     masked: bool = False
     steps: Sequence[UpdateStep] = ()
     compression: Compression | None = None
+    rounds: int | None = None
 
     def __post_init__(self) -> None:
         if self.held_out and self.client.private:
@@ -203,7 +205,8 @@ class ClientRuntime:
         task, round, seed, held = read_task(content, self.shelf.held(client))
         memory = {} if self.memory is None else self.memory.read(client, round)
         ledger = self._ledger(client, context)
-        return TrainRequest(client, round, seed, task, self._split(client)[0], memory, ledger), held
+        rows = self._split(client)[0]
+        return TrainRequest(client, round, seed, task, rows, memory, ledger, self.rounds), held
 
     def _ledger(self, client: int, context: Context) -> Ledger | None:
         """What a client has spent: the ledger on disk, which holds all that Flower's own state knows of."""

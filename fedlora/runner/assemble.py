@@ -216,6 +216,7 @@ def client_runtime(
         masked=masked,
         steps=spec.steps,
         compression=spec.compression,
+        rounds=spec.rounds,
     )
 
 

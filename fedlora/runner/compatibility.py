@@ -14,6 +14,7 @@ from . import compatibility_callbacks as callbacks
 from . import compatibility_compression as compression
 from . import compatibility_privacy as privacy
 from . import compatibility_schedulers as schedulers
+from . import compatibility_server as server
 from . import compatibility_steps as steps
 from .dealt import Dealt
 from .spec import RunSpec
@@ -250,6 +251,8 @@ BEFORE_LOADING = (
     compression.feedback_without_basis,
     compression.steps_in_code,
     compression.masked_codes,
+    server.server_without_space,
+    server.server_of_numbers,
 )
 WITH_DATA = (
     privacy.cut_private_rows,
@@ -264,6 +267,7 @@ WITH_DATA = (
     steps.least_for_steps,
     schedulers.full_buffer,
     compression.masked_ranks,
+    server.server_of_padded_sum,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

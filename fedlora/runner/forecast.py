@@ -10,7 +10,6 @@ from statistics import median_low
 from fedlora.clients import LocalTraining
 from fedlora.core.algebra import negative, norm, stack
 from fedlora.core.messages import State, Task, Update
-from fedlora.core.strategy import next_state
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.models import layer_weight
 from fedlora.privacy import ADJACENCY, DPSGD, ClientLevel, Entry, Ledger, Plan, Privacy
@@ -20,6 +19,7 @@ from fedlora.runner.assemble import Assembly, assemble
 from fedlora.runner.privacy_checks import planned
 from fedlora.runner.spec import RunSpec
 from fedlora.seeds import generator
+from fedlora.server_optimizers.advance import next_round, without_optimizer
 from fedlora.training.steps import FitJob
 from fedlora.training.trainer import fit
 
@@ -110,15 +110,17 @@ def _outlook(name: str, job: Assembly, privacy: Privacy, plans: Sequence[tuple[i
     state, rng = job.start, generator(0, "plan")
     with tempfile.TemporaryDirectory() as folder:
         for round in range(1, min(job.rules.rounds, ROUNDS) + 1):
+            shown = without_optimizer(state)
             if isinstance(privacy, ClientLevel):
                 central = ClientLevelMechanism(privacy, worst, Path(folder) / "ledger.json")
                 central.sample([], round)
-                wide = job.spec.strategy.task(state, job.peer(0, max(job.ranks)))
+                wide = job.spec.strategy.task(shown, job.peer(0, max(job.ranks)))
                 total = central.total(job.spec.strategy, wide, [], [])
-                updates = [central.release(job.spec.strategy, wide, total)]
+                updates, asked = [central.release(job.spec.strategy, wide, total)], [wide]
             else:
-                updates = list(_noise(job, state, [own for _, own in plans][:n], round))
-            state = next_state(job.spec.strategy, state, updates, rng)
+                updates = list(_noise(job, shown, [own for _, own in plans][:n], round))
+                asked = [job.spec.strategy.task(shown, job.peer(k, job.ranks[k])) for k in range(n)]
+            state = next_round(job.spec.strategy, job.spec.server, state, updates, asked, rng)
     return Outlook(name, trained, signal, _moved(job, state))
 
 

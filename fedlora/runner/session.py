@@ -237,6 +237,7 @@ class Session:
             made.dataset.task.score,
             made.clock(),
             self.spec.compression,
+            self.spec.server,
         )
 
     def _check_anything_came(self) -> None:

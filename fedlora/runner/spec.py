@@ -22,6 +22,7 @@ from fedlora.privacy import DPSGD, Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.tasks import LearningTask
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
@@ -200,6 +201,7 @@ class RunSpec:
         steps: what changes an update on its way from the training to the strategy: in this order at the
             clients, in the reverse order at the server, and there before the robust rule.
         compression: how the numbers of messages travel; None as they are.
+        server: the server's optimizer, in the place of the plain change of a round; None without.
         scheduler: when clients are sent tasks, and when their updates are aggregated.
         engine: where the clients run.
         callbacks: what watches the run, in the order in which they are called.
@@ -228,6 +230,7 @@ class RunSpec:
     rule: LocalRule | None = None
     steps: Sequence[UpdateStep] = ()
     compression: Compression | None = None
+    server: ServerOptimizer | None = None
     scheduler: Scheduler = field(default_factory=Synchronous)
     engine: Engine = field(default_factory=InProcess)
     callbacks: Sequence[Callback] = ()

@@ -13,6 +13,7 @@ from fedlora.privacy import Privacy
 from fedlora.ranges import check_whole
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule
 
@@ -26,6 +27,7 @@ KINDS: dict[str, type] = {
     "robust": Robust,
     "rule": LocalRule,
     "compression": Compression,
+    "server": ServerOptimizer,
     "scheduler": Scheduler,
     "engine": Engine,
 }

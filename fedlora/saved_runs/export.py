@@ -27,6 +27,7 @@ from fedlora.models import (
 )
 from fedlora.runner.spec import ModelSpec, RunSpec
 from fedlora.runner.task_file import TaskFile
+from fedlora.server_optimizers.advance import without_optimizer
 from fedlora.storage.client_state import ClientStore
 from fedlora.storage.run_folder import RunFolder
 from fedlora.training.batches import micro_batches
@@ -86,7 +87,7 @@ def export_own(run: Path, client: int, to: Path, trust: Trust = NONE) -> str:
         raise ConfigError(f"--client: expected 0 to {len(learnt.ranks) - 1}, got {client}")
     round, state = RunFolder(run).read_state()
     peer = spec.lora.scaling.peer(client, learnt.ranks[client], state.adapter.pairs)
-    task = spec.strategy.task(state, peer)
+    task = spec.strategy.task(without_optimizer(state), peer)
     if not task.own():
         raise ConfigError(
             f"--client: what a client of {learnt.strategy} keeps is no adapter that PEFT could "

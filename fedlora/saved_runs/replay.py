@@ -14,11 +14,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora.config import composition
-from fedlora.config.instantiate import Trust, make, read
+from fedlora.config.instantiate import Trust, make, named, read
 from fedlora.config.translate import kept_spec
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.parametrization import LORA
-from fedlora.core.strategy import Strategy, next_state
+from fedlora.core.strategy import Strategy
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.report import Table
 from fedlora.report.tables import score
@@ -26,6 +26,8 @@ from fedlora.rounds.aggregation_error import aggregation_error, sizes
 from fedlora.runner.load_data import encode_rows
 from fedlora.runner.task_file import TaskFile
 from fedlora.seeds import generator
+from fedlora.server_optimizers import ServerOptimizer
+from fedlora.server_optimizers.advance import OWN, next_round, without_optimizer
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
 from fedlora.training.evaluation import evaluate
@@ -53,7 +55,7 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         FedLoraError: nothing was recorded, or the strategy cannot combine what the clients sent.
     """
     config, folder, recording = read(run, trust), RunFolder(run), UpdateLog(run)
-    spec = kept_spec(config, strategy=True)
+    spec, optimizer = kept_spec(config, strategy=True), named(config, "server", ServerOptimizer)
     if not (rounds := recording.rounds()):
         raise CheckpointError(f"'{run}' has no recorded updates; run it with record_updates=true")
     name, chosen = _chosen(words)
@@ -66,6 +68,12 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         raise ConfigError(
             f"strategy {type(other).__name__} makes no global model of updates; nothing to replay"
         )
+    if optimizer is not None and other.server_space != recorder.server_space:
+        raise ConfigError(
+            f"replay: what the run's {type(optimizer).__name__} remembers is of the space of "
+            f"{type(recorder).__name__} ({recorder.server_space}), and {type(other).__name__} has "
+            f"{other.server_space or 'none'}; replay a strategy of the same, or none"
+        )
     dataset, base = learnt.tested(spec), learnt.load_base(spec)
     test = encode_rows(spec.data.max_length, dataset, dataset.test, base)
     modules = recording.read(rounds[0])[0].adapter.pairs
@@ -76,7 +84,7 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         before, updates = recording.read(round)
         at[before.round] = round
         began = _began(recording, at, before, updates)
-        after, tasks = again(recorder, other, widest, spec.seed, before, updates, began, round)
+        after, tasks = again(recorder, other, optimizer, widest, spec.seed, before, updates, began, round)
         found = {**sizes(after), **aggregation_error(after, updates, tasks)}
         found |= base.task.metrics(
             *evaluate(base, [Task(after.adapter, base_delta=after.base_delta)], [test])[0]
@@ -95,6 +103,7 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
 def again(
     recorder: Strategy,
     other: Strategy,
+    optimizer: ServerOptimizer | None,
     widest: Peer,
     seed: int,
     before: State,
@@ -107,6 +116,7 @@ def again(
     Args:
         recorder: the strategy of the run.
         other: the one that aggregates now.
+        optimizer: the run's, which steps by what comes out; None without.
         widest: a client of the largest rank, whose start has all of the state.
         seed: the run's.
         before: the state before the round.
@@ -118,21 +128,24 @@ def again(
         FedLoraError: the strategy would have asked its clients for something else.
     """
     asked = [(update.peer, state) for update, state in zip(updates, began, strict=True) if update.peer]
-    tasks = [recorder.task(state, peer) for peer, state in asked]
+    tasks = [recorder.task(without_optimizer(state), peer) for peer, state in asked]
     rng = generator(seed, "aggregate", 0, round)
     if other == recorder:
-        return next_state(other, before, updates, rng), tasks
+        return next_round(other, optimizer, before, updates, tasks, rng), tasks
 
     def own(state: State) -> State:
         """What the widest client starts from is the state in a form that every strategy knows."""
-        start = recorder.task(state, widest)
+        start = recorder.task(without_optimizer(state), widest)
         made = other.init(start.adapter, start.base_delta, state.seed)
-        return replace(made, adapter=start.adapter, base_delta=start.base_delta, round=state.round)
+        memory = dict(made.memory) | {n: t for n, t in state.memory.items() if n.startswith(OWN)}
+        form = {"adapter": start.adapter, "base_delta": start.base_delta, "round": state.round}
+        return replace(made, memory=memory, **form)
 
     owns = {state.round: own(state) for state in (before, *began)}
-    for (peer, state), task in zip(asked, tasks, strict=True):
-        _check_alike(other, recorder, other.task(owns[state.round], peer), task, peer, round)
-    return next_state(other, owns[before.round], updates, rng), tasks
+    others = [other.task(without_optimizer(owns[state.round]), peer) for peer, state in asked]
+    for (peer, _), task, was in zip(asked, others, tasks, strict=True):
+        _check_alike(other, recorder, task, was, peer, round)
+    return next_round(other, optimizer, owns[before.round], updates, others, rng), tasks
 
 
 def _began(

@@ -28,6 +28,7 @@ class TrainRequest:
         rows: the client's training rows.
         memory: what the client kept when it last trained in this run; empty the first time.
         ledger: what the client's privacy has cost so far in this run; None for nothing.
+        rounds: how many rounds the federation has, as it was last started; None where nobody has said it.
     """
 
     client: int
@@ -37,6 +38,7 @@ class TrainRequest:
     rows: Sequence[Example]
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     ledger: Ledger | None = None
+    rounds: int | None = None
 
     @property
     def start(self) -> Adapter:

@@ -21,12 +21,14 @@ class FitJob:
     """One client's work: where it starts and what it trains, and its batches in order.
 
     The task's local rules add their terms to every step. With a mechanism a step is the noised mean of the
-    clipped gradients of its rows, to which the terms are added; a batch may be empty.
+    clipped gradients of its rows, to which the terms are added; a batch may be empty. The rates of all its
+    steps are multiplied with `rate`, beside what the schedule of the steps does.
     """
 
     task: Task
     batches: Sequence[Sequence[Example]]
     mechanism: Mechanism | None = None
+    rate: float = 1.0
 
 
 Gradients = list[tuple[nn.Parameter, Tensor | None]]
@@ -43,9 +45,9 @@ class How:
     clip: float | None = None
     schedule: Schedule | None = None
 
-    def factor(self, step: int, steps: int) -> float:
-        """What the rates are multiplied with in a step, from 0, of so many."""
-        return 1.0 if self.schedule is None else self.schedule(step, steps)
+    def factor(self, step: int, steps: int, rate: float = 1.0) -> float:
+        """What the rates are multiplied with in a step, from 0, of so many; `rate` is that of all steps."""
+        return rate if self.schedule is None else rate * self.schedule(step, steps)
 
 
 class Learner:
@@ -127,7 +129,7 @@ class Apart:
             silent = self._bank.stacks.silent if self._bank.stacks else 0
             check_called([p for found in self._groups[slot].values() for p in found], silent)
         learner.add_rules()
-        factor = self._how.factor(step, learner.steps)
+        factor = self._how.factor(step, learner.steps, learner.job.rate)
         keep = self._bank.stacks is not None  # windows on what is there for all
         move(own.optimizer, self._how.clip, own.rates, factor, keep)
         if step + 1 == learner.steps:  # what an optimizer remembers is as large as two adapters

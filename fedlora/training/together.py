@@ -68,7 +68,8 @@ class Together:
             self._learners[slot].add_rules()
         if self._how.clip is not None:
             self._clip(self._how.clip)
-        self._move([self._how.factor(step, learner.steps) for learner in self._learners], slots)
+        factors = [self._how.factor(step, own.steps, own.job.rate) for own in self._learners]
+        self._move(factors, slots)
         self._stacks.moved()
         for slot in slots:
             if step + 1 == self._learners[slot].steps < self._last:

@@ -132,6 +132,7 @@ def descend(
     schedule: Schedule | None = None,
     clip: float | None = None,
     tokens: int | None = None,
+    rate: float = 1.0,
 ) -> tuple[float, int]:
     """One client's steps on a loss of its own, in place; the mean loss over them, and their number.
 
@@ -144,6 +145,7 @@ def descend(
         schedule: as for `fit`.
         clip: as for `fit`.
         tokens: as for `fit`.
+        rate: what the rates of all steps are multiplied with.
     """
     tokens = base.memory.limit(tokens)
     how, leaves = How(make_optimizer, clip, schedule), [p for found in parameters.values() for p in found]
@@ -162,5 +164,5 @@ def descend(
             for grads, loss in workers.map(backward, [(micro, len(batch)) for micro in micros]):
                 accumulate(grads)
                 total += loss
-            move(optimizer, clip, rates, how.factor(step, len(batches)))
+            move(optimizer, clip, rates, how.factor(step, len(batches), rate))
     return total / max(1, len(batches)), len(batches)

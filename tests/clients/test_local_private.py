@@ -15,6 +15,7 @@ from fedlora.errors import ConfigError
 from fedlora.models import LoRA, fresh_adapter, targets
 from fedlora.privacy import DPSGD, Entry, Ledger
 from fedlora.training.client import TrainRequest
+from fedlora.training.round_schedule import RoundSchedule
 from fedlora.training.steps import FitJob
 from fedlora.training.trainer import FitResult
 
@@ -105,3 +106,12 @@ def test_without_privacy_nothing_changes(base: Any) -> None:
     assert "loss" in outcome.metrics
     assert plain.plan(8) is None
     assert plain.refusal(assignment(base, 8)) is None
+
+
+def test_rounds_have_their_rates_and_no_steps_of_their_own(base: Any, drawn: list[Any]) -> None:
+    """The ledger is planned by one number of steps; a rate tells nothing of the rows."""
+    own = replace(CLIENT, over_rounds=RoundSchedule("linear"))
+    [found] = own.train(base, [assignment(base, round=3, rounds=4)])
+    assert (drawn[0][0].rate, found.metrics["lr"]) == (0.5, 0.05)
+    with pytest.raises(ConfigError, match=r"over_rounds.steps: under privacy=dp_sgd .* say client.steps"):
+        LocalTraining(lr=0.1, over_rounds=RoundSchedule(steps={2: 5})).privately(PRIVACY)

@@ -160,6 +160,14 @@ def test_a_lie_about_rounds_ends_with_them(ask: Any, composed: Any, site: dict[s
     assert "round 4 of 2" in asked("train", content).error.reason
 
 
+def test_a_site_knows_how_many_rounds_there_are_and_so_the_rate_of_each(
+    ask: Any, composed: Any, site: dict[str, Any]
+) -> None:
+    asked = ask(composed("rounds=8", "client.lr=1", "client.over_rounds.schedule=linear"), site)
+    assert not asked().has_error()
+    assert asked.train(3).content["metrics"]["lr"] == 0.75
+
+
 def test_rows_and_settings_are_looked_at_without_the_model(
     ask: Any, composed: Any, site: dict[str, Any]
 ) -> None:

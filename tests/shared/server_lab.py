@@ -31,6 +31,7 @@ from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.rounds.virtual_clock import VirtualClock
 from fedlora.seeds import generator
+from fedlora.server_optimizers import ServerOptimizer
 from fedlora.storage.run_folder import RunFolder
 from fedlora.tasks import Classification
 from fedlora.training.client import Client, TrainRequest, TrainResult
@@ -193,6 +194,7 @@ class Lab:
         clock: VirtualClock | None = None,
         resumed: RunFolder | None = None,
         compression: Compression | None = None,
+        optimizer: ServerOptimizer | None = None,
         **rules: Any,
     ) -> Ran:
         client = client or Noise()
@@ -249,6 +251,7 @@ class Lab:
             scheduler=scheduler,
             clock=clock,
             compression=compression,
+            optimizer=optimizer,
         )
         return Ran(federation, folder, said, client, grid, handle)
 

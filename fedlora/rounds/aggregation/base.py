@@ -28,6 +28,8 @@ class Aggregated:
         notes: client id -> what its line of clients.jsonl says of its update.
         warnings: sentences for the user.
         combined: the updates that the strategy was given; empty where nobody may keep them.
+        answered: the same, and what each answers to; where it was shown a mean, that one alone. For a server
+            optimizer, and not to be kept.
     """
 
     state: State
@@ -35,6 +37,7 @@ class Aggregated:
     notes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     combined: Sequence[Update] = ()
+    answered: Sequence[tuple[Update, Task]] = ()
 
 
 class Delivery:
@@ -153,4 +156,4 @@ def aggregate_mean(given: RoundUpdates, mean: Update, rng: np.random.Generator) 
     The aggregation error is not known then.
     """
     state = next_state(given.strategy, given.state, [mean], rng)
-    return Aggregated(state, {**state.metrics, **sizes(state)})
+    return Aggregated(state, {**state.metrics, **sizes(state)}, answered=[(mean, given.wide)])

@@ -37,7 +37,8 @@ class PlainAggregation(Aggregation):
         state = next_state(given.strategy, before, given.updates, rng)
         numbers, wrong = check_state(given.strategy, before, state, given.updates, given.tasks)
         metrics = {**state.metrics, **given.metrics, **numbers}
-        return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates)
+        answered = list(zip(given.updates, given.tasks, strict=True))
+        return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates, answered)
 
     def stepped(self, given: RoundUpdates) -> tuple[RoundUpdates, list[str]]:
         """The updates as the strategy is given them, and what looks wrong with those that came."""
