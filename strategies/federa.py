@@ -33,6 +33,7 @@ class FeDeRA(Strategy):
     mixed_ranks = False
     linear = True
     exact = False
+    fixed_basis = True
     start = "pissa"
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:

@@ -28,6 +28,7 @@ class FedIT(Strategy):
     mixed_ranks = False
     linear = True
     exact = False
+    fixed_basis = True
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:
         """Average A and B, each by itself."""

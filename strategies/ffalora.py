@@ -30,6 +30,7 @@ class FFALoRA(Strategy):
     mixed_ranks = True
     linear = True
     exact = True
+    fixed_basis = True
 
     def task(self, state: State, peer: Peer) -> Task:
         """Both factors go down, B alone is trained and comes back."""

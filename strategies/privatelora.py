@@ -43,6 +43,7 @@ class PrivateLoRA(Strategy):
     mixed_ranks = True
     linear = True
     exact = True
+    fixed_basis = True
 
     def init(self, adapter: Adapter, base_delta: Mapping[str, Pair] | None = None, seed: int = 0) -> State:
         """Fresh frozen factors, uniform in ±1/√fan-in, and M = 0; an adapter's ΔW becomes base delta."""

@@ -27,11 +27,13 @@ from fedlora.rounds.pending import PendingMessages
 from fedlora.rounds.registry import ClientRegistry
 from fedlora.rounds.round import PatientGrid, Round
 from fedlora.rounds.round_config import RoundConfig
+from fedlora.rounds.rule_at_server import RuleAtServer
 from fedlora.rounds.scheduling import Scheduler, Synchronous
 from fedlora.rounds.totals import totals
 from fedlora.seeds import generator
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
+from fedlora.training.rules import LocalRule
 
 Evaluate = Callable[[Sequence[Task]], list[tuple[float, float]]]
 Named = Callable[[float, float], dict[str, float]]
@@ -57,6 +59,7 @@ class ServerLoop:
         recording: records the updates that the strategy is given; None for no recording.
         scheduler: when tasks are sent, and when updates are aggregated.
         score: what clients call the score of their own models (`LearningTask.score`).
+        rule: a local rule that has a half at the server; None without one.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class ServerLoop:
         recording: UpdateLog | None = None,
         scheduler: Scheduler = Synchronous(),  # noqa: B008 (it has no state)
         score: str = "accuracy",
+        rule: LocalRule | None = None,
     ) -> None:
         self.strategy, self.config, self._run = strategy, config, run
         self._registry, self._evaluate, self._named = registry, evaluate, named
@@ -80,6 +84,7 @@ class ServerLoop:
         self._callbacks = Callbacks(run)
         self._aggregation = aggregation or aggregation_for(config)
         self._recording, self._score = recording, score
+        self._rule = None if rule is None else RuleAtServer(rule, strategy, registry, config.clients)
         self._exchange = MessageExchange(run.warn, config.seed, config.timeout)
 
     @property
@@ -140,7 +145,7 @@ class ServerLoop:
     def message(self, round: Round, node: int) -> Message:
         """The task of one client, from the state as it is now."""
         peer = self._registry.peers[node]
-        task = self.strategy.task(self.state, peer)
+        task = (self._rule or self.strategy).task(self.state, peer)
         more = round.delivery.records(node)
         return self._exchange.message(node, peer, task, round.number, self.state.round, more)
 
@@ -243,6 +248,7 @@ class ServerLoop:
         given = RoundUpdates(self.strategy, before, updates, received.tasks, self._registry.widest)
         try:
             found = self._aggregation.aggregate(given, round.delivery, rng)
+            state = self._rule.after(before, found.state, found.combined) if self._rule else found.state
         except IncompatibleUpdates as error:  # no client's message ends a run
             self._run.warn(f"round {number}: {error}; the state stays as it was")
             return before, {}
@@ -252,7 +258,7 @@ class ServerLoop:
             self._recording.write(number, before, found.combined)
         for text in found.warnings:
             self._run.warn(f"round {number}: {text}")
-        return found.state, dict(found.metrics)
+        return state, dict(found.metrics)
 
     def _evaluate_updates(self, received: Received) -> None:
         """Evaluate each client's update by itself, and put the metrics into the client's line."""

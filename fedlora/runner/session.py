@@ -233,6 +233,7 @@ class Session:
             UpdateLog(folder.path) if self.spec.record_updates else None,
             self.spec.scheduler,
             made.dataset.task.score,
+            self.spec.rule if self.spec.rule and self.spec.rule.at_server else None,
         )
 
     def _check_anything_came(self) -> None:
