@@ -35,9 +35,9 @@ def steps_of_rule(spec: RunSpec) -> str | None:
     """A rule whose formulas take every step for a plain one."""
     if spec.rule is not None and spec.rule.plain_sgd and (why := spec.client.other_than_sgd):
         return (
-            f"rule: {_name(spec)} reads gradients off the way that plain SGD has gone at one rate, and {why}; "
+            f"rule: {_name(spec)} reads gradients off where plain SGD has gone at one rate, and {why}; "
             "say client.optimizer._target_=torch.optim.SGD client.clip=null client.schedule=constant "
-            "client.warmup=0"
+            "client.warmup=0 of client=local"
         )
     return None
 

@@ -73,7 +73,7 @@ class Scaffold(LocalRule):
         found = dict(known.tensors)
         for name in updates[0].sent if updates else ():
             old = found.get(f"{SUM}{name}", torch.zeros(known.widest(name)))
-            total = old.double()
+            total = old.to(torch.float64, copy=True)
             for update in updates:
                 corner(total, update.sent[name].shape).add_(update.sent[name].double())
             found[f"{SUM}{name}"] = total.to(updates[0].sent[name].dtype)
@@ -100,7 +100,7 @@ class Corrected(LocalRule):
     counted: int = NEVER
 
     def term(self, given: RoundStart) -> Term:
-        """c − c_k, in every step.
+        """C − c_k, in every step.
 
         Raises:
             CheckpointError: the server has counted an answer that the client knows nothing of any more.
@@ -140,8 +140,8 @@ class Corrected(LocalRule):
         known = dict(zip(memory[ANSWERED].tolist() if ANSWERED in memory else [], (OWN, NEXT), strict=False))
         if self.counted not in known:
             raise CheckpointError(
-                f"SCAFFOLD: this client lacks the control variate that it had after round {self.counted + 1}, "
-                "which the mean of all of them counts on; put back what it kept, or begin the run anew"
+                f"SCAFFOLD: this client lacks the control variate that it had after round {self.counted + 1} "
+                "and that is in the mean of all; put back what the client kept, or begin the run anew"
             )
         part = known[self.counted]
         return {name.removeprefix(part): t for name, t in memory.items() if name.startswith(part)}

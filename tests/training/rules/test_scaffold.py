@@ -84,7 +84,7 @@ def by_gradient(gradient: Gradient, rate: float, steps: Callable[[int], int]) ->
 
 
 class Dense:
-    """The paper's algorithm 1 with option II, on one vector; `holds` has a 1 where a client has the number."""
+    """The paper's algorithm 1 with option II, on one vector; `holds` is 1 where a client has the number."""
 
     def __init__(self, x: np.ndarray, holds: np.ndarray, gradient: Any, rate: float, steps: Any) -> None:
         self.x, self.holds, self.gradient, self.rate, self.steps = x, holds, gradient, rate, steps
@@ -287,5 +287,5 @@ def test_a_client_without_rows_sends_zeros(bench: Any) -> None:
 
 
 def test_it_belongs_to_a_run_and_not_to_a_client() -> None:
-    with pytest.raises(ConfigError, match="client.rules: Scaffold has a half at the server"):
+    with pytest.raises(ConfigError, match=r"client\.rules: Scaffold has a half at the server"):
         fl.clients.LocalTraining(lr=0.1, rules=(Scaffold(),))
