@@ -243,6 +243,8 @@ class LocalTraining(Client):
             return f"client.clip is {self.clip:g}"
         if self.schedule != "constant" or self.warmup:
             return f"the rate changes with client.schedule={self.schedule} client.warmup={self.warmup:g}"
+        if self.rules:
+            return f"client.rules adds {', '.join(type(rule).__name__ for rule in self.rules)} to it"
         return None
 
     def rate_factor(self, step: int, steps: int) -> float:
@@ -275,7 +277,7 @@ class LocalTraining(Client):
                 sent |= {f"{at}/{name}": tensor for name, tensor in left.sent.items()}
         if odd := sorted(sent.keys() ^ assignment.task.sent().keys()):
             raise ConfigError(
-                f"rule: expected what the rules of the task announce in `sends` to be sent, got {odd[:3]} "
-                "that is announced or sent alone; a rule of the client sends nothing"
+                f"rule: expected what the rules of a task announce in `sends`, and no more, got {odd[:3]} "
+                "announced or sent alone; a rule that sends needs an `ask`"
             )
         return TrainResult(adapter, {}, memory, sent=sent)

@@ -47,9 +47,11 @@ class RuleAtServer:
         Raises:
             IncompatibleUpdates: a step between has dropped what a client sent for the rule.
         """
-        at = len(self._strategy.task(before, self._registry.widest).method)
+        task = self.task(before, self._registry.widest)
+        at = len(task.method) - 1
+        wanted = part_of(task.sent(), at).keys()
         own = [replace(update, sent=part_of(update.sent, at)) for update in updates]
-        if len({frozenset(update.sent) for update in own}) > 1:
+        if any(update.sent.keys() != wanted for update in own):
             raise IncompatibleUpdates(
                 f"rule {type(self._rule).__name__}: some updates have lost what their clients sent for it; a "
                 "step has to make updates by dataclasses.replace(update, ...)"

@@ -37,7 +37,7 @@ def steps_of_rule(spec: RunSpec) -> str | None:
         return (
             f"rule: {_name(spec)} reads gradients off where plain SGD has gone at one rate, and {why}; "
             "say client.optimizer._target_=torch.optim.SGD client.clip=null client.schedule=constant "
-            "client.warmup=0 of client=local"
+            "client.warmup=0, and no other rules, of client=local"
         )
     return None
 
@@ -53,7 +53,8 @@ def basis_of_rule(spec: RunSpec) -> str | None:
         )
         return (
             f"rule: {_name(spec)} adds what it remembers in the coordinates of the factors, and strategy "
-            f"{spec.strategy_class} {why}; use {strategies(lambda s: s.fixed_basis and not s.personal)}"
+            f"{spec.strategy_class} {why}; use {strategies(lambda s: s.fixed_basis and not s.personal)}, or "
+            "set fixed_basis in a strategy of yours where it is true"
         )
     return None
 

@@ -40,12 +40,9 @@ from fedlora.training.rules.base import (
     corner,
 )
 
-SUM, COUNTED = "sum/", "counted"  # the server's: Σ_k c_k, and of each client the last answer that is in it
-OWN, NEXT, ANSWERED = (
-    "own/",
-    "next/",
-    "answered",
-)  # a client's: c_k, c_k⁺, and the answers that they belong to
+SUM, COUNTED = "sum/", "counted"  # the server's: Σ_k c_k; and a row (client, its last answer that is in it)
+OWN, NEXT = "own/", "next/"  # a client's: c_k and c_k⁺
+ANSWERED = "answered"  # the versions of the states that the two answer to
 NEVER = -1
 
 
@@ -65,8 +62,7 @@ class Scaffold(LocalRule):
                 like = tensors[name]
                 mean = corner(total, like.shape).double() / known.holders(name, like.shape)
                 common[name] = mean.to(like.dtype)
-        counted = known.tensors.get(COUNTED, torch.empty(0))
-        return Corrected(common, known.version, int(counted[peer.id]) if peer.id < len(counted) else NEVER)
+        return Corrected(common, known.version, _counted(known).get(peer.id, NEVER))
 
     def learn(self, known: ServerMemory, updates: Sequence[Update]) -> dict[str, Tensor]:
         """Σ_k c_k + Σ Δc_k, where a smaller rank counts as padded with zeros, and whose answers are in it."""
@@ -78,11 +74,8 @@ class Scaffold(LocalRule):
                 corner(total, update.sent[name].shape).add_(update.sent[name].double())
             found[f"{SUM}{name}"] = total.to(updates[0].sent[name].dtype)
         answers = {u.peer.id: u.version for u in updates if u.peer and u.version is not None}
-        counted = known.tensors.get(COUNTED, torch.empty(0)).tolist()
-        counted += [NEVER] * (max(answers, default=NEVER) + 1 - len(counted))
-        for client, version in answers.items():
-            counted[client] = version
-        return {**found, COUNTED: torch.tensor(counted, dtype=torch.int64)}
+        rows = sorted({**_counted(known), **answers}.items())
+        return {**found, COUNTED: torch.tensor(rows, dtype=torch.int64).reshape(-1, 2)}
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class Corrected(LocalRule):
     counted: int = NEVER
 
     def term(self, given: RoundStart) -> Term:
-        """C − c_k, in every step.
+        """The same c − c_k in every step.
 
         Raises:
             CheckpointError: the server has counted an answer that the client knows nothing of any more.
@@ -145,6 +138,12 @@ class Corrected(LocalRule):
             )
         part = known[self.counted]
         return {name.removeprefix(part): t for name, t in memory.items() if name.startswith(part)}
+
+
+def _counted(known: ServerMemory) -> dict[int, int]:
+    """Client id -> the version of the state that its last counted answer is to."""
+    rows = known.tensors.get(COUNTED, torch.empty(0, 2)).tolist()
+    return {int(client): int(version) for client, version in rows}
 
 
 def _of(variates: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
