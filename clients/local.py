@@ -27,9 +27,9 @@ from fedlora.ranges import check_number, check_whole
 from fedlora.seeds import generator
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.round_schedule import RoundSchedule
-from fedlora.training.rules.base import LocalRule, check_private, rules_of
+from fedlora.training.rules.base import LocalRule, RoundEnd, check_private, part_of, rules_of
 from fedlora.training.steps import FitJob, Parameters
-from fedlora.training.trainer import descend, fit
+from fedlora.training.trainer import FitResult, descend, fit
 
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0)  # the default of `optimizer`
 
@@ -98,6 +98,11 @@ class LocalTraining(Client):
                     f"client.rules: {type(rule).__name__} changes ranks, which the server has to expect; use "
                     "a strategy that brings it, such as hetlora"
                 )
+            if rule.at_server:
+                raise ConfigError(
+                    f"client.rules: {type(rule).__name__} has a half at the server, which has to know of it; "
+                    "say rule=... of the run"
+                )
         if self.privacy is not None:
             check_private(self.rules)
             if self.max_tokens is not None:
@@ -115,11 +120,14 @@ class LocalTraining(Client):
         """Train all assignments in one pass; what is a client's own goes on from its memory and into it."""
         if self.privacy is not None:
             return self._train_privately(base, assignments, self.privacy)
-        jobs = [FitJob(self._task(a), self.batches(a), rate=self.round_rate(a)) for a in assignments]
+        jobs = [
+            FitJob(self._task(a), self.batches(a), rate=self.round_rate(a), memory=a.memory)
+            for a in assignments
+        ]
         fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, self.clip, self.micro_tokens)
         return [
             replace(
-                _outcome(a, job.task, f.adapter),
+                self._outcome(a, job, f),
                 metrics={"loss": f.loss, "steps": float(f.steps), **self._told(a)},
             )
             for a, job, f in zip(assignments, jobs, fitted, strict=True)
@@ -158,7 +166,7 @@ class LocalTraining(Client):
             mechanism = plan.mechanism(a.client, a.round)
             drawn = [mechanism.source.chosen(len(a.rows), plan.q) for _ in range(plan.steps)]
             batches = [[a.rows[i] for i in batch] for batch in drawn]
-            jobs.append(FitJob(task, batches, mechanism, self.round_rate(a)))
+            jobs.append(FitJob(task, batches, mechanism, self.round_rate(a), a.memory))
         fitted = fit(base, jobs, self.make_optimizer, self.rate_factor, None, self.micro_tokens)
         outcomes = []
         for a, job, f, plan in zip(assignments, jobs, fitted, plans, strict=True):
@@ -166,7 +174,7 @@ class LocalTraining(Client):
             metrics = privacy.report(plan, ledger) | self._told(a)
             if privacy.public_metrics and f.clipped is not None:
                 metrics |= {"loss": f.loss, "clipped": f.clipped}
-            made = _outcome(a, job.task, f.adapter)
+            made = self._outcome(a, job, f)
             outcomes.append(replace(made, metrics=metrics, ledger=ledger, examples=examples))
         return outcomes
 
@@ -244,11 +252,26 @@ class LocalTraining(Client):
 
     def make_optimizer(self, parameters: Parameters) -> torch.optim.Optimizer:
         """The optimizer of a client's parameters, grouped as "A", "B" and "head", at their rates."""
-        rates = {"B": self.lr * self.lr_ratio, "head": self.head_lr or self.lr}
         groups: list[dict[str, Any]] = [
-            {"params": found, "lr": rates.get(name, self.lr)} for name, found in parameters.items()
+            {"params": found, "lr": self._rate(name)} for name, found in parameters.items()
         ]
         return self.optimizer(groups)
+
+    @property
+    def other_than_sgd(self) -> str | None:
+        """What of the optimizer, the clip or the schedule makes a step another one than x ← x − lr · g."""
+        made = self.optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}])
+        if type(made) is not torch.optim.SGD:
+            return f"client.optimizer is {type(made).__name__}"
+        if momentum := made.defaults["momentum"]:
+            return f"client.optimizer.momentum is {momentum:g}"
+        if self.clip is not None:
+            return f"client.clip is {self.clip:g}"
+        if self.schedule != "constant" or self.warmup:
+            return f"the rate changes with client.schedule={self.schedule} client.warmup={self.warmup:g}"
+        if self.rules:
+            return f"client.rules adds {', '.join(type(rule).__name__ for rule in self.rules)} to it"
+        return None
 
     def rate_factor(self, step: int, steps: int) -> float:
         """What the rates are multiplied with in a step, from 0, of so many."""
@@ -259,11 +282,28 @@ class LocalTraining(Client):
         shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
         return shapes[self.schedule]
 
+    def _rate(self, group: str) -> float:
+        """The rate of a group of parameters, which a schedule starts from."""
+        return {"B": self.lr * self.lr_ratio, "head": self.head_lr or self.lr}.get(group, self.lr)
 
-def _outcome(assignment: TrainRequest, task: Task, trained: Adapter) -> TrainResult:
-    """What was trained, after the last word of the rules, and what of it is the client's own."""
-    adapter = trained
-    for rule in rules_of(task):
-        adapter = rule.finish(adapter, task.adapter)
-    tensors = dict(adapter.tensors())
-    return TrainResult(adapter, {}, {name: tensors[name] for name in assignment.task.own()})
+    def _outcome(self, assignment: TrainRequest, job: FitJob, fitted: FitResult) -> TrainResult:
+        """What was trained, after the last word of the rules, and what the client and its rules keep."""
+        task, adapter = job.task, fitted.adapter
+        for rule in rules_of(task):
+            adapter = rule.finish(adapter, task.adapter)
+        tensors = dict(adapter.tensors())
+        memory, sent = {name: tensors[name] for name in assignment.task.own()}, dict[str, Tensor]()
+        words = {f"{m}.{word}": word for m, factors in task.adapter.factors().items() for word in factors}
+        rates = {name: job.rate * self._rate(words.get(name, "head")) for name in task.trained()}
+        for at, rule in enumerate(task.method):
+            if isinstance(rule, LocalRule):
+                own = part_of(job.memory, at)
+                left = rule.end(RoundEnd(task.adapter, fitted.adapter, fitted.steps, rates, own))
+                memory |= {f"{at}/{name}": tensor for name, tensor in left.memory.items()}
+                sent |= {f"{at}/{name}": tensor for name, tensor in left.sent.items()}
+        if odd := sorted(sent.keys() ^ assignment.task.sent().keys()):
+            raise ConfigError(
+                f"rule: expected what the rules of a task announce in `sends`, and no more, got {odd[:3]} "
+                "announced or sent alone; a rule that sends needs an `ask`"
+            )
+        return TrainResult(adapter, {}, memory, sent=sent)

@@ -100,6 +100,11 @@ class SlicedTraining(Client):
         return self.local.step_tokens(rows)
 
     @property
+    def other_than_sgd(self) -> str | None:
+        """As in local training."""
+        return self.local.other_than_sgd
+
+    @property
     def micro_tokens(self) -> int | None:
         """As in local training."""
         return self.local.micro_tokens

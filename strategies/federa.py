@@ -34,8 +34,8 @@ class FeDeRA(Strategy):
     linear = True
     exact = False
     staleness = "effective"
-    start = "pissa"
     fixed_basis = True
+    start = "pissa"
     server_space = "factors"
 
     def aggregate(self, state: State, updates: Sequence[Update], rng: np.random.Generator) -> State:

@@ -67,7 +67,8 @@ def run_spec(config: DictConfig, given: Mapping[str, Any] | None = None) -> RunS
         config: composed, every reference resolved; its `allow` says which code of the user's it may name.
         given: parts of a run that was started from Python, which its configuration cannot name: strategy,
             client, lora, privacy, robust, rule, steps, compression, server, scheduler, engine, model
-            (ModelSpec), data (DataSpec); and callbacks beside those that the configuration names, or None for none at all.
+            (ModelSpec), data (DataSpec); and callbacks beside those that the configuration names, or None for
+            none at all.
 
     Raises:
         FedLoraError: a setting that cannot be, or names code that it must not.

@@ -98,6 +98,17 @@ class Task:
         shared = set(self.shared())
         return [name for name in self.trained() if name not in shared]
 
+    def sent(self) -> dict[str, Tensor]:
+        """Tensors like those that the parts have a client send beside what is shared.
+
+        Each name stands behind the place of its part in `method`: "0/NAME".
+        """
+        return {
+            f"{at}/{name}": tensor
+            for at, part in enumerate(self.method)
+            for name, tensor in part.sends(self).items()
+        }
+
     def part(self, kind: type[Part]) -> Part | None:
         """The first part of a class, or of a subclass of it; None where the task has none."""
         return next((part for part in self.method if isinstance(part, kind)), None)
@@ -139,6 +150,8 @@ class Update:
         peer: who sent it; None only where a caller combines adapters by hand.
         metrics: numbers that the client reports, such as its training loss.
         version: the `State.round` of the state that the client started from; None where it is not known.
+        sent: what the parts of the task had the client send beside the adapter, under the names of
+            `Task.sent`.
     """
 
     adapter: Adapter
@@ -146,6 +159,7 @@ class Update:
     peer: Peer | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     version: int | None = None
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

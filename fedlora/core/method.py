@@ -1,9 +1,13 @@
 """What a method needs of a client beyond the triple: typed values that travel as parts of a task."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from fedlora.core.adapter import Adapter
+    from fedlora.core.messages import Task
 
 
 class MethodPart:
@@ -24,3 +28,17 @@ class MethodPart:
             adapter: the task's.
         """
         return ()
+
+    def sends(self, task: "Task") -> Mapping[str, Tensor]:
+        """What a client replies with beside the tensors that the task shares; nothing unless a subclass says.
+
+        A reply needs every one of these tensors, in its shape and dtype, finite and of no absurd length; the
+        server drops every other reply. They arrive in `Update.sent`.
+
+        Args:
+            task: that the part travels with.
+
+        Returns:
+            Name -> a tensor of that shape and dtype, whose numbers are not looked at.
+        """
+        return {}

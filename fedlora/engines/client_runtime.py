@@ -298,6 +298,6 @@ def _version(message: Message) -> int | None:
 
 def _own(assignment: TrainRequest, outcome: TrainResult) -> TrainRequest:
     """The assignment that would start from an outcome, where a client keeps a part; else as it was."""
-    if not outcome.memory:
+    if not outcome.own:
         return assignment
-    return replace(assignment, task=replace(assignment.task, adapter=outcome.adapter), memory=outcome.memory)
+    return replace(assignment, task=replace(assignment.task, adapter=outcome.adapter), memory=outcome.own)

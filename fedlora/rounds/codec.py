@@ -2,7 +2,8 @@
 
 A task is sent as it packs itself, without the tensors that the node already holds. An update is sent as its
 shared tensors under their names (`module.A`, `module.B`, the extras), with one scale for each module in the
-order of the names.
+order of the names. What the parts of a task have clients send besides lies among them, under names such as
+`0/NAME`, which no tensor of an adapter has.
 """
 
 import json
@@ -110,11 +111,11 @@ def read_task(
 
 
 def write_update(outcome: TrainResult, task: Task, round: int, examples: int) -> RecordDict:
-    """What a client sends: the shared factors, the extras, its number of rows and its metrics."""
+    """What a client sends: the shared factors, the extras, what a method adds, its rows and its metrics."""
     metrics = {name: float(value) for name, value in outcome.metrics.items()}
     numbers = MetricRecord({"num-examples": examples, "round": round, **metrics})
-    tensors = dict(outcome.adapter.tensors())
-    arrays = ArrayRecord({name: _array(tensors[name]) for name in task.shared()})
+    tensors = {**dict(outcome.adapter.tensors()), **outcome.sent}
+    arrays = ArrayRecord({name: _array(tensors[name]) for name in [*task.shared(), *outcome.sent]})
     records = {"arrays": arrays, "metrics": numbers, "config": _scales(outcome.adapter)}
     return RecordDict(records)  # type: ignore[arg-type]
 
@@ -140,15 +141,17 @@ def read_update(reply: Message, task: Task, peer: Peer, round: int) -> Update:
         raise IncompatibleUpdates(
             f"expected a number of examples from 1 to {MOST_EXAMPLES:.0e}, got {weight!s:.20}"
         )
-    names, sent = task.shared(), _answered(task, arrays)
-    if set(names) != arrays.keys():
-        missing, unknown = sorted(set(names) - arrays.keys()), sorted(arrays.keys() - set(names))
+    names, sent, beside = task.shared(), _answered(task, arrays), task.sent()
+    expected = {*names, *beside}
+    if expected != arrays.keys():
+        missing, unknown = sorted(expected - arrays.keys()), sorted(arrays.keys() - expected)
         raise IncompatibleUpdates(f"wrong tensors: missing {missing[:3]}, unknown {_said(unknown[:3])}")
     if scales != [pair.scale for pair in sent.pairs.values()]:
         raise IncompatibleUpdates("the scales differ from those that were sent")
     wanted = dict(sent.tensors())
     found = {name: _checked(name, arrays[name], wanted[name]) for name in names}
-    return Update(sent.with_tensors(found), float(weight), peer, metrics_of(numbers))
+    others = {name: _checked(name, arrays[name], like) for name, like in beside.items()}
+    return Update(sent.with_tensors(found), float(weight), peer, metrics_of(numbers), sent=others)
 
 
 def numbers_of(reply: Message, round: int) -> dict[str, Any]:

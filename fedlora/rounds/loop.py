@@ -20,22 +20,23 @@ from fedlora.core.messages import State, Task
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import RoundUpdates
 from fedlora.errors import ConfigError, FedLoraError, IncompatibleUpdates
-from fedlora.rounds.aggregation.base import Aggregated, Aggregation, Delivery
+from fedlora.rounds.aggregation.base import Aggregation, Delivery
 from fedlora.rounds.aggregation.choice import aggregation_for
-from fedlora.rounds.aggregation_error import sizes
 from fedlora.rounds.evaluations import ask_clients, evaluate_updates
 from fedlora.rounds.exchange import MessageExchange, Received, line_of
 from fedlora.rounds.registry import ClientRegistry
 from fedlora.rounds.round import PatientGrid, Round
 from fedlora.rounds.round_config import RoundConfig
+from fedlora.rounds.rule_at_server import RuleAtServer
 from fedlora.rounds.scheduling import Scheduler, Synchronous
+from fedlora.rounds.server_step import ServerStep
 from fedlora.rounds.totals import totals
 from fedlora.rounds.virtual_clock import VirtualClock
 from fedlora.seeds import generator
 from fedlora.server_optimizers import ServerOptimizer
-from fedlora.server_optimizers.advance import advance, without_optimizer
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
+from fedlora.training.rules import LocalRule
 
 Evaluate = Callable[[Sequence[Task]], list[tuple[float, float]]]
 Named = Callable[[float, float], dict[str, float]]
@@ -64,6 +65,7 @@ class ServerLoop:
         clock: the virtual time of simulated clients; None where nobody asks for it.
         compression: how the numbers of messages travel; None as they are.
         optimizer: makes the server's step of what a round has changed; None moves by the change itself.
+        rule: a local rule that has a half at the server; None without one.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class ServerLoop:
         clock: VirtualClock | None = None,
         compression: Compression | None = None,
         optimizer: ServerOptimizer | None = None,
+        rule: LocalRule | None = None,
     ) -> None:
         self.strategy, self.config, self._run = strategy, config, run
         self._registry, self._evaluate, self._named = registry, evaluate, named
@@ -90,7 +93,8 @@ class ServerLoop:
         self._callbacks = Callbacks(run)
         self._aggregation = aggregation or aggregation_for(config)
         self._recording, self._score, self.clock = recording, score, clock
-        self._optimizer = optimizer
+        half = None if rule is None else RuleAtServer(rule, strategy, registry, config.clients)
+        self._step = ServerStep(strategy, config.seed, half, optimizer)
         self._exchange = MessageExchange(
             run.warn, config.seed, config.timeout, compression, config.secure_sum
         )
@@ -100,11 +104,6 @@ class ServerLoop:
         """The state after the rounds that are done."""
         assert self._run.state is not None, "a server has a state"
         return self._run.state
-
-    @property
-    def _shown(self) -> State:
-        """The state as the strategy is shown it."""
-        return without_optimizer(self.state)
 
     @property
     def done(self) -> int:
@@ -175,8 +174,8 @@ class ServerLoop:
 
     def message(self, round: Round, node: int, state: State | None = None) -> Message:
         """The task of one client, from the state as it is now, or as it was in an earlier round."""
-        peer, state = self._registry.peers[node], without_optimizer(state or self.state)
-        task = self.strategy.task(state, peer)
+        peer, state = self._registry.peers[node], state or self.state
+        task = self._step.task(state, peer)
         more = round.delivery.records(node)
         return self._exchange.message(node, peer, task, round.number, state.round, more)
 
@@ -254,7 +253,7 @@ class ServerLoop:
         """
         if not self.config.evaluate_clients:
             return {}
-        task = partial(self.strategy.task, without_optimizer(self._run.result))
+        task = partial(self._step.task, self._run.result)
         return ask_clients(grid, self._registry, task, self.config, self._run.warn)
 
     def _sample(self, grid: Grid, round: int) -> tuple[list[int], list[str]]:
@@ -280,7 +279,7 @@ class ServerLoop:
 
     def _open(self, grid: Grid, nodes: list[int], round: int) -> Delivery:
         """Let the clients of a round agree on what they need; no node is left if they could not."""
-        wide = lambda: self.strategy.task(self._shown, self._registry.widest)  # noqa: E731
+        wide = lambda: self._step.task(self.state, self._registry.widest)  # noqa: E731
         try:
             return self._aggregation.open(grid, nodes, round, wide)
         except (ConfigError, IncompatibleUpdates) as error:
@@ -296,9 +295,12 @@ class ServerLoop:
             self._run.warn(f"round {number}: {round.refusal or few}; the state stays as it was")
             return self.state, {}
         before, rng = self.state, generator(self.config.seed, "aggregate", 0, number)
-        given = RoundUpdates(self.strategy, self._shown, updates, received.tasks, self._registry.widest)
+        given = RoundUpdates(
+            self.strategy, self._step.shown(before), updates, received.tasks, self._registry.widest
+        )
         try:
             found = self._aggregation.aggregate(given, round.delivery, rng)
+            state, metrics = self._step.after(before, found, number)
         except IncompatibleUpdates as error:  # no client's message ends a run
             self._run.warn(f"round {number}: {error}; the state stays as it was")
             return before, {}
@@ -308,17 +310,4 @@ class ServerLoop:
             self._recording.write(number, before, found.combined)
         for text in found.warnings:
             self._run.warn(f"round {number}: {text}")
-        return self._stepped(number, found)
-
-    def _stepped(self, number: int, found: Aggregated) -> tuple[State, dict[str, Any]]:
-        """What the server makes of an aggregated state: its own step, where the run has an optimizer.
-
-        The checks and the error of the aggregation were those of the strategy's own state; the sizes are of
-        what comes out.
-        """
-        metrics = dict(found.metrics)
-        if self._optimizer is None:
-            return found.state, metrics
-        rng = generator(self.config.seed, "aggregate", 0, number)
-        state, more = advance(self.strategy, self._optimizer, self.state, found.state, found.answered, rng)
-        return state, metrics | more | (sizes(state) if "delta_norm" in metrics else {})
+        return state, metrics

@@ -1,6 +1,7 @@
 """The clients that take part: which nodes are connected, and which client each of them is."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -58,6 +59,15 @@ class ClientRegistry:
         are connected.
         """
         return self._peer(0, self._most)
+
+    def kinds(self, clients: int) -> list[tuple[Peer, int]]:
+        """A client of every rank, the largest first, and how many of so many clients are like it.
+
+        One that never came is taken to have the largest rank that the run can serve.
+        """
+        ranks = Counter(peer.rank for peer in self._met.values())
+        ranks[self._most] += max(0, clients - len(self._met))
+        return [(self._peer(0, rank), count) for rank, count in sorted(ranks.items(), reverse=True)]
 
     def gather(self, grid: Grid, least: int = 1, wait: float = 0.0) -> list[int]:
         """The connected nodes that can take part, in the order of their clients' ids.

@@ -13,6 +13,7 @@ from fedlora.models.parametrizations import LORA
 from . import compatibility_callbacks as callbacks
 from . import compatibility_compression as compression
 from . import compatibility_privacy as privacy
+from . import compatibility_rules as rules
 from . import compatibility_schedulers as schedulers
 from . import compatibility_server as server
 from . import compatibility_steps as steps
@@ -105,16 +106,6 @@ def rows_elsewhere(spec: RunSpec) -> str | None:
     """Rows at sites, under an engine that has none."""
     if spec.data.at_sites and not spec.engine.sites:
         return "data=sites: the rows are at the sites, on other machines; say engine=deploy, or data=files"
-    return None
-
-
-def rule_of_client(spec: RunSpec) -> str | None:
-    """A local rule that the client does not follow, or that its privacy does not cover."""
-    if spec.rule is not None:
-        try:
-            spec.local_client  # noqa: B018 (it is made to see whether it can be)
-        except ConfigError as error:
-            return str(error)
     return None
 
 
@@ -222,7 +213,12 @@ def several_models(known: Dealt) -> str | None:
 BEFORE_LOADING = (
     rows_elsewhere,
     own_client,
-    rule_of_client,
+    rules.rule_of_client,
+    rules.rule_at_server,
+    rules.basis_of_rule,
+    rules.steps_of_rule,
+    rules.weights_of_rule,
+    rules.products_without_pairs,
     updates_of_personal,
     recorded_updates,
     privacy.privacy_of_personal,
@@ -268,6 +264,7 @@ WITH_DATA = (
     schedulers.full_buffer,
     compression.masked_ranks,
     server.server_of_padded_sum,
+    rules.scales_of_rule,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

@@ -238,6 +238,7 @@ class Session:
             made.clock(),
             self.spec.compression,
             self.spec.server,
+            self.spec.rule if self.spec.rule and self.spec.rule.at_server else None,
         )
 
     def _check_anything_came(self) -> None:

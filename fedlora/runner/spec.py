@@ -268,10 +268,14 @@ class RunSpec:
     def local_client(self) -> Client:
         """The client with the run's local rule, under the differential privacy of its records, if any.
 
+        A rule with a half at the server comes to the client with its tasks.
+
         Raises:
             ConfigError: the client follows no rules or is not private, or the rule must not be.
         """
-        client = self.client if self.rule is None else self.client.with_rules((self.rule,))
+        client = self.client
+        if self.rule is not None and not self.rule.at_server:
+            client = client.with_rules((self.rule,))
         return client.privately(self.privacy) if isinstance(self.privacy, DPSGD) else client
 
     @property

@@ -4,83 +4,29 @@
 
     check_rule(MyRule(rate=0.1))
 
-The checks train clients of two ranks on the tiny random encoder (`model=tiny`), in float64.
+The checks train clients of two ranks on the tiny random encoder (`model=tiny`), in float64. A rule that
+remembers, or has a half at the server, is tried in its first round and in the one after that.
 """
 
 import dataclasses
 import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.clients import LocalTraining
 from fedlora.config.instantiate import Trust, make, received
 from fedlora.core.adapter import Adapter
-from fedlora.core.messages import Task
-from fedlora.data import Example
+from fedlora.core.messages import Peer, State, Task
 from fedlora.errors import ConfigError
-from fedlora.models import Base, LoRA, fresh_adapter, load, targets
-from fedlora.models.packaged import tiny
-from fedlora.tasks import Classification
 from fedlora.testing.promises import Broken, broken_of, report
-from fedlora.training.client import TrainRequest
-from fedlora.training.rules.base import LocalRule, check_private
+from fedlora.testing.tried_rule import RANKS, Tried, tried
+from fedlora.training.rules.base import LocalRule, RoundStart, check_private
 
 CLOSE = 1e-7  # relative; the model computes in float64
-RANKS = (2, 2, 5)  # of the clients
-CLIENT = LocalTraining(lr=0.05, batch_size=4, steps=3, optimizer=partial(torch.optim.SGD))
 PLAIN = (bool, int, float, str, type(None))  # values that a command line can name
 Tensors = Mapping[str, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """A rule, and clients that train with it.
-
-    Args:
-        rule: what is checked.
-        base: the model.
-        starts: the adapter with which each client begins its round.
-        moved: the same, every tensor moved by something.
-        seed: of the rows.
-    """
-
-    rule: LocalRule
-    base: Base
-    starts: Sequence[Adapter]
-    moved: Sequence[Adapter]
-    seed: int
-
-    def train(self, rule: LocalRule, *clients: int, text: int = 0) -> list[Adapter]:
-        """The adapters of clients after a round in one pass, all with the one rule, on the rows of `text`."""
-        work = [
-            TrainRequest(
-                client, 1, self.seed, Task(self.starts[client], method=(rule,)), self.rows(client, text)
-            )
-            for client in clients
-        ]
-        return [result.adapter for result in CLIENT.train(self.base, work)]
-
-    def rows(self, client: int, text: int) -> list[Example]:
-        """A client's rows, others for every `text`."""
-        rng = np.random.default_rng([self.seed, client, text])
-        return [Example(rng.integers(2, 200, 3 + (i + text) % 5).tolist(), i % 3) for i in range(8 + client)]
-
-    def terms(self, client: int) -> dict[str, Tensor]:
-        """What the rule adds where a client has moved."""
-        return dict(
-            self.rule.gradient(dict(self.moved[client].tensors()), dict(self.starts[client].tensors()))
-        )
-
-    def ends(self, client: int) -> list[Adapter]:
-        """The rule's last word on an adapter that has moved, and on one that has got smaller."""
-        start = self.starts[client]
-        smaller = start.with_tensors({name: 0.5 * tensor for name, tensor in start.tensors()})
-        return [self.rule.finish(trained, start) for trained in (self.moved[client], smaller)]
 
 
 def check_rule(rule: LocalRule, seed: int = 0) -> None:
@@ -102,31 +48,6 @@ def broken(rule: LocalRule, seed: int = 0) -> Iterator[tuple[str, str]]:
     yield from broken_of(PROMISES, one)
 
 
-def tried(rule: LocalRule, seed: int = 0) -> Tried:
-    """The rule beside the tiny model, and clients whose factors are all off zero."""
-    base = load(tiny(), Classification(), ("x", "y", "z"))
-    base.model.double()
-    modules = targets(base, ["query", "dense"])
-
-    def random(adapter: Adapter, *stream: int) -> Adapter:
-        rng = np.random.default_rng([seed, *stream])
-        return adapter.with_tensors(
-            {
-                name: torch.from_numpy(rng.standard_normal(tuple(tensor.shape)))
-                for name, tensor in adapter.tensors()
-            }
-        )
-
-    fresh = [
-        fresh_adapter(base, modules, LoRA().peer(client, rank, modules), base.heads, seed)
-        for client, rank in enumerate(RANKS)
-    ]
-    starts = [random(adapter, client) for client, adapter in enumerate(fresh)]
-    return Tried(
-        rule, base, starts, [random(adapter, client, 1) for client, adapter in enumerate(fresh)], seed
-    )
-
-
 def its_fields_are_a_frozen_dataclass(one: Tried) -> None:
     """The fields are all that a rule is, and nobody writes to them."""
     params = type(one.rule).__dict__.get("__dataclass_params__")
@@ -135,15 +56,13 @@ def its_fields_are_a_frozen_dataclass(one: Tried) -> None:
 
 
 def it_survives_its_message(one: Tried) -> None:
-    """A strategy's rule travels with its task, by the name of its class."""
-    tensors, header = Task(one.starts[0], method=(one.rule,)).pack()
-    back = Task.unpack(tensors, header)
-    if (
-        back.pack()[1] != header
-        or _other(back.pack()[0], tensors)
-        or type(back.method[0]) is not type(one.rule)
-    ):
-        raise Broken(f"a rule that was packed and unpacked is another one, {back.method[0]}")
+    """A rule that a strategy brings or a server sends travels with a task, by the name of its class."""
+    for rule in (one.rule, *(moment.rule for moment in one.moments(2))):
+        tensors, header = Task(one.starts[0], method=(rule,)).pack()
+        back = Task.unpack(tensors, header)
+        same = back.pack()[1] == header and not _other(back.pack()[0], tensors)
+        if not same or type(back.method[0]) is not type(rule):
+            raise Broken(f"a rule that was packed and unpacked is another one, {back.method[0]}")
 
 
 def it_can_be_made_again(one: Tried) -> None:
@@ -161,43 +80,81 @@ def it_can_be_made_again(one: Tried) -> None:
 
 
 def nothing_that_is_given_changes(one: Tried) -> None:
-    """Neither method writes to a tensor that it is given."""
-    given = [*one.starts[0].tensors(), *one.moved[0].tensors()]
+    """No method writes to a tensor that it is given."""
+    moment, start, moved = one.moments(0)[-1], one.starts[0], one.moved[0]
+    left, begun = moment.rule.end(one.ended(0, moment.memory)), dict(start.tensors())
+    given = [*start.tensors(), *moved.tensors(), *moment.memory.items(), *moment.known.tensors.items()]
+    given += left.sent.items()
     before = [tensor.clone() for _, tensor in given]
-    for method in (one.terms, one.ends):
-        method(0)
-        wrote = [
-            name for (name, tensor), old in zip(given, before, strict=True) if not torch.equal(tensor, old)
-        ]
+    for name, call in {
+        "gradient": lambda: moment.rule.term(RoundStart(start, begun, moment.memory))(dict(moved.tensors())),
+        "finish": lambda: one.ends(0),
+        "end": lambda: moment.rule.end(one.ended(0, moment.memory)),
+        "learn": lambda: one.rule.learn(moment.known, [one.update(0, left.sent, 1)]),
+        "ask": lambda: one.rule.ask(moment.known, Task(start), Peer(0, RANKS[0])),
+    }.items():
+        call()
+        wrote = [n for (n, tensor), old in zip(given, before, strict=True) if not torch.equal(tensor, old)]
         if wrote:
-            which = "gradient" if method == one.terms else "finish"
-            raise Broken(f"{which} writes to '{wrote[0]}', which it was given; make a new tensor")
+            raise Broken(f"{name} writes to '{wrote[0]}', which it was given; make a new tensor")
 
 
 def the_same_call_gives_the_same_answer(one: Tried) -> None:
     """An answer follows from the arguments and the fields, whoever was served before."""
-    terms, ends = one.terms(0), [end.digest() for end in one.ends(0)]
-    one.terms(1)
-    one.ends(1)
-    if name := _other(one.terms(0), terms):
+    terms, ends, left = one.terms(0), [end.digest() for end in one.ends(0)], one.left(0)
+    for client in (1, 0):
+        again = one.terms(client), [end.digest() for end in one.ends(client)], one.left(client)
+    if name := _other(again[0], terms):
         raise Broken(f"two equal calls of gradient differ at '{name}'; keep nothing, and draw no numbers")
-    if [end.digest() for end in one.ends(0)] != ends:
+    if again[1] != ends:
         raise Broken("two equal calls of finish differ; keep nothing, and draw no numbers")
+    if name := _other(again[2], left):
+        raise Broken(f"two equal calls of end differ at '{name}'; keep nothing, and draw no numbers")
 
 
 def its_terms_fit_what_is_trained(one: Tried) -> None:
     """A term for a tensor that the client trains is like it, also where a client trains a part only."""
     for client, adapter in enumerate(one.moved):
-        start = dict(one.starts[client].tensors())
         for left in ("", ".A", ".B"):  # who trains both factors, or one of them
             now = {name: t for name, t in adapter.tensors() if not (left and name.endswith(left))}
-            for name, term in one.rule.gradient(now, {name: start[name] for name in now}).items():
+            for name, term in one.terms(client, left).items():
                 if name not in now:
                     raise Broken(f"expected terms for what the client trains, got one for '{name}'")
                 if _form(term) != _form(now[name]):
                     raise Broken(f"expected a term for '{name}' of {_form(now[name])}, got {_form(term)}")
                 if not term.isfinite().all():
                     raise Broken(f"the term for '{name}' is not finite")
+
+
+def it_sends_what_it_announces(one: Tried) -> None:
+    """A client's reply has every tensor that `sends` names, like the one there, and no other."""
+    for client, start in enumerate(one.starts):
+        for moment in one.moments(client):
+            announced = {n: _form(t) for n, t in moment.rule.sends(Task(start)).items()}
+            sent = moment.rule.end(one.ended(client, moment.memory)).sent
+            for name in sorted({**announced, **sent}):
+                want = announced.get(name, "nothing")
+                if (got := _form(sent[name]) if name in sent else "nothing") != want:
+                    raise Broken(f"end sends '{name}' as {got}, and sends announces {want}")
+                if not sent[name].isfinite().all():
+                    raise Broken(f"end sends '{name}' with numbers that are not finite")
+            if sent and not one.rule.at_server:
+                raise Broken("end sends tensors, and there is no ask by which a server would expect them")
+
+
+def what_it_remembers_can_be_written_down(one: Tried) -> None:
+    """A client's memory and the server's are finite tensors on the CPU, and come back from a file."""
+    for client in range(len(RANKS)):
+        moment = one.moments(client)[-1]
+        for who, kept in {"end": moment.memory, "learn": moment.known.tensors}.items():
+            for name, tensor in kept.items():
+                if not (
+                    isinstance(tensor, Tensor) and tensor.device.type == "cpu" and tensor.isfinite().all()
+                ):
+                    raise Broken(f"{who} keeps '{name}', which is no finite tensor on the CPU")
+        state = State(one.starts[client], memory=moment.known.tensors)
+        if _other(State.unpack(*state.pack()).memory, moment.known.tensors):
+            raise Broken("what learn keeps does not come back from a checkpoint")
 
 
 def it_ends_in_an_adapter_that_the_server_expects(one: Tried) -> None:
@@ -245,7 +202,7 @@ def its_answer_is_independent_of_rows(one: Tried) -> None:
     terms, ends = [], []
     for text in (0, 1):
         one.train(one.rule, 0, text=text)
-        terms.append(one.terms(0))
+        terms.append({**one.terms(0), **one.left(0)})
         ends.append([end.digest() for end in one.ends(0)])
     if name := _other(*terms):
         raise Broken(f"after training on other rows the same tensors get another term for '{name}'")
@@ -260,6 +217,8 @@ PROMISES: tuple[Callable[[Tried], None], ...] = (
     nothing_that_is_given_changes,
     the_same_call_gives_the_same_answer,
     its_terms_fit_what_is_trained,
+    it_sends_what_it_announces,
+    what_it_remembers_can_be_written_down,
     it_ends_in_an_adapter_that_the_server_expects,
     clients_at_once_are_each_alone,
     its_answer_is_independent_of_rows,

@@ -26,7 +26,8 @@ class TrainRequest:
         seed: the run's seed; with client and round it fixes every random choice.
         task: where to start, what to train.
         rows: the client's training rows.
-        memory: what the client kept when it last trained in this run; empty the first time.
+        memory: what the client kept when it last trained in this run; empty the first time. Own tensors have
+            their names, and what a rule remembers stands behind the rule's place in `task.method`: "0/NAME".
         ledger: what the client's privacy has cost so far in this run; None for nothing.
         rounds: how many rounds the federation has, as it was last started; None where nobody has said it.
     """
@@ -54,9 +55,10 @@ class TrainResult:
     Args:
         adapter: its whole adapter.
         metrics: numbers to report, "loss" and "steps" among them.
-        memory: what it keeps for the next time; never sent.
+        memory: what it keeps for the next time, as in `TrainRequest`; never sent.
         ledger: what its privacy has cost, this round included; to be written down before anything is sent.
         examples: the number of rows that it says it has; None for the true one.
+        sent: what the task's parts have it send beside the adapter, as `Task.sent` names it.
     """
 
     adapter: Adapter
@@ -64,6 +66,12 @@ class TrainResult:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
     ledger: Ledger | None = None
     examples: int | None = None
+    sent: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """What is in `memory` of the client itself, without what rules remember."""
+        return {n: tensor for n, tensor in self.memory.items() if not n.partition("/")[0].isdigit()}
 
 
 class Client(ABC):
@@ -118,6 +126,11 @@ class Client(ABC):
             f"privacy: client {type(self).__name__} cannot train under differential privacy, since its "
             "steps are not sums over single records; use a strategy with client=local, or privacy=none"
         )
+
+    @property
+    def other_than_sgd(self) -> str | None:
+        """Why its steps are not plain ones, x ← x − lr · g at one constant rate; None where they are."""
+        return f"client {type(self).__name__} trains in steps of its own"
 
     @property
     def private(self) -> bool:

@@ -1,7 +1,7 @@
 """The steps of local training: what moves a client's parameters by their gradients, each client by itself."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import MultiAdapterModel
 from fedlora.privacy import Mechanism
-from fedlora.training.rules.base import LocalRule, rules_of
+from fedlora.training.rules.base import LocalRule, RoundStart, Term, part_of
 from fedlora.training.workers import Workers
 
 
@@ -22,13 +22,15 @@ class FitJob:
 
     The task's local rules add their terms to every step. With a mechanism a step is the noised mean of the
     clipped gradients of its rows, to which the terms are added; a batch may be empty. The rates of all its
-    steps are multiplied with `rate`, beside what the schedule of the steps does.
+    steps are multiplied with `rate`, beside what the schedule of the steps does. `memory` is what the client
+    kept, its rules' among it, behind the place of each in `task.method`: "0/NAME".
     """
 
     task: Task
     batches: Sequence[Sequence[Example]]
     mechanism: Mechanism | None = None
     rate: float = 1.0
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Gradients = list[tuple[nn.Parameter, Tensor | None]]
@@ -51,13 +53,17 @@ class How:
 
 
 class Learner:
-    """What a client trains: its parameters, and where its rules measure from."""
+    """What a client trains: its parameters, and what its rules add to their gradients."""
 
     def __init__(self, job: FitJob, bank: MultiAdapterModel, slot: int) -> None:
         self.job = job
-        self.rules = rules_of(job.task)
+        rules = [(at, part) for at, part in enumerate(job.task.method) if isinstance(part, LocalRule)]
         self.named = {name: p for name, p in bank.parameters(slot).items() if p.requires_grad}
-        self.start = {name: p.detach().clone() for name, p in self.named.items() if self.rules}
+        start = {name: p.detach().clone() for name, p in self.named.items() if rules}
+        self._terms: list[tuple[LocalRule, Term]] = [
+            (rule, rule.term(RoundStart(job.task.adapter, start, part_of(job.memory, at))))
+            for at, rule in rules
+        ]
 
     @property
     def steps(self) -> int:
@@ -66,8 +72,12 @@ class Learner:
 
     def add_rules(self) -> None:
         """Add the rules' terms to the gradients."""
-        for rule in self.rules:
-            _add(rule, self.named, self.start)
+        for rule, term in self._terms:
+            _add(rule, term, self.named)
+
+    def finish(self) -> None:
+        """Forget what the rules hold, as large as an adapter, after the last step."""
+        self._terms = []
 
 
 class _Optimizer:
@@ -136,7 +146,7 @@ class Apart:
             if own.private is not None:
                 self._clipped[slot] = own.private.clipped / max(1, own.private.seen)
             del self._optimizers[slot]
-            learner.start = {}
+            learner.finish()
 
 
 def accumulate(grads: Gradients) -> None:
@@ -195,13 +205,13 @@ def move(
     optimizer.zero_grad(set_to_none=not keep)
 
 
-def _add(rule: LocalRule, parameters: Mapping[str, nn.Parameter], start: Mapping[str, Tensor]) -> None:
-    """Add a rule's term to the gradients of what a client trains."""
+def _add(rule: LocalRule, term: Term, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Add a rule's terms to the gradients of what a client trains."""
     now = {name: parameter.detach() for name, parameter in parameters.items()}
-    for name, term in rule.gradient(now, start).items():
-        if name not in parameters or term.shape != parameters[name].shape:
+    for name, added in term(now).items():
+        if name not in parameters or added.shape != parameters[name].shape:
             raise ConfigError(
                 f"rule {type(rule).__name__}: expected terms for tensors that the client trains, in their "
-                f"shapes, got {tuple(term.shape)} for '{name}'"
+                f"shapes, got {tuple(added.shape)} for '{name}'"
             )
-        accumulate([(parameters[name], term.to(parameters[name]))])
+        accumulate([(parameters[name], added.to(parameters[name]))])

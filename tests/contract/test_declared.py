@@ -16,7 +16,7 @@ from fedlora.errors import ConfigError, FedLoraError, IncompatibleUpdates
 def test_it_is_a_frozen_dataclass_that_states_its_facts(strategy):
     assert dataclasses.is_dataclass(strategy)
     assert type(strategy).__dataclass_params__.frozen
-    facts = ("mixed_ranks", "linear", "products", "exact", "personal")
+    facts = ("mixed_ranks", "linear", "products", "exact", "personal", "fixed_basis")
     assert {type(getattr(strategy, fact)) for fact in facts} == {bool}
     assert strategy == dataclasses.replace(strategy)
     assert strategy.client in ("", *fedlora.clients.__all__)
