@@ -139,6 +139,7 @@ class Update:
         peer: who sent it; None only where a caller combines adapters by hand.
         metrics: numbers that the client reports, such as its training loss.
         version: the `State.round` of the state that the client started from; None where it is not known.
+        several: whether it stands for several clients, as `fedlora.core.bundle` makes it.
     """
 
     adapter: Adapter
@@ -146,6 +147,7 @@ class Update:
     peer: Peer | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     version: int | None = None
+    several: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from flwr.app import Message
 
-from fedlora.engines.base import Engine, Run, Session
+from fedlora.engines.base import Engine, Run, Session, fans
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.engines.simulation_grid import Group, SimulationGrid, answer, memory_of_group, together
 from fedlora.errors import ConfigError
@@ -24,13 +24,16 @@ class InProcess(Engine):
         fuse: clients that train in one pass: "auto", or a number.
         devices: where groups of clients train side by side, a copy of the model on each: numbers of GPUs, or
             names such as "cpu"; "auto" takes all GPUs if the model is on one. None takes the model's own.
+        tree: edges between server and clients: [4, 8] are 4 edges of 8 clients each; None for none.
     """
 
     fuse: int | str = "auto"
     devices: Sequence[int | str] | str | None = None
+    tree: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         together(self.fuse)
+        fans(self.tree)
         if isinstance(self.devices, str | type(None)):
             if self.devices not in (None, "auto"):
                 raise ConfigError(

@@ -1,9 +1,10 @@
 """A run on a Ray cluster, for those who outgrow one machine: the groups of one process, over many actors."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora.engines.base import Engine, Run, Session
+from fedlora.engines.base import Engine, Run, Session, fans
 from fedlora.engines.simulation_grid import memory_of_group, together
 from fedlora.errors import ConfigError
 
@@ -22,6 +23,7 @@ class Ray(Engine):
         gpus: GPUs of each actor, or a share of one; None takes one where the model is on a GPU, else none.
         fuse: clients that train in one pass: "auto", or a number.
         wait: seconds to wait for the first actor, and for another where the last one has died.
+        tree: edges between server and clients: [4, 8] are 4 edges of 8 clients each; None for none.
     """
 
     address: str | None = None
@@ -30,9 +32,11 @@ class Ray(Engine):
     gpus: float | None = None
     fuse: int | str = "auto"
     wait: float = 600
+    tree: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         together(self.fuse)
+        fans(self.tree)
         if self.actors is not None and self.actors < 1:
             raise ConfigError(
                 f"engine.actors: expected a whole number of at least 1 or null, got {self.actors}"

@@ -13,6 +13,7 @@ from fedlora.models.parametrizations import LORA
 from . import compatibility_callbacks as callbacks
 from . import compatibility_privacy as privacy
 from . import compatibility_steps as steps
+from . import compatibility_tree as tree
 from .dealt import Dealt
 from .spec import RunSpec
 
@@ -242,6 +243,10 @@ BEFORE_LOADING = (
     callbacks.tracked_clients,
     steps.steps_without_updates,
     steps.updates_in_code,
+    tree.strategy_over_a_tree,
+    tree.single_updates_over_a_tree,
+    tree.clipping_over_a_tree,
+    tree.scheduler_over_a_tree,
 )
 WITH_DATA = (
     privacy.cut_private_rows,
@@ -254,6 +259,7 @@ WITH_DATA = (
     privacy.secure_clip,
     least_updates,
     steps.least_for_steps,
+    tree.room_of_a_tree,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

@@ -11,7 +11,9 @@ from fedlora.core.update_step import RoundUpdates
 from fedlora.errors import IncompatibleUpdates
 from fedlora.privacy.client_level import ClientLevelMechanism
 from fedlora.rounds.aggregation.base import Aggregated, Aggregation, Delivery, aggregate_mean, choose
+from fedlora.rounds.aggregation.tree import TreeDelivery
 from fedlora.rounds.round_config import RoundConfig
+from fedlora.rounds.tree import Tree
 from fedlora.secure_aggregation.masked_round import SecureSum
 
 
@@ -23,10 +25,12 @@ class MaskedAggregation(Aggregation):
         mechanism: of client-level privacy; None without it.
         uniform: whether clients count alike, instead of by their numbers of examples; a mechanism has a rule
             of its own for this.
+        tree: edges that add up masked vectors on their way; None for none.
     """
 
     mechanism: ClientLevelMechanism | None = None
     uniform: bool = False
+    tree: Tree | None = None
 
     @property
     def shows_losses(self) -> bool:
@@ -57,7 +61,8 @@ class MaskedAggregation(Aggregation):
     def open(self, grid: Grid, nodes: Sequence[int], round: int, wide: Callable[[], Task]) -> Delivery:
         """Let the clients agree on masks; those that do not are out of the round."""
         terms = self.mechanism.terms if self.mechanism else {"uniform": self.uniform}
-        return SecureSum(grid, nodes, round, wide(), **terms)
+        secure = SecureSum(grid, nodes, round, wide(), **terms)
+        return TreeDelivery(secure, self.tree) if self.tree else secure
 
     def aggregate(self, given: RoundUpdates, delivery: Delivery, rng: np.random.Generator) -> Aggregated:
         """Unmask the sum, add noise where there is a mechanism, and show the strategy the mean.
@@ -65,10 +70,13 @@ class MaskedAggregation(Aggregation):
         Raises:
             IncompatibleUpdates: the sum is not known. Nothing is released or paid for then.
         """
-        if not isinstance(delivery, SecureSum):
+        add, secure = None, delivery
+        if isinstance(delivery, TreeDelivery):
+            add, secure = delivery.added, delivery.inner
+        if not isinstance(secure, SecureSum):
             raise IncompatibleUpdates("there is no sum, since the clients did not agree on masks")
         if self.mechanism is None:
-            return aggregate_mean(given, delivery.mean(), rng)
+            return aggregate_mean(given, secure.mean(add), rng)
         wide = given.wide
-        mean = self.mechanism.release(given.strategy, wide, delivery.total())
+        mean = self.mechanism.release(given.strategy, wide, secure.total(add))
         return aggregate_mean(given, mean, rng)

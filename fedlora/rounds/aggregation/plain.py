@@ -34,9 +34,9 @@ class PlainAggregation(Aggregation):
             given = given.become([replace(update, weight=1.0) for update in given.updates])
         coded = [at for at, step in enumerate(self.steps) if step.at_client and step.at_server]
         first = min(coded, default=len(self.steps))
-        given = _applied(self.steps[first:], given)
+        given = applied(self.steps[first:], given)
         odd = [*check_updates(given.updates, given.tasks)]  # of the updates, not of a code for them
-        given = _applied(self.steps[:first], given)
+        given = applied(self.steps[:first], given)
         before = given.state
         state = next_state(given.strategy, before, given.updates, rng)
         numbers, wrong = check_state(given.strategy, before, state, given.updates, given.tasks)
@@ -44,7 +44,7 @@ class PlainAggregation(Aggregation):
         return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates)
 
 
-def _applied(steps: Sequence[UpdateStep], given: RoundUpdates) -> RoundUpdates:
+def applied(steps: Sequence[UpdateStep], given: RoundUpdates) -> RoundUpdates:
     """A round's updates after the server halves of these steps, of which the last is applied first."""
     for step in reversed(steps):
         given = step.on_server(given)
