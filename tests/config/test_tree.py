@@ -65,7 +65,7 @@ def test_only_rounds_that_wait_run_over_a_tree() -> None:
             yield
 
     spec = run_spec(compose([*BASE, TREE]), {"scheduler": Other()})
-    with pytest.raises(ConfigError, match="scheduler: an edge .* under Other"):
+    with pytest.raises(ConfigError, match=r"scheduler: an edge .* under Other"):
         check(BEFORE_LOADING, spec)
 
 

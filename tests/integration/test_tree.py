@@ -29,5 +29,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(run: Any, tmp_path: 
 
 
 def test_private_clients_below_edges_keep_their_ledgers(run: Any) -> None:
-    found = run("strategy=ffalora", "clients=4", "engine.tree=[2,2]", "privacy=dp_sgd", "privacy.epsilon=6")
+    private = ("privacy=dp_sgd", "privacy.epsilon=6", "client.batch_size=4")
+    found = run("strategy=ffalora", "clients=4", "engine.tree=[2,2]", *private)
     assert 0 < found.metrics[-1]["epsilon"] <= 6
