@@ -25,9 +25,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from fedlora.core.adapter import Pair
-from fedlora.core.algebra import beyond, mean_extras, mean_factors, stack
+from fedlora.core.algebra import beyond, compress, mean_extras, mean_factors, stack, truncate
 from fedlora.core.base_delta import BaseDelta
 from fedlora.core.changes import Change, cut_to, moved_extras, moved_products
 from fedlora.core.messages import Peer, State, Task, Update
@@ -54,9 +55,7 @@ class FedExLoRA(Strategy):
         sent, w = self.admit(state, updates)
         pairs, gain = {}, {}
         for m, old in state.adapter.pairs.items():
-            own = [u.adapter.pairs[m] for u in sent]
-            pairs[m] = mean_factors(own, w, old.scale)
-            lost = covariance(own, w, old.scale)
+            pairs[m], lost = _mean_and_lost([u.adapter.pairs[m] for u in sent], w, old)
             if lost is not None:
                 gain[m] = lost
         extra = mean_extras([u.adapter.extra for u in sent], w)
@@ -73,6 +72,26 @@ class FedExLoRA(Strategy):
         base_delta = BaseDelta.of(state.base_delta).plus({m: pair for m, pair in rest.items() if pair.rank})
         adapter = replace(state.adapter, pairs={**old, **pairs}, extra=moved_extras(state, changes))
         return replace(state, adapter=adapter, round=state.round + 1, base_delta=base_delta)
+
+    def bundle(self, state: State, sent: Sequence[Update], weights: Sequence[float]) -> dict[str, Pair]:
+        """Ā and B̄ in the first r directions, what they lose of the mean in the others."""
+        found = {}
+        for m, old in state.adapter.pairs.items():
+            mean, lost = _mean_and_lost([u.adapter.pairs[m] for u in sent], weights, old)
+            rest = compress(lost, scale=old.scale) if lost is not None else beyond(mean, mean.rank)
+            found[m] = Pair(torch.cat([mean.A, rest.A]), torch.cat([mean.B, rest.B], dim=1), old.scale)
+        return found
+
+
+def _mean_and_lost(pairs: Sequence[Pair], weights: Sequence[float], old: Pair) -> tuple[Pair, Pair | None]:
+    """The means of both factors, and all that they lose; a pair may bring what was lost before."""
+    own, before = [truncate(pair, old.rank) for pair in pairs], [beyond(pair, old.rank) for pair in pairs]
+    lost = covariance(own, weights, old.scale)
+    terms = [(pair, w) for pair, w in zip(before, weights, strict=True) if pair.rank]
+    if terms:
+        terms += [(lost, 1.0)] if lost is not None else []
+        lost = stack([pair for pair, _ in terms], [w for _, w in terms])
+    return mean_factors(own, weights, old.scale), lost
 
 
 def covariance(pairs: Sequence[Pair], weights: Sequence[float], scale: float) -> Pair | None:

@@ -110,6 +110,14 @@ class FedFold(Strategy):
         moved = moved_whole(state, self.admit_changes(state, changes))
         return replace(moved, metrics=_rank(moved.adapter))
 
+    def bundle(self, state: State, sent: Sequence[Update], weights: Sequence[float]) -> dict[str, Pair]:
+        """The mean of what clients change, s_k B_k A_k − [D*]_{l_k}: D* itself then counts whole."""
+        found = {}
+        for m, D in state.adapter.pairs.items():
+            p = held([self._led(_given(u, m)) for u in sent], weights, D.rank)
+            found[m] = weighted_sum([*(u.adapter.pairs[m] for u in sent), D], [*weights, -p], D.scale)
+        return found
+
     def _led(self, rank: int) -> int:
         """l, how many leading directions a client of this rank trains."""
         return max(0, math.floor((1 - self.fresh) * rank + 1e-9))
@@ -122,7 +130,12 @@ class FedFold(Strategy):
 
 
 def _given(update: Update, module: str) -> int:
-    """r, the rank that a client was given; where the update names no client, the rank that it sent."""
+    """r, the rank that a client was given; where the update names no client, the rank that it sent.
+
+    0 for what stands for several clients, which is a change and leads no direction.
+    """
+    if update.several:
+        return 0
     if update.peer is None:
         return update.adapter.pairs[module].rank
     return update.peer.ranks.get(module, update.peer.rank)

@@ -16,6 +16,7 @@ from fedlora.core.messages import State, Task
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.models import Base, load
 from fedlora.report import read_run, write_report
+from fedlora.report.progress import Progress, read_progress
 from fedlora.runner.spec import RunSpec
 from fedlora.runner.task_file import TaskFile
 from fedlora.saved_runs.export import export, verify
@@ -122,6 +123,11 @@ class Run:
     def clients(self) -> list[dict[str, Any]]:
         """A dict a client a round, the content of clients.jsonl."""
         return RunFolder(self.path).clients()
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run is, while another process may be at work on it: what `fedlora watch` shows."""
+        return read_progress(self.path)
 
     @property
     def state(self) -> State:

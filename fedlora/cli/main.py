@@ -28,7 +28,7 @@ import click
 import fedlora
 from fedlora.errors import FedLoraError
 
-VERBS = ("demo", "run", "compare", "report", "export", "verify", "replay", "privacy", "deploy")
+VERBS = ("demo", "run", "watch", "compare", "report", "export", "verify", "replay", "privacy", "deploy")
 # What the operating system says of a path that is not there, or not what it is meant to be.
 PATHS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
 

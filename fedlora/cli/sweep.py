@@ -25,12 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from fedlora.cli.run_job import run_job
-from fedlora.cli.sweep_job import ERROR, Sweep
+from fedlora.cli.sweep_job import Sweep
 from fedlora.config import composition
 from fedlora.config.instantiate import Trust
 from fedlora.core.natural_order import natural
 from fedlora.errors import CheckpointError, ConfigError
-from fedlora.report.read import SWEEP
+from fedlora.report.read import ERROR, SWEEP
 from fedlora.runner.results import closing
 from fedlora.storage.atomic import write_whole
 

@@ -19,12 +19,11 @@ from fedlora.config import composition
 from fedlora.config.instantiate import Trust, differences, kept
 from fedlora.config.translate import settled
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.report.read import number, read_run
+from fedlora.report.read import ERROR, number, read_run
 from fedlora.runner.results import closing
 from fedlora.storage.atomic import write_whole
 from fedlora.storage.run_folder import RunFolder
 
-ERROR = "error.txt"  # in the folder of a run that failed: why in its first line, then the traceback
 LONGEST = 120  # characters of a folder's name
 
 

@@ -152,6 +152,7 @@ class Update:
         version: the `State.round` of the state that the client started from; None where it is not known.
         sent: what the parts of the task had the client send beside the adapter, under the names of
             `Task.sent`.
+        several: whether it stands for several clients, as `fedlora.core.bundle` makes it.
     """
 
     adapter: Adapter
@@ -160,6 +161,7 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     version: int | None = None
     sent: Mapping[str, Tensor] = field(default_factory=dict)
+    several: bool = False
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class Strategy(ABC):
             check_fits(expected, update.adapter, who)
             for module, pair in update.adapter.pairs.items():
                 rank = expected.pairs[module].rank
-                if not self.mixed_ranks and pair.rank != rank:
+                if not self.mixed_ranks and pair.rank != rank and not update.several:
                     raise IncompatibleUpdates(
                         f"{who} sent rank {pair.rank} for '{module}', expected {rank}, the global adapter's; "
                         "use a strategy for mixed ranks, such as FlexLoRA"

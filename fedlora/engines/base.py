@@ -15,6 +15,8 @@ from flwr.serverapp import Grid
 from rich.console import Console
 
 from fedlora.engines.client_runtime import ClientRuntime
+from fedlora.errors import ConfigError
+from fedlora.ranges import check_whole
 
 
 class Session(Protocol):
@@ -72,6 +74,7 @@ class Engine(ABC):
         over_select: share of clients sampled beyond `clients_per_round`, for whose number a round waits.
         min_replies: share of the sampled clients without whose good updates a round changes nothing.
         wait: seconds to wait at the beginning of a round until there are clients enough.
+        tree: how many edges the server has, how many each of them has below it, and so on to the clients.
         sites: whether clients are on machines of their own, with rows of their own.
         speeds: of simulated clients in virtual time, as `fedlora.rounds.speeds.Speeds.of` takes them; None
             where time is real, or nobody asks for it.
@@ -84,6 +87,7 @@ class Engine(ABC):
     min_replies: float = 0.0
     wait: float = 0.0
     speeds: Any = None
+    tree: Sequence[int] | None = None
 
     @abstractmethod
     def run(self, run: Run) -> None:
@@ -92,3 +96,16 @@ class Engine(ABC):
         Raises:
             FedLoraError: it cannot run here, or nothing came of it.
         """
+
+
+def fans(tree: Sequence[int] | None) -> tuple[int, ...]:
+    """The setting `engine.tree` as numbers; empty without a tree.
+
+    Raises:
+        ConfigError: it is no list of whole numbers of at least 1.
+    """
+    if isinstance(tree, str | int):
+        raise ConfigError(f"engine.tree: expected a list such as [4,8], 4 edges of 8 clients, got {tree!r}")
+    for fan in tree or ():
+        check_whole("engine.tree", fan)
+    return tuple(tree or ())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from flwr.app import Message
 
-from fedlora.engines.base import Engine, Run, Session
+from fedlora.engines.base import Engine, Run, Session, fans
 from fedlora.engines.client_runtime import ClientRuntime
 from fedlora.engines.simulation_grid import Group, SimulationGrid, answer, memory_of_group, together
 from fedlora.errors import ConfigError
@@ -30,15 +30,18 @@ class InProcess(Engine):
             as {"lognormal": 1, "absent": 0.1}; None keeps no time.
         over_select: share of clients sampled beyond clients_per_round, for whose number a synchronous round
             waits in virtual time.
+        tree: edges between server and clients: [4, 8] are 4 edges of 8 clients each; None for none.
     """
 
     fuse: int | str = "auto"
     devices: Sequence[int | str] | str | None = None
     speeds: Mapping[str, Any] | str | None = None
     over_select: float = 0.0
+    tree: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         together(self.fuse)
+        fans(self.tree)
         if self.speeds is not None:
             Speeds.of(self.speeds)
         elif self.over_select:

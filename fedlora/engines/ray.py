@@ -1,11 +1,11 @@
 """A run on a Ray cluster, for those who outgrow one machine: the groups of one process, over many actors."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.engines.base import Engine, Run, Session
+from fedlora.engines.base import Engine, Run, Session, fans
 from fedlora.engines.simulation_grid import memory_of_group, together
 from fedlora.errors import ConfigError
 from fedlora.rounds.speeds import Speeds
@@ -26,6 +26,7 @@ class Ray(Engine):
         fuse: clients that train in one pass: "auto", or a number.
         wait: seconds to wait for the first actor, and for another where the last one has died.
         speeds: as for `InProcess`.
+        tree: edges between server and clients: [4, 8] are 4 edges of 8 clients each; None for none.
     """
 
     address: str | None = None
@@ -35,9 +36,11 @@ class Ray(Engine):
     fuse: int | str = "auto"
     wait: float = 600
     speeds: Mapping[str, Any] | str | None = None
+    tree: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         together(self.fuse)
+        fans(self.tree)
         if self.speeds is not None:
             Speeds.of(self.speeds)
         if self.actors is not None and self.actors < 1:

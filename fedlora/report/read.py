@@ -12,6 +12,7 @@ import yaml  # type: ignore[import-untyped]
 from fedlora.core.natural_order import natural
 from fedlora.errors import CheckpointError
 
+ERROR = "error.txt"  # in the folder of a job that failed: why in its first line, then the traceback
 SWEEP = "sweep.json"  # in the folder of a sweep: the arguments of its command, and the names of its jobs
 
 
@@ -98,7 +99,7 @@ def missing(path: str | Path) -> list[str]:
     folder = Path(path)
     if not (folder / SWEEP).is_file():
         return []
-    jobs = _object(folder / SWEEP).get("jobs")
+    jobs = read_object(folder / SWEEP).get("jobs")
     return [str(job) for job in jobs or [] if not (folder / str(job) / "summary.json").is_file()]
 
 
@@ -123,11 +124,11 @@ def read_run(path: str | Path) -> Run:
         )
     return Run(
         path=folder,
-        summary=_object(folder / "summary.json"),
-        metrics=_lines(folder / "metrics.jsonl"),
-        clients=_lines(folder / "clients.jsonl"),
-        config=_config(folder / "config.yaml"),
-        data=_object(folder / "data.json") if (folder / "data.json").is_file() else {},
+        summary=read_object(folder / "summary.json"),
+        metrics=read_lines(folder / "metrics.jsonl"),
+        clients=read_lines(folder / "clients.jsonl"),
+        config=read_config(folder / "config.yaml"),
+        data=read_object(folder / "data.json") if (folder / "data.json").is_file() else {},
     )
 
 
@@ -145,7 +146,12 @@ def _bytes(path: Path) -> bytes:
         ) from error
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
     return _parse(_bytes(path), str(path))
 
 
@@ -163,7 +169,12 @@ def _parse(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file of one a line; an incomplete last line is left out.
+
+    Raises:
+        CheckpointError: the file is missing, or another line is broken.
+    """
     numbered = [(at, line) for at, line in enumerate(_bytes(path).split(b"\n"), start=1) if line.strip()]
     rows = []
     for at, line in numbered:
@@ -175,7 +186,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
     try:
         value = yaml.safe_load(_bytes(path))
     except yaml.YAMLError as error:

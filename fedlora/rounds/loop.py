@@ -170,7 +170,8 @@ class ServerLoop:
 
     def messages(self, round: Round) -> Iterator[Message]:
         """The tasks of a round's clients, each written when it is asked for, so that few are in memory."""
-        return (self.message(round, node) for node in round.nodes)
+        peers = self._registry.peers
+        return round.delivery.sent((peers[node], self.message(round, node)) for node in round.nodes)
 
     def message(self, round: Round, node: int, state: State | None = None) -> Message:
         """The task of one client, from the state as it is now, or as it was in an earlier round."""
@@ -223,6 +224,7 @@ class ServerLoop:
         lines = received.lines
         state, metrics = self._aggregate(round, received)
         round.delivery.count(round.number, self._registry.peers, lines, self._run.warn)
+        metrics |= round.delivery.traffic()
         if self.config.evaluate_updates and received.updates:
             evaluate_updates(received, self._evaluate, self._named)
         every = self.config.evaluate_every

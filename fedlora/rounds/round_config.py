@@ -30,6 +30,8 @@ class RoundConfig:
         min_replies: the share of the clients waited for that must send a good update, so that the round may
             change the state.
         wait: seconds to wait at the beginning of a round until enough nodes are connected.
+        tree: how many edges the server has, how many each of them has below it, and so on to the clients;
+            empty, or one number, where the server talks to the clients itself.
     """
 
     rounds: int
@@ -46,6 +48,7 @@ class RoundConfig:
     min_replies: float = 0.0
     wait: float = 0.0
     clients: int = 1
+    tree: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         least = {"rounds": 1, "seed": 0, "clients_per_round": 1, "min_updates": 1, "evaluate.every": 0}

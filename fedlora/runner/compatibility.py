@@ -17,6 +17,7 @@ from . import compatibility_rules as rules
 from . import compatibility_schedulers as schedulers
 from . import compatibility_server as server
 from . import compatibility_steps as steps
+from . import compatibility_tree as tree
 from .dealt import Dealt
 from .spec import RunSpec
 
@@ -249,6 +250,10 @@ BEFORE_LOADING = (
     compression.masked_codes,
     server.server_without_space,
     server.server_of_numbers,
+    tree.strategy_over_a_tree,
+    tree.single_updates_over_a_tree,
+    tree.clipping_over_a_tree,
+    tree.scheduler_over_a_tree,
 )
 WITH_DATA = (
     privacy.cut_private_rows,
@@ -265,6 +270,7 @@ WITH_DATA = (
     compression.masked_ranks,
     server.server_of_padded_sum,
     rules.scales_of_rule,
+    tree.room_of_a_tree,
     mixed_ranks,
 )
 WITH_MODEL = (adapter_apart, adapter_apart_given, several_models)

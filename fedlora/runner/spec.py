@@ -12,7 +12,7 @@ from fedlora.compression import Compression
 from fedlora.core.strategy import Strategy
 from fedlora.core.update_step import UpdateStep
 from fedlora.data import Dataset, Row
-from fedlora.engines.base import Engine
+from fedlora.engines.base import Engine, fans
 from fedlora.engines.in_process import InProcess
 from fedlora.errors import ConfigError
 from fedlora.models import LoRA
@@ -304,4 +304,5 @@ class RunSpec:
             min_replies=self.engine.min_replies,
             wait=self.engine.wait,
             clients=clients,
+            tree=fans(self.engine.tree),
         )

@@ -30,7 +30,7 @@ from fedlora.rounds.codec import array_of, metrics_of, numbers_of
 from fedlora.rounds.exchange import line_of
 from fedlora.secure_aggregation.crypto import POINT, Words, decode, encode
 from fedlora.secure_aggregation.protocol import RECORD, mask
-from fedlora.secure_aggregation.secure_round import SecureRound
+from fedlora.secure_aggregation.secure_round import Add, SecureRound
 from fedlora.training.client import TrainResult
 
 SUM = "sum"  # the name of the record with the `Terms`, beside the record of the masks
@@ -206,21 +206,27 @@ class SecureSum(Delivery):
             warn(f"round {round}: {peer.called} dropped: {why}")
         lines.sort(key=lambda line: int(line["client"]))
 
-    def total(self) -> Tensor:
+    def total(self, add: Add | None = None) -> Tensor:
         """The sum of the clipped changes, float64, for client-level privacy.
 
+        Args:
+            add: as for `SecureRound.total`.
+
         Raises:
             IncompatibleUpdates: too few vectors arrived, or shares are wrong.
         """
-        return self._spread(decode(self.exchange.total(self._vectors))[:-1])
+        return self._spread(decode(self.exchange.total(self._vectors, add))[:-1])
 
-    def mean(self) -> Update:
+    def mean(self, add: Add | None = None) -> Update:
         """The weighted mean of the vectors as a single update.
 
+        Args:
+            add: as for `SecureRound.total`.
+
         Raises:
             IncompatibleUpdates: too few vectors arrived, or shares are wrong.
         """
-        total = decode(self.exchange.total(self._vectors))
+        total = decode(self.exchange.total(self._vectors, add))
         if not total[-1] > 0:
             raise IncompatibleUpdates(
                 f"secure sum: expected a sum of weights above 0, got {float(total[-1])}"

@@ -4,7 +4,7 @@ The protocol and the clients' side are in `protocol.py`.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from typing import Any
@@ -20,6 +20,7 @@ from fedlora.secure_aggregation import crypto
 from fedlora.secure_aggregation.crypto import KEY, SHARE, Words, derive, public
 from fedlora.secure_aggregation.protocol import LEAST, RECORD, threshold
 
+Add = Callable[[Mapping[int, Words]], Words]  # the sum mod 2^64 of the vectors of some nodes
 Wanted = Mapping[str, tuple[int, int]]  # name of a list in a reply -> number of items, bytes of an item
 
 LETTER = 2 * SHARE + crypto.NONCE + crypto.TAG  # bytes of two encrypted shares
@@ -83,11 +84,12 @@ class SecureRound:
         letters = [found["letters"][place] for found in self._in.values()]
         return ConfigRecord({"round": self._round, "nodes": [*self._in], "letters": letters})
 
-    def total(self, vectors: Mapping[int, Words]) -> Words:
+    def total(self, vectors: Mapping[int, Words], add: Add | None = None) -> Words:
         """The sum of the vectors mod 2^64 without the masks, (length,). It can be called once in a round.
 
         Args:
             vectors: node -> the masked vector that it delivered, uint64, (length,).
+            add: adds them up on their way here; None adds them here.
 
         Raises:
             IncompatibleUpdates: vectors are of nodes that are no members or differ in dtype or length; there
@@ -106,7 +108,7 @@ class SecureRound:
         few = {
             places.index(node): found[node]["shares"] for node in [*found][:least]
         }  # more shares would take longer
-        total: Words = reduce(np.add, vectors.values())
+        total: Words = add(vectors) if add else reduce(np.add, vectors.values())
         for i, member in enumerate(self._in):
             secret = self._secret(member, {place: of[i] for place, of in few.items()}, member in vectors)
             if member in vectors:

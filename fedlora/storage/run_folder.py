@@ -16,12 +16,8 @@ from fedlora.privacy.ledger_files import LEDGER, read_ledger
 from fedlora.storage.atomic import write_whole
 from fedlora.storage.checkpoint import digest_of_state, number_of, read_checkpoint
 from fedlora.storage.client_state import ClientStore
+from fedlora.storage.run_lock import hold
 from fedlora.storage.tensors import write_tensors
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 KEPT = 2  # checkpoints that are kept; the second to last is used if the last is damaged
 SELECTED = "selected"  # begins the name of a selected state's file
@@ -86,19 +82,7 @@ class RunFolder:
         Raises:
             ConfigError: another process holds the lock.
         """
-        (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
-        file = (self.path / "checkpoint" / "lock").open("ab")
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.close()
-                raise ConfigError(
-                    f"resume: another process is at work on '{self.path}'; wait for its end, or stop it"
-                ) from error
-            except OSError:  # the file system does not support locks
-                pass
-        return file
+        return hold(self.path)
 
     def write_config(self, config: str) -> None:
         """Write the resolved configuration."""

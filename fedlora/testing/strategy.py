@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core.adapter import Pair
+from fedlora.core.bundle import bundle, bundled
 from fedlora.core.messages import State, Update
 from fedlora.core.strategy import Strategy
 from fedlora.core.vectors import embed, form, scales, with_shared
@@ -191,6 +192,24 @@ def linear_means_that_a_mean_is_enough(one: Round) -> None:
     )
 
 
+def a_bundle_stands_for_its_clients(one: Round) -> None:
+    """What an edge of a tree makes of some updates, with linear, products or a bundle of its own, adds up."""
+    if bundled(one.strategy) is None or one.strategy.personal:
+        return
+    widest = max(one.peers, key=lambda peer: peer.rank)
+    wide = one.strategy.task(one.state, widest)
+    edges = [
+        bundle(one.strategy, one.state, wide, part, dataclasses.replace(widest, id=number))
+        for number, part in enumerate((one.updates[:1], one.updates[1:]))
+    ]
+    _same(
+        one.aggregate(edges),
+        one.aggregate(),
+        f"updates are said to add up ({bundled(one.strategy)}), and what edges make of them gives another "
+        "state",
+    )
+
+
 def a_state_survives_its_file(one: Round) -> None:
     """A checkpoint gives back the same state."""
     tensors, header = one.aggregate().pack()
@@ -210,6 +229,7 @@ PROMISES: tuple[Callable[[Round], None], ...] = (
     a_refused_update_is_named,
     exact_means_the_weighted_mean,
     linear_means_that_a_mean_is_enough,
+    a_bundle_stands_for_its_clients,
     a_state_survives_its_file,
     versions_are_refused_by_name,
     a_client_that_learned_nothing_moves_nothing,

@@ -13,7 +13,7 @@ import pytest
 from fedlora.cli.main import main
 
 KEPT = Path(__file__).with_name("help.json")
-VERBS = ["", "run", "report", "export", "verify", "replay", "compare", "demo"]
+VERBS = ["", "run", "watch", "report", "export", "verify", "replay", "compare", "demo"]
 VERBS += ["privacy", "privacy plan", "privacy show", "privacy audit", "deploy"]
 VERBS += [f"deploy {verb}" for verb in ("init", "start", "status", "stop", "add-site", "check")]
 

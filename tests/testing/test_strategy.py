@@ -94,6 +94,11 @@ class Summed(Mean):
         return fl.State(mean_adapter(state, sent, weights), state.round + 1, seed=state.seed)
 
 
+class Multiplied(Mean):
+    linear = False
+    products = True  # it averages factors
+
+
 @pytest.mark.parametrize(
     ("strategy", "promises"),
     [
@@ -106,6 +111,7 @@ class Summed(Mean):
         (InPlace(), {"nothing that is given changes"}),
         (Unordered(), {"the order", "weight zero", "a refused update", "linear means"}),
         (Exact(), {"exact means"}),
+        (Multiplied(), {"a bundle stands"}),
         (Random(), {"the same call gives"}),
         (Still(), {"the round counts up"}),
     ],

@@ -1,7 +1,7 @@
 """The interface of aggregation: who may be in a round, how replies are read, how the next state follows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,6 +54,14 @@ class Delivery:
         """What a node needs to deliver its update, for its training message."""
         return {}
 
+    def sent(self, messages: Iterable[tuple[Peer, Message]]) -> Iterator[Message]:
+        """The training messages on their way to the clients, each made when it is asked for.
+
+        Args:
+            messages: who each is for, in the order of the nodes.
+        """
+        return (message for _, message in messages)
+
     def read(self, reply: Message, task: Task, peer: Peer, round: int) -> Update:
         """The update that a reply holds.
 
@@ -77,6 +85,10 @@ class Delivery:
             lines: the round's lines of clients.jsonl, which are changed in place.
             warn: takes a line for the user about every client that was dropped in such a message.
         """
+
+    def traffic(self) -> Mapping[str, int]:
+        """Bytes of links that are no client's, for the round's line of metrics.jsonl, once all is counted."""
+        return {}
 
 
 class Aggregation(ABC):

@@ -15,7 +15,9 @@ from fedlora.core.vectors import form
 from fedlora.errors import IncompatibleUpdates
 from fedlora.privacy.client_level import ClientLevelMechanism
 from fedlora.rounds.aggregation.base import Aggregated, Aggregation, Delivery, aggregate_mean, choose
+from fedlora.rounds.aggregation.tree import TreeDelivery
 from fedlora.rounds.round_config import RoundConfig
+from fedlora.rounds.tree import Tree
 from fedlora.secure_aggregation.masked_round import SecureSum
 
 
@@ -29,12 +31,14 @@ class MaskedAggregation(Aggregation):
             of its own for this.
         codec: of the updates, at places that all clients of a round share; None where they travel whole.
         seed: the run's.
+        tree: edges that add up masked vectors on their way; None for none.
     """
 
     mechanism: ClientLevelMechanism | None = None
     uniform: bool = False
     codec: RandK | None = None
     seed: int = 0
+    tree: Tree | None = None
 
     @property
     def shows_losses(self) -> bool:
@@ -70,7 +74,8 @@ class MaskedAggregation(Aggregation):
         if self.codec is not None:
             sizes = [math.prod(shape) for shape in form(whole).values()]
             places = (self.seed, round, kept(self.codec.density, sizes))
-        return SecureSum(grid, nodes, round, whole, places=places, **terms)
+        secure = SecureSum(grid, nodes, round, whole, places=places, **terms)
+        return TreeDelivery(secure, self.tree) if self.tree else secure
 
     def aggregate(self, given: RoundUpdates, delivery: Delivery, rng: np.random.Generator) -> Aggregated:
         """Unmask the sum, add noise where there is a mechanism, and show the strategy the mean.
@@ -78,10 +83,13 @@ class MaskedAggregation(Aggregation):
         Raises:
             IncompatibleUpdates: the sum is not known. Nothing is released or paid for then.
         """
-        if not isinstance(delivery, SecureSum):
+        add, secure = None, delivery
+        if isinstance(delivery, TreeDelivery):
+            add, secure = delivery.added, delivery.inner
+        if not isinstance(secure, SecureSum):
             raise IncompatibleUpdates("there is no sum, since the clients did not agree on masks")
         if self.mechanism is None:
-            return aggregate_mean(given, delivery.mean(), rng)
+            return aggregate_mean(given, secure.mean(add), rng)
         wide = given.wide
-        mean = self.mechanism.release(given.strategy, wide, delivery.total())
+        mean = self.mechanism.release(given.strategy, wide, secure.total(add))
         return aggregate_mean(given, mean, rng)

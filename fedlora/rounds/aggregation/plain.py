@@ -46,13 +46,13 @@ class PlainAggregation(Aggregation):
             given = given.become([replace(update, weight=1.0) for update in given.updates])
         coded = [at for at, step in enumerate(self.steps) if step.at_client and step.at_server]
         first = min(coded, default=len(self.steps))
-        given = _applied(self.steps[first:], given)
+        given = applied(self.steps[first:], given)
         # Of the updates, not of a code for them.
         odd = [*check_updates(given.updates, given.tasks, self.sparse)]
-        return _applied(self.steps[:first], given), odd
+        return applied(self.steps[:first], given), odd
 
 
-def _applied(steps: Sequence[UpdateStep], given: RoundUpdates) -> RoundUpdates:
+def applied(steps: Sequence[UpdateStep], given: RoundUpdates) -> RoundUpdates:
     """A round's updates after the server halves of these steps, of which the last is applied first."""
     for step in reversed(steps):
         given = step.on_server(given)
