@@ -111,9 +111,13 @@ def _batches(base: Base, rows: list[Example]) -> list[list[int]]:
 def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> list[list[Tensor]]:
     """The gradients of all trained parameters, a list for each row; without `per_row` there is one row."""
     with MultiAdapterModel(base, [task], train=True, per_row=per_row) as bank:
-        bank.route([len(rows)])
         parameters = [p for found in bank.factors(0).values() for p in found]
-        losses, _ = base.losses(base.collate(rows))
+        if per_row and bank.unpadded:
+            bank.route([len(rows)], [row.size for row in rows])
+            losses, _ = base.losses_unpadded(rows)
+        else:
+            bank.route([len(rows)])
+            losses, _ = base.losses(base.collate(rows))
         leaves = bank.leaves(parameters)
         found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
         grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
