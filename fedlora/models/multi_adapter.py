@@ -42,8 +42,7 @@ class MultiAdapterModel:
         per_row: whether each row gets its own gradient, by differentiating by `leaves`.
         every_token: whether a classifier's last layer is wanted of every token, whatever its head reads.
         stacked: whether the slots' factors may lie in tensors of all, if the base says so and their tasks are
-            alike; `gradients` then puts those of the factors into their place, where `Stacks` wants them, and
-            per row there are `row_gradients` instead.
+            alike; `gradients` then puts those of the factors into place, `row_gradients` those of rows.
 
     Attributes:
         unpadded: whether batches are to be fed by `Base.losses_unpadded`.
@@ -72,8 +71,7 @@ class MultiAdapterModel:
             ):
                 raise ModelError("the adapters of one pass must have the same modules and the same heads")
         self._model, self._after = base.model, None if every_token else base.after
-        packs = base.packing is not None and (not per_row or packs_rows(base))
-        self.unpadded = packs and not every_token
+        self.unpadded = base.packing is not None and not every_token and (not per_row or packs_rows(base))
         self._tasks = tasks
         each = [(task, frozenset(task.trained() if train else ())) for task in tasks]
         self._forms = [task.adapter.parametrization for task in tasks]

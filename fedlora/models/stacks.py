@@ -73,9 +73,9 @@ class Stacks:
         self._products = OneByOne() if len(adapters) == 1 else products
         self._outer = products if by_row else self._products
         self._places, widths = _layout(adapters, self._trained)
-        first = next(iter(adapters[0].pairs.values())).A.dtype
+        self._precise = next(iter(adapters[0].pairs.values())).A.dtype
         whole = {
-            name: torch.zeros(len(adapters), width, dtype=first, device=device)
+            name: torch.zeros(len(adapters), width, dtype=self._precise, device=device)
             for name, width in widths.items()
         }
         for slot, adapter in enumerate(adapters):
@@ -113,16 +113,9 @@ class Stacks:
         return found
 
     def row_gradients(self, rows: int, more: int) -> RowGradients:
-        """Room for the gradients of a batch's rows.
-
-        Args:
-            rows: how many.
-            more: numbers besides those of the factors, at the end of each.
-        """
+        """Room for the gradients of so many rows, with so many numbers more than those of the factors."""
         widths = {name: value.shape[1] for name, value in self.values.items()}
-        like = next(iter(self.values.values()), None)
-        dtype = torch.float32 if like is None else like.dtype
-        return RowGradients(rows, widths, more, self.anchor.device, dtype)
+        return RowGradients(rows, widths, more, self.anchor.device, self._precise)
 
     def indices(self) -> list[Tensor | None]:
         """Where each slot's numbers lie in its row of all trained factors, in the order of its parameters.

@@ -24,6 +24,9 @@ class PrivateStacks:
         mechanisms: one a slot, each with a source of its own.
         stacks: the factors.
         heads: of each slot the parameters of its head that are trained.
+
+    Attributes:
+        numbers: of a row's gradient, padding included.
     """
 
     def __init__(
@@ -31,13 +34,14 @@ class PrivateStacks:
     ) -> None:
         self._mechanisms, self._stacks, self._heads = mechanisms, stacks, heads
         self._width = sum(value.shape[1] for value in stacks.values.values())
-        numbers = self._width + sum(p.numel() for p in heads[0])
+        self.numbers = self._width + sum(p.numel() for p in heads[0])
         device = stacks.anchor.device
-        self._total = torch.zeros(len(mechanisms), numbers, dtype=torch.float64, device=device)
+        self._total = torch.zeros(len(mechanisms), self.numbers, dtype=torch.float64, device=device)
         # How many rows were longer than the clip, and how many there were: of the step, and before it.
         self._shortened = torch.zeros(2, len(mechanisms), dtype=torch.long, device=device)
         self._seen = [[0] * len(mechanisms), [0] * len(mechanisms)]
         self._indices = stacks.indices()
+        self._dtype = next(p.dtype for p in (*stacks.values.values(), *heads[0]))
 
     def add(self, rows: Tensor, counts: Sequence[int]) -> None:
         """Add the rows of a micro-batch, each clipped, to their slots' sums of the step.
@@ -77,8 +81,7 @@ class PrivateStacks:
         self._seen[1] = [sum(pair) for pair in zip(*self._seen, strict=True)]
         for slot in slots:
             self._noise(slot)
-            mean = self._total[slot].to(next(iter(self._stacks.values.values())))
-            mean /= self._mechanisms[slot].batch_size
+            mean = self._total[slot].to(self._dtype).div_(self._mechanisms[slot].batch_size)
             at = 0
             for value in self._stacks.values.values():
                 assert value.grad is not None

@@ -25,10 +25,12 @@ class Gathering(Protocol):
 
     Attributes:
         by_row: whether each row has a gradient of its own, of its own loss.
+        numbers: of a row's own gradient; 0 where it has none.
         in_turn: whether micro-batches have to come one after the other.
     """
 
     by_row: bool
+    numbers: int
     in_turn: bool
 
     def begin(self, slot: int, optimizer: torch.optim.Optimizer) -> None:
@@ -66,7 +68,7 @@ class Gathering(Protocol):
 class Added:
     """Gradients of sums of losses: they are added up where the parameters have them."""
 
-    by_row = in_turn = False
+    by_row, numbers = False, 0
 
     def __init__(self, bank: MultiAdapterModel) -> None:
         self._bank = bank
@@ -105,6 +107,8 @@ class ClippedApart:
 
     def __init__(self, bank: MultiAdapterModel, mechanisms: Sequence[Mechanism]) -> None:
         self._bank, self._mechanisms = bank, mechanisms
+        groups = [bank.factors(slot).values() for slot in range(len(mechanisms))]
+        self.numbers = max(sum(p.numel() for found in own for p in found) for own in groups)
         self._own: dict[int, PrivateOptimizer] = {}
         self._clipped = [0.0] * len(mechanisms)
 
@@ -149,6 +153,7 @@ class ClippedTogether:
 
     def __init__(self, bank: MultiAdapterModel, private: "PrivateStacks", slots: int) -> None:
         self._bank, self._private, self._slots = bank, private, slots
+        self.numbers = private.numbers
 
     def begin(self, slot: int, optimizer: torch.optim.Optimizer) -> None:
         """As `Gathering.begin`."""

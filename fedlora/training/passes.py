@@ -72,7 +72,8 @@ class Passes:
         """
         while True:
             limit = self._base.memory.limit(tokens)
-            micros = micro_batches(rows, limit, self._base.traits, not self._bank.unpadded)
+            most = self._base.memory.rows(self._gathering.numbers)
+            micros = micro_batches(rows, limit, self._base.traits, not self._bank.unpadded, most)
             try:
                 found = self._map(lambda micro: self._there_and_back(micro, shares), micros)
                 break
