@@ -46,7 +46,9 @@ def leaves(base: Base, adapter: Adapter, trained: Collection[str]) -> dict[str, 
     }
 
 
-def stacks(base: Base, tasks: Sequence[Task], trained: Collection[str]) -> Stacks | None:
+def stacks(
+    base: Base, tasks: Sequence[Task], trained: Collection[str], by_row: bool = False
+) -> Stacks | None:
     """The tasks' factors in tensors of all, where the base computes so; None of another parametrization."""
     adapters = [task.adapter for task in tasks]
     if base.products is None or not adapters[0].pairs or any(a.parametrization != LORA for a in adapters):
@@ -54,7 +56,7 @@ def stacks(base: Base, tasks: Sequence[Task], trained: Collection[str]) -> Stack
     precise = next(iter(adapters[0].pairs.values())).A.dtype
     short = base.model.dtype in (torch.bfloat16, torch.float16)
     dtype = base.model.dtype if short else precise
-    return Stacks(adapters, trained, base.device, dtype, base.products)
+    return Stacks(adapters, trained, base.device, dtype, base.products, by_row)
 
 
 def constants(

@@ -12,6 +12,8 @@ MOST = 8192  # tokens of a micro-batch from which on a GPU is busy whatever the 
 LEAST = 256
 TRIED = 1024  # tokens of the micro-batch that is measured, at most
 SHARE = 0.8  # of the free memory that a micro-batch may take
+ROWS_SHARE = 0.125  # of the free memory of a GPU that the gradients of a micro-batch's rows may take
+ROWS_ROOM = 2**28  # bytes that they may take on a CPU, in each thread
 
 
 class Memory:
@@ -36,6 +38,7 @@ class Memory:
         self.checkpointing = bool(checkpointing)
         self._may_checkpoint = checkpoints and checkpointing is None
         self.tokens: int | None = None
+        self._rows_room: float | None = None if self._device.type == "cuda" else ROWS_ROOM
 
     @property
     def unknown(self) -> bool:
@@ -50,6 +53,22 @@ class Memory:
         """
         known = [limit for limit in (tokens, self.tokens) if limit is not None]
         return min(known, default=None if self._device.type == "cpu" else UNTRIED)
+
+    def rows(self, numbers: int) -> int | None:
+        """How many rows a micro-batch may hold; None where rows have no gradients of their own.
+
+        A power of two, for the reason that `measure` has.
+
+        Args:
+            numbers: of a row's own gradient, in float32; 0 where it has none.
+        """
+        if not numbers:
+            return None
+        if self._rows_room is None:
+            free = torch.cuda.mem_get_info(self._device)[0] + torch.cuda.memory_reserved(self._device)
+            self._rows_room = ROWS_SHARE * (free - torch.cuda.memory_allocated(self._device))
+        found = int(self._rows_room / (4 * numbers))
+        return 1 << (max(1, found).bit_length() - 1)
 
     def measure(self, trial: Callable[[], int]) -> None:
         """Learn from one micro-batch on the way there and back how many tokens fit, and say so.

@@ -28,7 +28,7 @@ from fedlora.models.checkpointing import checkpointed
 from fedlora.models.first_token import keep_first
 from fedlora.models.lora import layer_of
 from fedlora.models.low_rank import add_low_rank
-from fedlora.models.per_row import Copies, call_rows
+from fedlora.models.per_row import Copies, RowGradients, packs_rows, stand_in
 from fedlora.models.routing import Routing
 
 
@@ -42,7 +42,7 @@ class MultiAdapterModel:
         per_row: whether each row gets its own gradient, by differentiating by `leaves`.
         every_token: whether a classifier's last layer is wanted of every token, whatever its head reads.
         stacked: whether the slots' factors may lie in tensors of all, if the base says so and their tasks are
-            alike; `gradients` then puts those of the factors into their place, where `Stacks` wants them.
+            alike; `gradients` then puts those of the factors into place, `row_gradients` those of rows.
 
     Attributes:
         unpadded: whether batches are to be fed by `Base.losses_unpadded`.
@@ -71,12 +71,12 @@ class MultiAdapterModel:
             ):
                 raise ModelError("the adapters of one pass must have the same modules and the same heads")
         self._model, self._after = base.model, None if every_token else base.after
-        self.unpadded = base.packing is not None and not per_row and not every_token
+        self.unpadded = base.packing is not None and not every_token and (not per_row or packs_rows(base))
         self._tasks = tasks
         each = [(task, frozenset(task.trained() if train else ())) for task in tasks]
         self._forms = [task.adapter.parametrization for task in tasks]
-        alike = not per_row and len({trained for _, trained in each}) == 1
-        self.stacks = adapter_parameters.stacks(base, tasks, each[0][1]) if stacked and alike else None
+        alike, trained = len({trained for _, trained in each}) == 1, each[0][1]
+        self.stacks = adapter_parameters.stacks(base, tasks, trained, per_row) if stacked and alike else None
         self._factors = [
             self.stacks.parameters(slot)
             if self.stacks
@@ -96,9 +96,12 @@ class MultiAdapterModel:
             )
         # Read once: a head is lent other parameters while rows are given their own, in any thread.
         self._trained = [self._groups(slot) for slot in range(len(tasks))]
-        alone = range(len(tasks)) if per_row else ()
-        self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in alone])
-        self._routing = Routing(len(tasks), base.traits.by_row, base.device, self._rows.on)
+        self._by_autograd = [
+            [p for name, found in own.items() for p in found if name == "head" or not self.stacks]
+            for own in self._trained
+        ]
+        self._rows = Copies(self._by_autograd if per_row else (), self._room if per_row else None)
+        self._routing = Routing(len(tasks), base.traits.by_row, base.device, per_row and any(self._trained))
         self._memory, self._checkpointing = base.memory if train else None, ExitStack()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
@@ -114,7 +117,8 @@ class MultiAdapterModel:
         if self._after is not None:
             self._handles.append(keep_first(self._after))
         for name in self._heads[0]:
-            modules[name].forward = self._stand_in(name)
+            heads, told = [own[name] for own in self._heads], partial(self._routing.segments, name=name)
+            modules[name].forward = stand_in(heads, self._rows, told)
             self._replaced.append(modules[name])
         self.checkpoint()
         return self
@@ -151,14 +155,14 @@ class MultiAdapterModel:
 
         return there()
 
-    def route(self, counts: Sequence[int], tokens: Sequence[int] | None = None) -> None:
+    def route(self, counts: Sequence[int], sizes: Sequence[int] | None = None) -> None:
         """Say what each slot has in this thread's next batch, which holds the slots one after the other.
 
         Args:
             counts: rows of each.
-            tokens: tokens of each, where the rows lie end to end.
+            sizes: tokens of each row, where the rows lie end to end.
         """
-        self._routing.set(counts, tokens)
+        self._routing.set(counts, sizes)
         self._rows.make(counts)
 
     def leaves(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -170,11 +174,19 @@ class MultiAdapterModel:
 
         Without factors that lie in stacks: their gradients are then added to those that they have.
         """
-        groups = [item for slot in slots for item in self.factors(slot).items()]
-        parameters = [p for name, found in groups for p in found if name == "head" or not self.stacks]
+        parameters = [p for slot in slots for p in self._by_autograd[slot]]
         anchor = [] if self.stacks is None else [self.stacks.anchor]
         found = torch.autograd.grad(loss, [*self.leaves(parameters), *anchor], allow_unused=True)
         return list(zip(parameters, found[: len(parameters)], strict=True))
+
+    def row_gradients(self, loss: Tensor, slots: Sequence[int]) -> Tensor:
+        """Per row and with stacks: all gradients of this thread's batch, as `RowGradients.complete` says."""
+        found, made = iter(self.gradients(loss, slots)), self._rows.gradients
+        assert self.stacks is not None
+        assert made is not None
+        for slot in slots:
+            made.put_head(self._routing.batch.rows[slot], [next(found)[1] for _ in self._by_autograd[slot]])
+        return made.complete(self.stacks.silent)
 
     def factors(self, slot: int) -> dict[str, list[nn.Parameter]]:
         """One slot's trainable parameters, in groups: "A", "B", the parametrization's words, and "head"."""
@@ -187,6 +199,10 @@ class MultiAdapterModel:
         groups["head"] = [p for head in self._heads[slot].values() for p in head.parameters()]
         trained = {name: [p for p in found if p.requires_grad] for name, found in groups.items()}
         return {name: found for name, found in trained.items() if found}
+
+    def _room(self, rows: int) -> RowGradients | None:
+        head = sum(p.numel() for p in self._by_autograd[0])
+        return self.stacks.row_gradients(rows, head) if self.stacks else None
 
     def parameters(self, slot: int) -> dict[str, nn.Parameter]:
         """One slot's parameters, trained or not, under the names of `Adapter.tensors`."""
@@ -216,14 +232,16 @@ class MultiAdapterModel:
             segments = self._routing.segments(x, name)
             units = segments[-1][1]
             live = [k for k, (start, stop) in enumerate(segments) if stop > start]
+            tokens, made = x.numel() // x.shape[-1], self._rows.gradients
             if own and self.stacks:
-                output = self.stacks.add(
-                    output, x, name, self._routing.parts(segments, x.numel() // x.shape[-1])
-                )
+                parts = self._routing.parts(segments, tokens)
+                rows = None if made is None else (made, self._routing.rows(segments, tokens))
+                output = self.stacks.add(output, x, name, parts, rows)
             elif low_rank:
                 factors = [f for k in live for f in self._low_rank(k, name)]
                 ends, s = [segments[k] for k in live], [scales[k] for k in live]
-                output = add_low_rank(output, x, units, ends, s, factors)
+                each = [self._routing.rows(segments, tokens, k) for k in live] if self._rows.on else None
+                output = add_low_rank(output, x, units, ends, s, factors, each)
             if base_deltas:
                 every = segments if len(base_deltas) > 1 else [(0, units)]
                 factors = [f for p in base_deltas for f in (p.A, p.B)]
@@ -279,21 +297,3 @@ class MultiAdapterModel:
             base_delta = self._base_deltas[name][slot if len(self._base_deltas[name]) > 1 else 0]
             change = change + base_delta.scale * base_delta.B @ base_delta.A
         return change
-
-    def _stand_in(self, name: str) -> Any:
-        heads = [slot[name] for slot in self._heads]
-        dtype = next(heads[0].parameters()).dtype
-        parameters = [dict(head.named_parameters()) for head in heads]  # call_rows lends the module others
-
-        def forward(x: Tensor, *rest: Any, **named: Any) -> Tensor:
-            x = x.to(dtype)
-            rows = [(k, *ends) for k, ends in enumerate(self._routing.segments(x, name)) if ends[1] > ends[0]]
-            if self._rows.on:
-                own = {
-                    key: torch.cat([self._rows.of(parameters[k][key]) for k, _, _ in rows])
-                    for key in parameters[0]
-                }
-                return call_rows(heads[0], own, x, rest, named)
-            return torch.cat([heads[k](x[start:stop], *rest, **named) for k, start, stop in rows])
-
-        return forward

@@ -93,6 +93,22 @@ class Grouped:
         return F.grouped_mm(x.T, y, offs=parts.ends)
 
 
+def outer_of_rows(x: Tensor, y: Tensor, rows: Parts) -> Tensor:
+    """Each row's own xᵀ y, of (n, a) and (n, b): (rows, a, b); one product for rows of one length.
+
+    Args:
+        x: the tokens, row after row.
+        y: the same.
+        rows: how many tokens each row has.
+    """
+    if len(set(rows.counts)) == 1:
+        count = len(rows.counts)
+        return x.view(count, -1, x.shape[1]).mT @ y.view(count, -1, y.shape[1])
+    even = all(z.shape[1] * z.element_size() % 16 == 0 for z in (x, y))
+    grouped = even and x.device.type in ("cpu", "cuda") and grouped_works(str(x.device), x.dtype)
+    return (Grouped() if grouped else OneByOne()).outer(x.contiguous(), y.contiguous(), rows)
+
+
 def products_on(device: torch.device, dtype: torch.dtype) -> Products | None:
     """How a model's low-rank terms are computed; None on a CPU, where each slot has its own parameters.
 

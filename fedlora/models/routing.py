@@ -19,6 +19,7 @@ Segments = list[tuple[int, int]]
 class _Batch:
     rows: Segments
     tokens: Segments | None
+    sizes: Sequence[int]
     parts: dict[tuple[int, int, int], Parts] = field(default_factory=dict)
 
 
@@ -45,9 +46,16 @@ class Routing:
     def batch(self, batch: Any) -> None:
         self._here.batch = batch
 
-    def set(self, counts: Sequence[int], tokens: Sequence[int] | None = None) -> None:
-        """Say what each slot has in this thread's next batch: rows, and tokens where rows lie end to end."""
-        self._here.batch = _Batch(_segments(counts), None if tokens is None else _segments(tokens))
+    def set(self, counts: Sequence[int], sizes: Sequence[int] | None = None) -> None:
+        """Say what each slot has in this thread's next batch.
+
+        Args:
+            counts: rows of each.
+            sizes: tokens of each row, where they lie end to end.
+        """
+        rows = _segments(counts)
+        tokens = None if sizes is None else _segments([sum(sizes[start:stop]) for start, stop in rows])
+        self._here.batch = _Batch(rows, tokens, sizes or ())
 
     def segments(self, x: Tensor, name: str) -> Segments:
         """The rows (start, stop) of each slot; or the tokens, where rows lie end to end.
@@ -86,6 +94,24 @@ class Routing:
             times = rows // max(1, segments[-1][1])
             kept[key] = Parts([(b - a) * times for a, b in segments], self._device)
         return kept[key]
+
+    def rows(self, segments: Segments, rows: int, slot: int | None = None) -> Parts:
+        """How the rows of a layer's input are dealt to the rows of the batch, or to those of one slot.
+
+        Args:
+            segments: of the slots, as the layer's input shows them.
+            rows: of the input, all tokens together.
+            slot: whose rows alone; None for all.
+        """
+        batch: _Batch | None = self.batch
+        assert batch is not None
+        first, last = batch.rows[slot] if slot is not None else (0, batch.rows[-1][1])
+        key = (-1 if slot is None else -2 - slot, segments[-1][1], rows)
+        if key not in batch.parts:
+            each = [rows // max(1, batch.rows[-1][1])] * (last - first)
+            sizes = batch.sizes[first:last] if segments is batch.tokens else each
+            batch.parts[key] = Parts(sizes, self._device)
+        return batch.parts[key]
 
 
 def _segments(counts: Sequence[int]) -> Segments:

@@ -5,6 +5,11 @@ place. Ranks are padded with zeros up to the largest, and to a multiple of 8. Th
 nothing to an output and gets no gradient. Gradients are added up in place, in a tensor of the same form, so
 that autograd keeps none of them. Products are computed in the model's precision, from a copy that is made
 anew when the factors have moved; the factors themselves stay as precise as they came.
+
+For DP-SGD each row has a gradient of its own. Those of a batch are one matrix, a row each, in which the
+factors lie as in a client's row of the tensors. A row's gradient of a layer is the product of its own tokens'
+numbers, grouped by rows as the others are by clients: r (d_in + d_out) numbers, fewer than its activations
+if it has more tokens than the rank. So they are made and not only their norms.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedlora.core.adapter import Adapter
+from fedlora.models.pack import upload
+from fedlora.models.per_row import RowGradients
 from fedlora.models.products import OneByOne, Parts, Products
 
 ROUND = 8  # a rank is padded to a multiple of it, so that every matrix begins where a GPU can read it at once
@@ -45,6 +52,7 @@ class Stacks:
         device: where the model is.
         dtype: in which products are computed.
         products: how.
+        by_row: whether each row has a gradient of its own, in the batch's `RowGradients`.
 
     Attributes:
         values: "A" and "B" -> the factors that are trained, (slots, all of a slot's factors and padding).
@@ -59,19 +67,21 @@ class Stacks:
         device: torch.device,
         dtype: torch.dtype,
         products: Products,
+        by_row: bool = False,
     ) -> None:
         self._adapters, self._trained = adapters, frozenset(trained)
         self._products = OneByOne() if len(adapters) == 1 else products
+        self._outer = products if by_row else self._products
         self._places, widths = _layout(adapters, self._trained)
-        first = next(iter(adapters[0].pairs.values())).A.dtype
+        self._precise = next(iter(adapters[0].pairs.values())).A.dtype
         whole = {
-            name: torch.zeros(len(adapters), width, dtype=first, device=device)
+            name: torch.zeros(len(adapters), width, dtype=self._precise, device=device)
             for name, width in widths.items()
         }
         for slot, adapter in enumerate(adapters):
             for name, row in _rows(adapter, self._places, widths).items():
                 whole[name][slot].copy_(row)
-        self.values = {name: nn.Parameter(found) for name, found in whole.items() if name != FIXED}
+        self.values = {name: nn.Parameter(whole[name]) for name in sorted(whole) if name != FIXED}
         for parameter in self.values.values():
             parameter.grad = torch.zeros_like(parameter)
         self._compute = {name: found.to(dtype) for name, found in whole.items()}
@@ -102,7 +112,45 @@ class Stacks:
                 found.setdefault(module, {})[factor] = own
         return found
 
-    def add(self, output: Tensor, x: Tensor, module: str, parts: Parts) -> Tensor:
+    def row_gradients(self, rows: int, more: int) -> RowGradients:
+        """Room for the gradients of so many rows, with so many numbers more than those of the factors."""
+        widths = {name: value.shape[1] for name, value in self.values.items()}
+        return RowGradients(rows, widths, more, self.anchor.device, self._precise)
+
+    def indices(self) -> list[Tensor | None]:
+        """Where each slot's numbers lie in its row of all trained factors, in the order of its parameters.
+
+        First those of A, then those of B, module by module, without the padding. None of a slot whose numbers
+        fill its row in this order. Slots of the same ranks share a tensor.
+        """
+        widths = [value.shape[1] for value in self.values.values()]
+        every = torch.arange(sum(widths))
+        numbers = dict(zip(self.values, every.split(widths), strict=True))
+        made: dict[tuple[int, ...], Tensor | None] = {}
+        ranks = [tuple(pair.rank for pair in adapter.pairs.values()) for adapter in self._adapters]
+        for key, adapter in zip(ranks, self._adapters, strict=True):
+            if key not in made:
+                own = torch.cat(
+                    [
+                        _cut(place.of(numbers[name][None])[0], tensor.shape).reshape(-1)
+                        for name in self.values
+                        for module, pair in adapter.pairs.items()
+                        for factor, tensor in pair.factors()
+                        if factor == name and (place := self._places[f"{module}.{factor}"]).tensor == name
+                    ]
+                    or [every]
+                )
+                made[key] = None if torch.equal(own, every) else upload(own, self.anchor.device)
+        return [made[key] for key in ranks]
+
+    def add(
+        self,
+        output: Tensor,
+        x: Tensor,
+        module: str,
+        parts: Parts,
+        rows: tuple[RowGradients, Parts] | None = None,
+    ) -> Tensor:
         """Add scale · x Aᵀ Bᵀ to a layer's output in place, each slot's rows through its own factors.
 
         Args:
@@ -110,10 +158,12 @@ class Stacks:
             x: (..., d_in), the layer's input.
             module: the layer.
             parts: how the rows of both lie.
+            rows: where each row's own gradient goes, and how many of the rows of `x` it has.
         """
         A, B = self._places[f"{module}.A"], self._places[f"{module}.B"]
         even = A.shape[1] % ROUND == B.shape[0] % ROUND == 0  # grouped products need it
-        layer = _Layer(self, module, parts, A, B, self._products if even else OneByOne())
+        products, outer = (self._products, self._outer) if even else (OneByOne(), OneByOne())
+        layer = _Layer(self, module, parts, A, B, products, outer, rows)
         anchor = self.anchor if {A.tensor, B.tensor} != {FIXED} else self.anchor.detach()
         added: Tensor = _Stacked.apply(output, x, anchor, layer)  # type: ignore[no-untyped-call]
         return added
@@ -156,6 +206,8 @@ class _Layer:
     A: _Place
     B: _Place
     products: Products
+    outer: Products
+    rows: tuple[RowGradients, Parts] | None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (slots, rank, d_in) and B (slots, d_out, rank), as products take them."""
@@ -166,12 +218,16 @@ class _Layer:
         """The scale of each row."""
         return self.parts.spread(self.stacks._scales[self.module], dtype)
 
-    def collect(self, place: _Place, gradient: Tensor) -> None:
-        """Add a factor's gradient, (slots, *shape), to what there is."""
+    def collect(self, place: _Place, left: Tensor, right: Tensor) -> None:
+        """Add a factor's gradient leftᵀ right to what there is: that of each slot, or of each row."""
+        self.stacks.reached.add(self.module)
+        if self.rows is not None:
+            into, parts = self.rows
+            place.of(into.of(place.tensor)).add_(self.outer.outer(left, right, parts))
+            return
         whole = self.stacks.values[place.tensor].grad
         assert whole is not None
-        place.of(whole).add_(gradient)
-        self.stacks.reached.add(self.module)
+        place.of(whole).add_(self.outer.outer(left, right, self.parts))
 
 
 class _Stacked(torch.autograd.Function):
@@ -196,13 +252,12 @@ class _Stacked(torch.autograd.Function):
         (A, B), products, parts = layer.factors(), layer.products, layer.parts
         grad = grads[0].reshape(-1, grads[0].shape[-1]).to(A.dtype).contiguous()
         if layer.B.tensor != FIXED:
-            layer.collect(layer.B, products.outer(grad, inner, parts))
+            layer.collect(layer.B, grad, inner)
         grad_x = None
         if layer.A.tensor != FIXED or ctx.needs_input_grad[1]:
             v = products.rows(grad, B, parts).mul_(layer.scale(A.dtype))
             if layer.A.tensor != FIXED:
-                flat = x.reshape(-1, x.shape[-1]).to(A.dtype)
-                layer.collect(layer.A, products.outer(v, flat, parts))
+                layer.collect(layer.A, v, x.reshape(-1, x.shape[-1]).to(A.dtype))
             if ctx.needs_input_grad[1]:
                 grad_x = products.rows(v, A, parts).view(x.shape).to(x.dtype)
         return grads[0], grad_x, None, None

@@ -11,10 +11,13 @@ import os
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from torch import Tensor
 
+from fedlora.models.pack import upload
+
 PAIRS = 8192  # normals are made in pairs, this many at a time, which fit into the cache
+BLOCKS = 256  # and so many times as many on a GPU: 34 MB of random bits
 
 
 class Source:
@@ -32,23 +35,56 @@ class Source:
 
     def uniforms(self, count: int) -> Tensor:
         """Uniform numbers above 0 and at most 1 with 53 random bits, (count,), float64."""
-        bits = torch.frombuffer(bytearray(self._stream.update(bytes(8 * count))), dtype=torch.int64)
-        # A shift by half a step excludes 0, whose logarithm would give an infinite normal. It is added last,
-        # because float64 can represent it there.
-        return (bits >> 11).double().add_(2.0**52).mul_(2.0**-53).add_(2.0**-54)
+        return _uniforms(_Bits(count).draw(self._stream), torch.empty(count, dtype=torch.float64))
 
-    def normals(self, count: int) -> Tensor:
-        """Standard normal numbers (Box and Muller, 1958), (count,), float64."""
-        rounds = math.ceil(count / (2 * PAIRS))
-        found = torch.empty(rounds, 2, PAIRS, dtype=torch.float64)
-        for pair in found:
-            u = self.uniforms(2 * PAIRS)
-            radius, angle = u[:PAIRS].log_().mul_(-2).sqrt_(), u[PAIRS:].mul_(2 * math.pi)
-            torch.mul(radius, angle.cos(), out=pair[0])
-            torch.mul(radius, angle.sin_(), out=pair[1])
+    def normals(self, count: int, device: torch.device | str = "cpu") -> Tensor:
+        """Standard normal numbers (Box and Muller, 1958), (count,), float64.
+
+        Args:
+            count: how many.
+            device: where they are wanted. The random bits are the CPU's wherever that is; what is made of
+                them is computed there, and a GPU rounds it otherwise.
+        """
+        if not count:
+            return torch.empty(0, dtype=torch.float64, device=device)
+        found = torch.empty(math.ceil(count / (2 * PAIRS)), 2, PAIRS, dtype=torch.float64, device=device)
+        blocks = found.split(1 if found.device.type == "cpu" else BLOCKS)
+        bits, u = _Bits(blocks[0].numel()), torch.empty_like(blocks[0])  # once: new memory is slow
+        for block in blocks:
+            drawn = upload(bits.draw(self._stream, block.numel()), found.device)
+            radius, angle = _uniforms(drawn.view_as(block), u[: len(block)]).unbind(1)
+            radius.log_().mul_(-2).sqrt_()
+            angle.mul_(2 * math.pi)
+            torch.cos(angle, out=block[:, 0]).mul_(radius)
+            torch.sin(angle, out=block[:, 1]).mul_(radius)
         return found.view(-1)[:count]
 
     def chosen(self, count: int, rate: float) -> list[int]:
         """A Poisson sample: each index below `count` is included with probability `rate`, independently."""
         drawn: list[int] = np.flatnonzero(self.uniforms(count).numpy() <= rate).tolist() if count else []
         return drawn
+
+
+class _Bits:
+    """Random bits of a stream, drawn into the same memory again and again.
+
+    Args:
+        count: how many numbers of 64 bits at most.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._zeros, self._data = bytes(8 * count), bytearray(8 * count + 15)  # the cipher wants the room
+        self._numbers = torch.frombuffer(self._data, dtype=torch.int64, count=count)
+
+    def draw(self, stream: CipherContext, count: int | None = None) -> Tensor:
+        """The stream's next numbers, (count,), int64; until the next draw."""
+        found = self._numbers[:count]
+        stream.update_into(memoryview(self._zeros)[: 8 * len(found)], self._data)
+        return found
+
+
+def _uniforms(bits: Tensor, out: Tensor) -> Tensor:
+    """What `Source.uniforms` says, of bits that are lost by it, in the shape and the place of `out`."""
+    # A shift by half a step excludes 0, whose logarithm would give an infinite normal. It is added last,
+    # because float64 can represent it there.
+    return out.copy_(bits.bitwise_right_shift_(11)).add_(2.0**52).mul_(2.0**-53).add_(2.0**-54)

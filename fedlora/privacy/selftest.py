@@ -17,6 +17,7 @@ from fedlora.core.parametrization import Parametrization
 from fedlora.data import Example
 from fedlora.errors import ModelError
 from fedlora.models import Base, MultiAdapterModel
+from fedlora.models.stacks import Stacks
 from fedlora.models.trial import lengths, made_up
 from fedlora.seeds import generator
 
@@ -110,10 +111,16 @@ def _batches(base: Base, rows: list[Example]) -> list[list[int]]:
 
 def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> list[list[Tensor]]:
     """The gradients of all trained parameters, a list for each row; without `per_row` there is one row."""
-    with MultiAdapterModel(base, [task], train=True, per_row=per_row) as bank:
-        bank.route([len(rows)])
+    with MultiAdapterModel(base, [task], train=True, per_row=per_row, stacked=per_row) as bank:
         parameters = [p for found in bank.factors(0).values() for p in found]
-        losses, _ = base.losses(base.collate(rows))
+        if per_row and bank.unpadded:
+            bank.route([len(rows)], [row.size for row in rows])
+            losses, _ = base.losses_unpadded(rows)
+        else:
+            bank.route([len(rows)])
+            losses, _ = base.losses(base.collate(rows))
+        if bank.stacks:
+            return _of_stacks(bank.row_gradients(losses.sum(), [0]), bank.stacks, parameters)
         leaves = bank.leaves(parameters)
         found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
         grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
@@ -122,3 +129,13 @@ def _gradients(base: Base, task: Task, rows: list[Example], per_row: bool) -> li
     if any(len(g) != len(rows) for g in grads):
         raise ModelError(f"private training: expected gradients of {len(rows)} records, got another number")
     return [[g[i] for g in grads] for i in range(len(rows))]
+
+
+def _of_stacks(rows: Tensor, stacks: Stacks, parameters: list[nn.Parameter]) -> list[list[Tensor]]:
+    """The gradients of the one slot's parameters, a list for each row, from those in the order of stacks."""
+    [places] = stacks.indices()
+    if places is not None:
+        factors = sum(value.shape[1] for value in stacks.values.values())
+        rows = torch.cat([rows[:, places], rows[:, factors:]], dim=1)
+    each = [row.split([p.numel() for p in parameters]) for row in rows]
+    return [[g.view(p.shape) for g, p in zip(row, parameters, strict=True)] for row in each]

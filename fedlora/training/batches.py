@@ -34,7 +34,9 @@ def count(tokens: int) -> int:
     return max(2, 1 << ((tokens // 64).bit_length() - 1) // 2, -(-tokens // LARGEST))
 
 
-def micro_batches(rows: Micro, tokens: int | None, traits: Traits, padded: bool = True) -> list[Micro]:
+def micro_batches(
+    rows: Micro, tokens: int | None, traits: Traits, padded: bool = True, most: int | None = None
+) -> list[Micro]:
     """Cut (slot, row) pairs into lists of like length, slot by slot.
 
     Their sizes are as even as possible, so that no core waits for another.
@@ -45,18 +47,22 @@ def micro_batches(rows: Micro, tokens: int | None, traits: Traits, padded: bool 
             allows. None makes as many lists as `count` says, or fewer.
         traits: of the model, which say what rows may be together.
         padded: whether each row counts as long as its list's longest.
+        most: rows that a list may hold; None for any number.
     """
     ordered = sorted(rows, key=lambda item: -item[1].size)
     lengths = [row.size for _, row in ordered]
     if tokens is None:
-        fewest, high = count(sum(lengths)), sum(lengths[:1]) * len(lengths)
+        high = sum(lengths[:1]) * len(lengths)
+        fewest = max(count(sum(lengths)), len(_cuts(lengths, high, traits, padded, most)))
     else:
-        fewest, high = len(_cuts(lengths, tokens, traits, padded)), tokens
+        fewest, high = len(_cuts(lengths, tokens, traits, padded, most)), tokens
     low = 0
     while high - low > 1:  # the smallest budget that needs no more lists
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_cuts(lengths, middle, traits, padded)) <= fewest else (middle, high)
-    spans = itertools.pairwise([*_cuts(lengths, high, traits, padded), len(ordered)])
+        low, high = (
+            (low, middle) if len(_cuts(lengths, middle, traits, padded, most)) <= fewest else (middle, high)
+        )
+    spans = itertools.pairwise([*_cuts(lengths, high, traits, padded, most), len(ordered)])
     return [sorted(ordered[start:stop], key=lambda item: item[0]) for start, stop in spans]
 
 
@@ -85,13 +91,14 @@ def groups(batches: Sequence[Sequence[Sequence[Example]]], tokens: int) -> list[
     return [sorted(group) for group in found]
 
 
-def _cuts(lengths: Sequence[int], tokens: int, traits: Traits, padded: bool) -> list[int]:
+def _cuts(lengths: Sequence[int], tokens: int, traits: Traits, padded: bool, most: int | None) -> list[int]:
     """Where lists begin that take as many rows of falling length as there is room for."""
     cuts: list[int] = []
     held = 0
     for i, length in enumerate(lengths):
         held = (i - cuts[-1] + 1) * lengths[cuts[-1]] if padded and cuts else held + length
-        if not cuts or held > tokens or not traits.together(lengths[cuts[-1]], length):
+        full = held > tokens or (cuts and i - cuts[-1] == most)
+        if not cuts or full or not traits.together(lengths[cuts[-1]], length):
             cuts.append(i)
             held = length
     return cuts

@@ -111,13 +111,10 @@ def measure(
 
 def losses_of(base: Base, bank: MultiAdapterModel, micro: Micro, slots: int) -> tuple[Tensor, Tensor]:
     """Losses and shares of right answers of a micro-batch, each by its slot's adapter, (rows,) both."""
-    rows, tokens = Counter[int](), Counter[int]()
-    for slot, row in micro:
-        rows[slot] += 1
-        tokens[slot] += row.size
-    counts, lengths = ([held[slot] for slot in range(slots)] for held in (rows, tokens))
+    held, rows = Counter(slot for slot, _ in micro), [row for _, row in micro]
+    counts = [held[slot] for slot in range(slots)]
     if bank.unpadded:
-        bank.route(counts, lengths)
-        return base.losses_unpadded([row for _, row in micro])
+        bank.route(counts, [row.size for row in rows])
+        return base.losses_unpadded(rows)
     bank.route(counts)
-    return base.losses(base.collate([row for _, row in micro]))
+    return base.losses(base.collate(rows))

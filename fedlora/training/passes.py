@@ -1,6 +1,8 @@
 """Micro-batches on their way through the model and back, as large as memory allows."""
 
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,8 @@ from fedlora.models.memory import TRIED
 from fedlora.models.pack import upload
 from fedlora.training.batches import Micro, micro_batches
 from fedlora.training.evaluation import losses_of
-from fedlora.training.steps import Gradients
-from fedlora.training.workers import Workers
+from fedlora.training.gradients import Gathering
+from fedlora.training.workers import Workers, in_turn
 
 
 class Passes:
@@ -21,15 +23,15 @@ class Passes:
         base: the frozen model.
         bank: holds what they train.
         slots: how many they are.
-        by_row: whether each row gets its own gradient, of its own loss.
+        gathering: takes the gradients.
         workers: compute micro-batches side by side.
     """
 
     def __init__(
-        self, base: Base, bank: MultiAdapterModel, slots: int, by_row: bool, workers: Workers
+        self, base: Base, bank: MultiAdapterModel, slots: int, gathering: Gathering, workers: Workers
     ) -> None:
-        self._base, self._bank, self._slots, self._by_row = base, bank, slots, by_row
-        self._workers = workers
+        self._base, self._bank, self._slots, self._gathering = base, bank, slots, gathering
+        self._map = in_turn if gathering.in_turn else workers.map
 
     def measure(self, tokens: int | None, rows: Micro) -> None:
         """Try how much memory a micro-batch takes, where that is not known; nothing is left of it.
@@ -43,7 +45,8 @@ class Passes:
         micro = micro_batches(rows, TRIED, self._base.traits, not self._bank.unpadded)[0]
 
         def trial() -> int:
-            self._there_and_back(micro, dict.fromkeys({slot for slot, _ in micro}, 1.0))
+            shares = dict.fromkeys(sorted({slot for slot, _ in micro}), 1.0)
+            self._bank.gradients(self._losses(micro, shares)[0], list(shares))
             self._forget()
             return self._size(micro)
 
@@ -54,8 +57,8 @@ class Passes:
 
     def gradients(
         self, rows: Micro, shares: Mapping[int, float], tokens: int | None
-    ) -> list[tuple[Micro, Gradients, Tensor]]:
-        """The micro-batches of a step, the gradients of each, and its rows' losses times their shares.
+    ) -> list[tuple[Micro, Tensor]]:
+        """Gather the gradients of a step; its micro-batches, and their rows' losses times their shares.
 
         What does not fit the memory of a GPU is done again in smaller micro-batches.
 
@@ -69,25 +72,33 @@ class Passes:
         """
         while True:
             limit = self._base.memory.limit(tokens)
-            micros = micro_batches(rows, limit, self._base.traits, not self._bank.unpadded)
+            most = self._base.memory.rows(self._gathering.numbers)
+            micros = micro_batches(rows, limit, self._base.traits, not self._bank.unpadded, most)
             try:
-                found = self._workers.map(lambda micro: self._there_and_back(micro, shares), micros)
-                return [(micro, *one) for micro, one in zip(micros, found, strict=True)]
+                found = self._map(lambda micro: self._there_and_back(micro, shares), micros)
+                break
             except torch.OutOfMemoryError:
                 pass  # the error holds on to what did not fit, and goes with this block
             self._forget()
             self._smaller(micros)
+        for taken, _ in found:
+            self._gathering.add(taken)
+        return [(micro, losses) for micro, (_, losses) in zip(micros, found, strict=True)]
 
-    def _there_and_back(self, micro: Micro, shares: Mapping[int, float]) -> tuple[Gradients, Tensor]:
+    def _there_and_back(self, micro: Micro, shares: Mapping[int, float]) -> tuple[Any, Tensor]:
+        loss, weighted = self._losses(micro, shares)
+        counts = Counter(slot for slot, _ in micro)
+        return self._gathering.take(loss, {slot: counts[slot] for slot in sorted(counts)}), weighted
+
+    def _losses(self, micro: Micro, shares: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+        """What is differentiated, and the rows' losses times their shares."""
         each, _ = losses_of(self._base, self._bank, micro, self._slots)
         share = torch.tensor([shares[slot] for slot, _ in micro], dtype=each.dtype)
         weighted = each * upload(share, each.device)
-        loss = each.sum() if self._by_row else weighted.sum()
-        return self._bank.gradients(loss, sorted({slot for slot, _ in micro})), weighted.detach()
+        return each.sum() if self._gathering.by_row else weighted.sum(), weighted.detach()
 
     def _forget(self) -> None:
-        if self._bank.stacks:
-            self._bank.stacks.forget()
+        self._gathering.forget()
 
     def _smaller(self, micros: list[Micro]) -> None:
         sizes = [(self._size(micro), max(row.size for _, row in micro)) for micro in micros]

@@ -12,6 +12,7 @@ from fedlora.data import Example
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models import MultiAdapterModel
 from fedlora.privacy import Mechanism
+from fedlora.training.gradients import Gathering, accumulate
 from fedlora.training.rules.base import LocalRule, RoundStart, Term, part_of
 from fedlora.training.workers import Workers
 
@@ -33,7 +34,6 @@ class FitJob:
     memory: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Gradients = list[tuple[nn.Parameter, Tensor | None]]
 Parameters = dict[str, list[nn.Parameter]]
 MakeOptimizer = Callable[[Parameters], torch.optim.Optimizer]
 Schedule = Callable[[int, int], float]
@@ -81,12 +81,11 @@ class Learner:
 
 
 class _Optimizer:
-    """A client's optimizer, at the rates that it began with, and what makes its gradients private."""
+    """A client's optimizer, at the rates that it began with."""
 
-    def __init__(self, job: FitJob, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.rates = [group["lr"] for group in optimizer.param_groups]
-        self.private = None if job.mechanism is None else job.mechanism.wrap(optimizer)
 
 
 class Apart:
@@ -96,22 +95,25 @@ class Apart:
         jobs: one a slot.
         bank: holds what they train.
         how: the steps.
+        gathering: how their gradients come to the parameters.
     """
 
     lockstep = False
 
-    def __init__(self, jobs: Sequence[FitJob], bank: MultiAdapterModel, how: How) -> None:
-        self._bank, self._how = bank, how
+    def __init__(
+        self, jobs: Sequence[FitJob], bank: MultiAdapterModel, how: How, gathering: Gathering
+    ) -> None:
+        self._bank, self._how, self._gathering = bank, how, gathering
         self._learners = [Learner(job, bank, slot) for slot, job in enumerate(jobs)]
         self._groups = [bank.factors(slot) for slot in range(len(jobs))]
-        self._clipped = [0.0 if job.mechanism else None for job in jobs]
         self._optimizers: dict[int, _Optimizer] = {}  # of the clients that are on their way
 
     def begin(self, slots: Sequence[int]) -> None:
         """Make the optimizers of these clients, before the gradients of their first step."""
         for slot in slots:
             optimizer = self._how.make_optimizer(self._groups[slot])
-            self._optimizers[slot] = _Optimizer(self._learners[slot].job, optimizer)
+            self._optimizers[slot] = _Optimizer(optimizer)
+            self._gathering.begin(slot, optimizer)
 
     def step(self, slots: Sequence[int], step: int, workers: Workers) -> None:
         """Move these clients by the gradients that are there, noised ones under privacy.
@@ -119,6 +121,8 @@ class Apart:
         Raises:
             ModelError: in the first step, a parameter has no gradient.
         """
+        batches = {slot: self._learners[slot].job.batches[step] for slot in slots}
+        self._gathering.release({slot: len(batch) for slot, batch in batches.items()}, workers)
         workers.map(lambda slot: self._move(slot, step), slots)
         if self._bank.stacks:
             self._bank.stacks.moved()
@@ -127,41 +131,19 @@ class Apart:
         """What a client has trained; the bank's own tensors, which nothing may train further."""
         return self._bank.adapter(slot, copy=False)
 
-    def clipped(self, slot: int) -> float | None:
-        """The share of a client's rows whose gradient was longer than its mechanism's clip."""
-        return self._clipped[slot]
-
     def _move(self, slot: int, step: int) -> None:
         learner, own = self._learners[slot], self._optimizers[slot]
-        if own.private is not None:
-            own.private.release(len(learner.job.batches[step]))
         if step == 0:
-            silent = self._bank.stacks.silent if self._bank.stacks else 0
+            silent = self._bank.stacks.silent if self._bank.stacks and not self._gathering.by_row else 0
             check_called([p for found in self._groups[slot].values() for p in found], silent)
         learner.add_rules()
         factor = self._how.factor(step, learner.steps, learner.job.rate)
         keep = self._bank.stacks is not None  # windows on what is there for all
         move(own.optimizer, self._how.clip, own.rates, factor, keep)
         if step + 1 == learner.steps:  # what an optimizer remembers is as large as two adapters
-            if own.private is not None:
-                self._clipped[slot] = own.private.clipped / max(1, own.private.seen)
             del self._optimizers[slot]
+            self._gathering.end(slot)
             learner.finish()
-
-
-def accumulate(grads: Gradients) -> None:
-    """Add gradients, in the order of micro-batches whichever was done first."""
-    for parameter, grad in grads:
-        if grad is not None:
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-
-
-def collect(grads: Gradients) -> None:
-    """Keep the rows' gradients of a micro-batch with their parameters, for the mechanism."""
-    for parameter, rows in grads:
-        if rows is not None:
-            held = getattr(parameter, "grad_sample", None)
-            parameter.grad_sample = [rows] if held is None else [*held, rows]  # type: ignore[attr-defined]
 
 
 def check_called(parameters: Sequence[nn.Parameter], silent: int = 0) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from fedlora.core.adapter import Adapter
 from fedlora.models import MultiAdapterModel
+from fedlora.training.gradients import Gathering
 from fedlora.training.steps import Apart, FitJob, How, Learner, check_called
 from fedlora.training.workers import Workers
 
@@ -40,15 +41,22 @@ class Together:
         bank: with stacks.
         how: the steps.
         optimizer: of the stacks and of the clients' heads, one that moves every number by itself.
+        gathering: how the gradients come to the stacks and the heads.
     """
 
     lockstep = True
 
     def __init__(
-        self, jobs: Sequence[FitJob], bank: MultiAdapterModel, how: How, optimizer: torch.optim.Optimizer
+        self,
+        jobs: Sequence[FitJob],
+        bank: MultiAdapterModel,
+        how: How,
+        optimizer: torch.optim.Optimizer,
+        gathering: Gathering,
     ) -> None:
         assert bank.stacks is not None
         self._bank, self._how, self._stacks, self._optimizer = bank, how, bank.stacks, optimizer
+        self._gathering = gathering
         self._learners = [Learner(job, bank, slot) for slot, job in enumerate(jobs)]
         self._heads = [bank.factors(slot).get("head", []) for slot in range(len(jobs))]
         self._rates = [group["lr"] for group in optimizer.param_groups]
@@ -61,8 +69,10 @@ class Together:
 
     def step(self, slots: Sequence[int], step: int, workers: Workers) -> None:
         """Move these clients by the gradients that are there; the same as `Apart.step`, up to rounding."""
+        batches = {slot: self._learners[slot].job.batches[step] for slot in slots}
+        self._gathering.release({slot: len(batch) for slot, batch in batches.items()}, workers)
         if step == 0:
-            silent = self._stacks.silent
+            silent = 0 if self._gathering.by_row else self._stacks.silent
             check_called([p for slot in slots for p in self._heads[slot]], silent)
         for slot in slots:
             self._learners[slot].add_rules()
@@ -78,9 +88,6 @@ class Together:
     def adapter(self, slot: int) -> Adapter:
         """What a client has trained."""
         return self._done[slot] if slot in self._done else self._bank.adapter(slot)
-
-    def clipped(self, slot: int) -> None:
-        """Nothing: private clients are moved one by one."""
 
     @torch.no_grad()
     def _clip(self, longest: float) -> None:
@@ -123,18 +130,21 @@ class Together:
                 p.grad = None
 
 
-def steps_of(jobs: Sequence[FitJob], bank: MultiAdapterModel, how: How) -> Apart | Together:
+def steps_of(
+    jobs: Sequence[FitJob], bank: MultiAdapterModel, how: How, gathering: Gathering
+) -> Apart | Together:
     """The steps of these clients: by one optimizer where the bank has stacks and the optimizer allows it.
 
     Args:
         jobs: one a slot.
         bank: holds what they train.
         how: the steps.
+        gathering: how the gradients come to the parameters.
     """
     if bank.stacks:
         groups = {name: [p] for name, p in bank.stacks.values.items()}
         heads = [p for slot in range(len(jobs)) for p in bank.factors(slot).get("head", [])]
         optimizer = how.make_optimizer({**groups, "head": heads} if heads else groups)
         if type(optimizer) in ELEMENTWISE:
-            return Together(jobs, bank, how, optimizer)
-    return Apart(jobs, bank, how)
+            return Together(jobs, bank, how, optimizer, gathering)
+    return Apart(jobs, bank, how, gathering)

@@ -18,16 +18,14 @@ from fedlora.data import Example
 from fedlora.errors import ConfigError
 from fedlora.models import Base, MultiAdapterModel
 from fedlora.training.batches import MANY, TOGETHER, Micro, groups, micro_batches
+from fedlora.training.gradients import Gradients, accumulate, gathering_of
 from fedlora.training.passes import Passes
 from fedlora.training.steps import (
     FitJob,
-    Gradients,
     How,
     MakeOptimizer,
     Parameters,
     Schedule,
-    accumulate,
-    collect,
     move,
 )
 from fedlora.training.together import steps_of
@@ -81,8 +79,9 @@ def fit(
         MultiAdapterModel(base, tasks, True, per_row=bool(mechanisms), stacked=True) as bank,
         Workers(base) as workers,
     ):
-        team = steps_of(jobs, bank, How(make_optimizer, clip, schedule))
-        passes = Passes(base, bank, len(jobs), bool(mechanisms), workers)
+        gathering = gathering_of(bank, mechanisms)
+        team = steps_of(jobs, bank, How(make_optimizer, clip, schedule), gathering)
+        passes = Passes(base, bank, len(jobs), gathering, workers)
         passes.measure(
             tokens, [(slot, row) for slot, job in enumerate(jobs) for row in next(iter(job.batches), ())]
         )
@@ -96,8 +95,7 @@ def fit(
                 live = {slot: jobs[slot].batches[step] for slot in slots if step < len(jobs[slot].batches)}
                 rows = [(slot, row) for slot, batch in live.items() for row in batch]
                 shares = {slot: 1 / max(1, len(batch)) for slot, batch in live.items()}
-                for micro, grads, losses in passes.gradients(rows, shares, room):
-                    (collect if mechanisms else accumulate)(grads)
+                for micro, losses in passes.gradients(rows, shares, room):
                     owners += [slot for slot, _ in micro]
                     told.append(losses)
                 team.step(list(live), step, workers)
@@ -117,7 +115,7 @@ def fit(
                 adapter=team.adapter(slot),
                 loss=total / max(1, len(job.batches)),
                 steps=len(job.batches),
-                clipped=team.clipped(slot),
+                clipped=gathering.clipped(slot),
             )
             for slot, (job, total) in enumerate(zip(jobs, totals, strict=True))
         ]

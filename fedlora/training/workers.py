@@ -21,6 +21,11 @@ Work = TypeVar("Work")
 Result = TypeVar("Result")
 
 
+def in_turn(work: Callable[[Work], Result], items: Sequence[Work]) -> list[Result]:
+    """The results of items that are done one after the other, by the calling thread."""
+    return [work(item) for item in items]
+
+
 class Workers:
     """As many threads as torch would use on the CPU; none for a model on a GPU. For use in a `with` block.
 
@@ -53,7 +58,7 @@ class Workers:
         """
         if self._pool is None:
             with one_thread() if self._alone else nullcontext():
-                return [work(item) for item in items]
+                return in_turn(work, items)
         if getattr(self._mine, "thread", False):
             return self._share(self._pool, work, items)
         with one_thread():

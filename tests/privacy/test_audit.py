@@ -31,18 +31,19 @@ def verdicts(found: Audit) -> dict[str, bool]:
 
 def noise_times(monkeypatch: Patch, factor: float) -> None:
     normals = Source.normals
-    monkeypatch.setattr(Source, "normals", lambda self, count: factor * normals(self, count))
+    monkeypatch.setattr(Source, "normals", lambda self, *given: factor * normals(self, *given))
 
 
 def clip_times(monkeypatch: Patch, factor: float) -> None:
-    clip = PrivateOptimizer.clip_and_accumulate
+    clip = PrivateOptimizer.clip
 
-    def wide(self: Any) -> None:
+    def wide(self: Any, *given: Any) -> Any:
         self.max_grad_norm *= factor
-        clip(self)
+        found = clip(self, *given)
         self.max_grad_norm /= factor
+        return found
 
-    monkeypatch.setattr(PrivateOptimizer, "clip_and_accumulate", wide)
+    monkeypatch.setattr(PrivateOptimizer, "clip", wide)
 
 
 def test_right_code_passes_though_its_canaries_show(right: Audit) -> None:

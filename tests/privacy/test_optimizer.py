@@ -28,8 +28,8 @@ def random(rows: int, seed: int = 0, size: float = 1.0) -> list[Tensor]:
 
 
 def give(optimizer: PrivateOptimizer, *chunks: Sequence[Tensor]) -> None:
-    for i, p in enumerate(optimizer.params):
-        p.grad_sample = [chunk[i] for chunk in chunks] or None
+    for chunk in chunks:
+        optimizer.add(optimizer.clip(dict(zip(optimizer.params, chunk, strict=True)), len(chunk[0])))
 
 
 def released(optimizer: PrivateOptimizer, *chunks: Sequence[Tensor]) -> list[Tensor]:
@@ -78,8 +78,7 @@ def test_no_record_is_over_a_clip_that_may_be_said(clip: float, size: float) -> 
     for numbers in (1, 3000):
         p = nn.Parameter(torch.zeros(numbers))
         optimizer = Mechanism(0.0, clip, 1, Source()).wrap(torch.optim.SGD([p], lr=1.0))
-        p.grad_sample = [torch.full((1, numbers), size)]
-        optimizer.release(1)
+        released(optimizer, [torch.full((1, numbers), size)])
         want = min(clip, size * math.sqrt(numbers))
         assert float(p.grad.double().norm()) <= clip * (1 + 1e-7)
         assert float(p.grad.double().norm()) == pytest.approx(want, rel=1e-4)
@@ -90,8 +89,7 @@ def test_no_record_of_many_like_numbers_is_over_the_clip(numbers: int) -> None:
     for size in (0.1, 0.137, 0.174):  # in float32 alone their norm comes out too small by up to 1.6e-3
         p = nn.Parameter(torch.zeros(numbers))
         optimizer = Mechanism(0.0, 0.5, 1, Source()).wrap(torch.optim.SGD([p], lr=1.0))
-        p.grad_sample = [torch.full((1, numbers), size)]
-        optimizer.release(1)
+        released(optimizer, [torch.full((1, numbers), size)])
         assert 0.5 * (1 - 1e-4) < float(p.grad.double().norm()) <= 0.5
 
 
@@ -157,22 +155,24 @@ def test_other_rows_than_went_in_release_nothing() -> None:
         assert optimizer.steps == 0
     for i in range(len(SHAPES)):  # one tensor alone
         optimizer = private()
-        give(optimizer, [g[:3] if k == i else g for k, g in enumerate(rows)])
-        with pytest.raises(ModelError, match="records went in"):
-            optimizer.release(4)
+        found = dict(zip(optimizer.params, rows, strict=True))
+        found[optimizer.params[i]] = rows[i][:3]
+        with pytest.raises(ModelError, match="records went in" if i else "gradients of 3"):
+            optimizer.clip(found, 4)
 
 
 def test_a_tensor_without_gradients_releases_nothing() -> None:
     optimizer = private()
-    give(optimizer, random(4))
-    optimizer.params[1].grad_sample = None
+    found = dict(zip(optimizer.params, random(4), strict=True))
+    for nothing in (None, found.pop(optimizer.params[1])[:0]):
+        with pytest.raises(ModelError, match="gradients of 0"):
+            optimizer.clip({**found, optimizer.params[1]: nothing}, 4)
     with pytest.raises(ModelError, match="gradients of 0"):
-        optimizer.release(4)
+        optimizer.clip(found, 4)
 
 
 def test_rows_are_used_once() -> None:
     optimizer = private()
     released(optimizer, random(4))
-    assert all(p.grad_sample is None for p in optimizer.params)
     with pytest.raises(ModelError, match="records went in"):
         optimizer.release(4)

@@ -98,8 +98,8 @@ class Fixed:
     def __init__(self, number: int) -> None:
         self.bytes = number.to_bytes(8, "little", signed=True)
 
-    def update(self, zeros: bytes) -> bytes:
-        return self.bytes * (len(zeros) // 8)
+    def update_into(self, zeros: bytes, into: bytearray) -> None:
+        into[: len(zeros)] = self.bytes * (len(zeros) // 8)
 
 
 @pytest.mark.parametrize("number", [-(2**63), -(2**63) + 2**11, 0, 2**63 - 1])

@@ -5,6 +5,7 @@ them is an error there, as on a GPU, and so is every look at a value, for which 
 for. What a model computes is not seen; other tests see to that.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from fedlora.models.memory import Memory
 from fedlora.models.pack import Pack, VarlenPack
 from fedlora.models.packing import Packing
 from fedlora.models.products import Grouped, OneByOne, Products
+from fedlora.privacy import Mechanism, Source
 from fedlora.tasks import Classification, Instruction
 from fedlora.training.rules import FedProx
 from fedlora.training.steps import FitJob
@@ -118,6 +120,34 @@ def test_a_round_looks_at_values_once_at_its_end(
         assert len(looks) == 1
     for one in found:
         assert {tensor.device.type for _, tensor in one.adapter.tensors()} == {"cpu"}
+
+
+@pytest.mark.parametrize("products", [Grouped(), OneByOne()], ids=["grouped", "one by one"])
+@pytest.mark.parametrize("family", ["Qwen3", "Bert"])
+def test_a_private_round_looks_at_losses_and_at_how_many_rows_were_clipped(
+    family: str, products: Products, looks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clipped: list[int] = []
+    whole = Tensor.__int__
+
+    def count(tensor: Tensor) -> int:
+        if not tensor.is_meta:
+            return whole(tensor)
+        clipped.append(tensor.numel())
+        return 0
+
+    monkeypatch.setattr(Tensor, "__int__", count)
+    base = base_of(family, VarlenPack, products)
+    jobs = [
+        replace(one, mechanism=Mechanism(1.0, 0.5, 2, Source(f"{seed}")))
+        for seed, one in enumerate(job(base, seed, 1 + seed % 2) for seed in range(3))
+    ]
+    jobs[1] = replace(jobs[1], batches=[[], *jobs[1].batches])  # an empty Poisson batch
+    client = LocalTraining(lr=1e-3, schedule="cosine")
+    found = fit(base, jobs, client.make_optimizer, client.rate_factor, None, 16)
+    assert len(looks) == 1
+    assert clipped == [1] * len(jobs)
+    assert [one.steps for one in found] == [1, 3, 1]
 
 
 @pytest.mark.parametrize("family", ["Llama", "Bert"])
