@@ -59,5 +59,6 @@ class ServerStep:
         if self._optimizer is None:
             return state, metrics
         rng = generator(self._seed, "aggregate", 0, round)
-        state, more = advance(self._strategy, self._optimizer, before, state, found.answered, rng)
+        answered, idle = found.answered, found.idle
+        state, more = advance(self._strategy, self._optimizer, before, state, answered, rng, idle)
         return state, metrics | more | (sizes(state) if "delta_norm" in metrics else {})

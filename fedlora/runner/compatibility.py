@@ -249,6 +249,7 @@ BEFORE_LOADING = (
     compression.steps_in_code,
     compression.masked_codes,
     server.server_without_space,
+    server.server_over_a_tree,
     server.server_of_numbers,
     tree.strategy_over_a_tree,
     tree.single_updates_over_a_tree,

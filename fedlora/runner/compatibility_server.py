@@ -18,6 +18,17 @@ def server_without_space(spec: RunSpec) -> str | None:
     return None
 
 
+def server_over_a_tree(spec: RunSpec) -> str | None:
+    """Edges, which forward sums: what each client was sent and has learned stays below them."""
+    if spec.server is not None and spec.engine.tree:
+        return (
+            f"server: {type(spec.server).__name__} steps by what clients have learned of what each was sent, "
+            f"and the edges of engine.tree={list(spec.engine.tree)} forward sums alone; use server=none, or "
+            "leave the tree out"
+        )
+    return None
+
+
 def server_of_numbers(spec: RunSpec) -> str | None:
     """An optimizer of single numbers, where the factors get another basis in every round."""
     space = spec.strategy.server_space

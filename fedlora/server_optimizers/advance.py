@@ -74,6 +74,7 @@ def advance(
     after: State,
     answered: Sequence[tuple[Update, Task]],
     rng: np.random.Generator,
+    idle: State | None = None,
 ) -> tuple[State, dict[str, float]]:
     """The state after the optimizer's step, and numbers for the round's line of metrics.jsonl.
 
@@ -84,20 +85,22 @@ def advance(
         after: what the strategy has made of it.
         answered: the updates that the strategy was shown, and what each answers to.
         rng: a generator for `Strategy.aggregate`.
+        idle: F(x, u₀), where the updates are not combined by `Strategy.aggregate`.
     """
-    idle = [replace(update, adapter=task.adapter) for update, task in answered]
-    still = next_state(strategy, without_optimizer(before), idle, rng)
+    if idle is None:
+        unmoved = [replace(update, adapter=task.adapter) for update, task in answered]
+        idle = next_state(strategy, without_optimizer(before), unmoved, rng)
     shared = {name for _, task in answered for name in task.shared()}
     memory = {n.removeprefix(OWN): t for n, t in before.memory.items() if n.startswith(OWN)}
     tensors = dict(after.adapter.tensors())
     of_pairs = {f"{m}.{factor}" for m in after.adapter.pairs for factor in "AB"}
     products = strategy.server_space != "factors"
     names = [n for n in tensors if n in shared and not (products and n in of_pairs)]
-    adapter, kept = _in_coordinates(optimizer, names, after.adapter, still.adapter, memory)
+    adapter, kept = _in_coordinates(optimizer, names, after.adapter, idle.adapter, memory)
     new, numbers = replace(after, adapter=adapter), dict[str, float]()
     if products:
         modules = [m for m in after.adapter.pairs if {f"{m}.A", f"{m}.B"} & shared]
-        new, of_products, numbers = _of_products(strategy, optimizer, modules, before, new, still, memory)
+        new, of_products, numbers = _of_products(strategy, optimizer, modules, before, new, idle, memory)
         kept |= of_products
     # What was not stepped this time, such as the factor whose turn it is not, is remembered as it was.
     remembered = {f"{OWN}{name}": tensor for name, tensor in {**memory, **kept}.items()}

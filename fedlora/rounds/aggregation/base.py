@@ -30,6 +30,8 @@ class Aggregated:
         combined: the updates that the strategy was given; empty where nobody may keep them.
         answered: the same, and what each answers to; where it was shown a mean, that one alone. For a server
             optimizer, and not to be kept.
+        idle: the next state had no client learned anything, where that is not what the strategy makes of the
+            same updates without what was learned.
     """
 
     state: State
@@ -38,6 +40,7 @@ class Aggregated:
     warnings: Sequence[str] = ()
     combined: Sequence[Update] = ()
     answered: Sequence[tuple[Update, Task]] = ()
+    idle: State | None = None
 
 
 class Delivery:

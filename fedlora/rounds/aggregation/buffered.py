@@ -90,7 +90,9 @@ class BufferedAggregation(Aggregation):
         state = strategy.apply_changes(before, self._changes(given))
         numbers, wrong = check_changed_state(strategy, before, state, given.updates, given.tasks)
         metrics = {**state.metrics, **given.metrics, **numbers}
-        return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates)
+        answered = list(zip(given.updates, given.tasks, strict=True))
+        idle = replace(before, round=before.round + 1)  # changes of nothing are added to nothing
+        return Aggregated(state, metrics, given.notes, [*odd, *wrong], given.updates, answered, idle)
 
     def _changes(self, given: RoundUpdates) -> list[Change]:
         counts = [update.weight for update in given.updates]
