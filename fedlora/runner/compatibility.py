@@ -247,6 +247,7 @@ BEFORE_LOADING = (
     schedulers.versions_under_robust_rule,
     compression.feedback_without_basis,
     compression.steps_in_code,
+    compression.codes_under_robust_rule,
     compression.masked_codes,
     server.server_without_space,
     server.server_over_a_tree,

@@ -30,6 +30,18 @@ def steps_in_code(spec: RunSpec) -> str | None:
     return None
 
 
+def codes_under_robust_rule(spec: RunSpec) -> str | None:
+    """A rule that compares updates number by number, of which each client sends others."""
+    codec = for_uploads(spec.compression)
+    if spec.robust is None or codec is None or codec.codes_values or codec.exact or isinstance(codec, RandK):
+        return None
+    return (
+        f"robust: {type(spec.robust).__name__} compares the same numbers of all clients, and under "
+        f"{type(codec).__name__} each client sends others, so that most of what it compares is zero; use "
+        "compression=randk, int8, nf4 or bf16"
+    )
+
+
 def masked_codes(spec: RunSpec) -> str | None:
     """What is summed under masks is a number at a place, both of them the same ones for all clients."""
     codec = for_uploads(spec.compression)

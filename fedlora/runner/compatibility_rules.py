@@ -89,6 +89,11 @@ def rule_at_server(spec: RunSpec) -> str | None:
             f"rule: robust={type(spec.robust).__name__} judges updates, and not what {_name(spec)} has "
             "clients send beside them, by which one client could move all others; leave one of them out"
         )
+    if spec.engine.tree:
+        return (
+            f"rule: the edges of engine.tree={list(spec.engine.tree)} forward sums of updates, and what "
+            f"{_name(spec)} has clients send beside them goes by client; use rule=fedprox, or leave the tree out"
+        )
     if type(spec.scheduler) is not Synchronous:
         return (
             f"scheduler: {_name(spec)} takes all that clients send for answers to the state before the "
