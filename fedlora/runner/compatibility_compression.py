@@ -3,6 +3,7 @@
 from fedlora.compression import RandK
 from fedlora.compression.words import for_uploads
 from fedlora.core.strategy import named as strategies
+from fedlora.robust import NormBound
 
 from .dealt import Dealt
 from .spec import RunSpec
@@ -33,7 +34,9 @@ def steps_in_code(spec: RunSpec) -> str | None:
 def codes_under_robust_rule(spec: RunSpec) -> str | None:
     """A rule that compares updates number by number, of which each client sends others."""
     codec = for_uploads(spec.compression)
-    if spec.robust is None or codec is None or codec.codes_values or codec.exact or isinstance(codec, RandK):
+    if spec.robust is None or isinstance(spec.robust, NormBound):  # which looks at each by itself
+        return None
+    if codec is None or codec.codes_values or codec.exact or isinstance(codec, RandK):
         return None
     return (
         f"robust: {type(spec.robust).__name__} compares the same numbers of all clients, and under "

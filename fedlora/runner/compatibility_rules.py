@@ -92,7 +92,8 @@ def rule_at_server(spec: RunSpec) -> str | None:
     if spec.engine.tree:
         return (
             f"rule: the edges of engine.tree={list(spec.engine.tree)} forward sums of updates, and what "
-            f"{_name(spec)} has clients send beside them goes by client; use rule=fedprox, or leave the tree out"
+            f"{_name(spec)} has clients send beside them goes by client; use rule=fedprox, or leave the "
+            "tree out"
         )
     if type(spec.scheduler) is not Synchronous:
         return (
