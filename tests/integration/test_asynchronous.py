@@ -40,6 +40,7 @@ def test_a_run_that_is_killed_with_tasks_out_goes_on_to_the_same_adapter(
     assert len(kept) <= 4  # what clients at work were sent, and the last two
 
 
+@pytest.mark.slow
 def test_a_buffer_of_all_clients_is_the_synchronous_run(run: Any) -> None:
     want = run("strategy=flexlora", "ranks=[2,4,4]")
     got = run("strategy=flexlora", "ranks=[2,4,4]", "scheduler=buffered", "scheduler.buffer=3", SLOW)
@@ -54,6 +55,7 @@ def test_python_reads_the_scheduler_and_the_speeds_of_a_run(run: Any) -> None:
     assert found.engine.speeds == {"lognormal": 1, "absent": 0.2, "period": 5}
 
 
+@pytest.mark.slow
 def test_every_training_of_a_private_client_is_in_its_ledger(run: Any) -> None:
     private = ("privacy=dp_sgd", "privacy.epsilon=8", "privacy.clip=1", "evaluate.rows=test")
     ran = run(*JOB, SLOW, "client.steps=2", *private)
