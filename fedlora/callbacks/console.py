@@ -31,6 +31,7 @@ class ConsoleProgress(Callback):
         self._run = run
         self._lines: list[list[str]] = []
         self._spent: list[float] = []
+        self._timed = False  # whether there is virtual time
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         )
@@ -76,6 +77,9 @@ class ConsoleProgress(Callback):
             cells.append(", ".join(metrics.get("away", [])) or "-")
         if run.private:
             cells.append(_number(metrics["epsilon"]) + ("" if metrics["epsilon_valid"] else " (not valid)"))
+        if "virtual_seconds" in metrics:
+            self._timed = True
+            cells.append(f"{metrics['virtual_seconds']:.1f}")
         self._lines.append(cells)
         if self._live is None:
             named = zip(self._headings(), cells, strict=True)
@@ -87,7 +91,7 @@ class ConsoleProgress(Callback):
         self._console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
 
     def _headings(self) -> list[str]:
-        more = {"away": self._run.sites, "epsilon": self._run.private}
+        more = {"away": self._run.sites, "epsilon": self._run.private, "virtual s": self._timed}
         names = [*COLUMNS, *(name for name, shown in more.items() if shown)]
         return [self._run.metric if name == "accuracy" else name for name in names]
 

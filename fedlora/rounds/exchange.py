@@ -136,10 +136,8 @@ class MessageExchange:
             node = self._pending.node(reply)
             sent = None if node is None else self._sent.pop(node, None)
             if node is None or sent is None:
-                who = (
-                    "" if node is None else f", of {self._called.get(node, node)}, which has answered already"
-                )
-                self._warn(f"round {round}: a reply that nobody asked for was dropped{who}")
+                who = "" if node is None else f" of {self._called[node]}, which has answered or is too late,"
+                self._warn(f"round {round}: a reply{who} that nobody asked for was dropped")
                 strays.add(reply.metadata.src_node_id)
                 continue
             line = line_of(

@@ -264,7 +264,7 @@ class ServerLoop:
         there, away = self._gather(grid, round, config.least(config.sampled(config.clients)))
         busy = self._exchange.waiting | (grid.busy if isinstance(grid, PatientGrid) else set())
         if self.clock:
-            self.clock.wait_for(map(self.client, there))
+            self.clock.wait_for(map(self.client, there), config.clients_per_round or 1)
             busy |= {node for node in there if self.clock.free(self.client(node)) > self.clock.now}
         return self._aggregation.sample(there, busy, round, config), away
 

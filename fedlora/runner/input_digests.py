@@ -30,8 +30,8 @@ def check_inputs(job: Assembly, folder: RunFolder, resumed: bool) -> None:
 
     Digests are kept of the labels in their order, each client's training rows, the test rows, their tokens,
     the models' frozen weights, the adapter that the run began from, the trace of virtual time, and the source
-    of a strategy or client of the user's own. Rows on other machines are their sites' business and no part of
-    it. An own strategy that has changed is worth a warning only: to mend it is a reason to go on with a run.
+    of a strategy or client of the user's own. Rows on other machines are their sites' business and not part
+    of it. An own strategy that has changed is worth a warning only: to mend it is a reason to go on.
 
     Args:
         job: loaded.

@@ -170,6 +170,8 @@ def closing(path: Path) -> str:
     said = f"{run.metric} {best:.3f}, " if best is not None else ""
     sent = f"{megabytes(run.summary['bytes_down'])} down, {megabytes(run.summary['bytes_up'])} up"
     lines = [f"{said}{sent}, {run.summary['wall_seconds']:.0f} s"]
+    if "virtual_seconds" in run.summary:
+        lines[0] += f", {run.summary['virtual_seconds']:.1f} virtual s"
     if "stopped" in run.summary:
         lines.append(f"stopped  after round {run.summary['rounds']}: {run.summary['stopped']}")
     if "selected_round" in run.summary:

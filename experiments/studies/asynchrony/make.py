@@ -1,7 +1,8 @@
 """Rounds with and without a barrier in virtual time, and what becomes of directions that few clients hold.
 
-    python experiments/studies/asynchrony/make.py            # the large version: 1,000 clients, 50 at once
-    python experiments/studies/asynchrony/make.py --small    # the tiny model, 60 clients, 6 at once, one seed
+    python experiments/studies/asynchrony/make.py --still    # nobody learns: what is left of D
+    python experiments/studies/asynchrony/make.py            # 1,000 clients, 50 at once, three seeds
+    python experiments/studies/asynchrony/make.py --small    # the tiny model, 60 clients, one seed
 
 Every schedule has the same number of trainings. The tables go to the terminal, all curves to runs.json.
 """
@@ -14,9 +15,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+import torch
+
 import fedlora as fl
 from fedlora.core.adapter import Pair
-from fedlora.core.algebra import weighted_sum
+from fedlora.core.algebra import dense, truncate, weighted_sum
 from fedlora.core.changes import Change, moved_extras
 from fedlora.engines.in_process import InProcess
 from fedlora.schedulers import Asynchronous, Buffered
@@ -81,7 +85,12 @@ def main() -> None:
     """Run all of it, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true")
-    size = SMALL if parser.parse_args().small else LARGE
+    parser.add_argument("--still", action="store_true")
+    given = parser.parse_args()
+    if given.still:
+        still()
+        return
+    size = SMALL if given.small else LARGE
     found: dict[str, list[dict[str, Any]]] = {}
     for strategy in (fl.strategies.FlexLoRA(), fl.strategies.FFALoRA()):
         for name, schedule in settings(size).items():
@@ -96,6 +105,29 @@ def main() -> None:
     for name, runs in found.items():
         print(said(name, runs))
     (HERE / "runs.json").write_text(json.dumps(found) + "\n")
+
+
+def still(steps: int = 12) -> None:
+    """Print ‖D‖ and the share of its tail that is left where clients send back what they were sent."""
+    rng = np.random.default_rng(0)
+    A, B = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((16, 64), (48, 16)))
+    peers = [fl.Peer(client, rank) for client, rank in enumerate(RANKS)]
+    print(
+        "| α = 0.5, client k of rank 2, 4, 8, 16 in turn | "
+        + " | ".join(map(str, range(1, steps + 1)))
+        + " |"
+    )
+    for strategy in (fl.strategies.FlexLoRA(), Mixed()):
+        state = strategy.init(fl.Adapter({"layer": fl.Pair(A, B)}))
+        begun = state.adapter.pairs["layer"]
+        tail, left = dense(begun) - dense(truncate(begun, RANKS[0])), []
+        for step in range(steps):
+            peer = peers[step % len(peers)]
+            task = strategy.task(state, peer)
+            update = fl.Update(task.adapter, peer=peer)
+            state = strategy.apply_changes(state, [Change(update, task, factor=0.5)])
+            left.append(float((state.delta("layer") * tail).sum() / tail.norm() ** 2))
+        print(f"| {type(strategy).__name__} | " + " | ".join(f"{share:.3f}" for share in left) + " |")
 
 
 def trained(size: Size, strategy: fl.Strategy, schedule: dict[str, Any], seed: int) -> dict[str, Any]:
