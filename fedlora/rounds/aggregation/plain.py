@@ -37,9 +37,8 @@ class PlainAggregation(Aggregation):
         coded = [at for at, step in enumerate(self.steps) if step.at_client and step.at_server]
         first = min(coded, default=len(self.steps))
         given = _applied(self.steps[first:], given)
-        odd = [
-            *check_updates(given.updates, given.tasks, self.sparse)
-        ]  # of the updates, not of a code for them
+        # Of the updates, not of a step's code for them.
+        odd = [*check_updates(given.updates, given.tasks, self.sparse)]
         given = _applied(self.steps[:first], given)
         before = given.state
         state = next_state(given.strategy, before, given.updates, rng)
