@@ -60,7 +60,7 @@ class LeastSquares(Client):
     """Gradient steps on ½ ‖s B A − W_k‖² of each layer."""
 
     seed: int
-    lr: float = 0.1
+    lr: float = 0.5
 
     def wanted(self, client: int, layer: int) -> torch.Tensor:
         """W_k: the part in common and a part of the client's own, both with a few large entries."""

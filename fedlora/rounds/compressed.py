@@ -60,9 +60,7 @@ def plain_task(content: RecordDict, codec: Compression | None, client: int) -> R
     try:
         coded = _read(arrays, codec, lengths(form), key, CODE)
     except IncompatibleUpdates as error:
-        raise CheckpointError(
-            f"the task is in code, but not as this client's settings say: {error}"
-        ) from error
+        raise CheckpointError(f"the task is in code, not as by this client's settings: {error}") from error
     rest = {name: array for name, array in arrays.items() if not name.startswith(CODE)}
     found = {f"{ADAPTER}{name}": Array(t.numpy()) for name, t in tensors(coded, form).items()}
     return RecordDict({**content, "arrays": ArrayRecord({**rest, **found})})
