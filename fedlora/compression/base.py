@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.errors import ConfigError
 from fedlora.seeds import generator
 
 Form = dict[str, tuple[str, tuple[int, ...]]]  # name of an array -> its dtype and shape
-Numbers = np.ndarray[Any, np.dtype[np.float32]]
+Numbers = NDArray[np.float32]
 WORDS = ("none", "bf16", "int8", "nf4")  # of `download` and of `values`
 
 
@@ -135,7 +136,8 @@ def scaled(shares: Any, scales: Any, sizes: Sequence[int], block: int) -> Number
     """The inverse of `by_blocks`, whatever the scales are."""
     with np.errstate(invalid="ignore", over="ignore"):
         wide = spread(scales, block_starts(sizes, block), len(shares))
-        return (shares * wide).astype(np.float32)
+        numbers: Numbers = (shares * wide).astype(np.float32)
+        return numbers
 
 
 def spread(scales: Any, starts: Any, length: int) -> Any:

@@ -36,4 +36,5 @@ class BF16(Compression):
 
     def decode(self, arrays: Mapping[str, Any], sizes: Sequence[int], key: MessageKey) -> Numbers:
         """The halves, each followed by 16 zeros."""
-        return (arrays["halves"].astype(np.uint32) << 16).view(np.float32)
+        numbers: Numbers = (arrays["halves"].astype(np.uint32) << 16).view(np.float32)
+        return numbers

@@ -58,7 +58,7 @@ def code_update(
         whole = whole + vector(_held(memory, form)) / np.float32(math.sqrt(1 + away))
     arrays = codec.encode(whole, lengths(form), key)
     sent = codec.decode(arrays, lengths(form), key)
-    kept: Mapping[str, Tensor] = {}
+    kept = memory if codec.error_feedback else {}
     with np.errstate(invalid="ignore"):
         lost = whole - sent
     if codec.error_feedback and np.isfinite(lost).all():  # else training has diverged: the old stays

@@ -60,9 +60,7 @@ def plain_task(content: RecordDict, codec: Compression | None, client: int) -> R
     try:
         coded = _read(arrays, codec, lengths(form), key, CODE)
     except IncompatibleUpdates as error:
-        raise CheckpointError(
-            f"the task is in another code than this client's settings say: {error}"
-        ) from error
+        raise CheckpointError(f"the task is in code, not as by this client's settings: {error}") from error
     rest = {name: array for name, array in arrays.items() if not name.startswith(CODE)}
     found = {f"{ADAPTER}{name}": Array(t.numpy()) for name, t in tensors(coded, form).items()}
     return RecordDict({**content, "arrays": ArrayRecord({**rest, **found})})
@@ -101,7 +99,7 @@ def plain_update(reply: Message, task: Task, codec: Compression, key: MessageKey
     config = ConfigRecord(dict(content.config_records.get("config", {})))
     which = config.pop(REPLY, 0)
     if type(which) is not int or not 0 <= which < len(forms):
-        raise IncompatibleUpdates(f"'{REPLY}': expected a number below {len(forms)}, got {which!s:.20}")
+        raise IncompatibleUpdates(f"'{REPLY}': expected a number below {len(forms)}, got {which!r:.20}")
     form, start = forms[which], dict(task.adapter.tensors())
     arrays = content.array_records["arrays"]
     change = tensors(_read(arrays, codec, lengths(form), key), form)

@@ -13,6 +13,7 @@ from fedlora import strategies
 from fedlora.compression import BF16, NF4, Int8, MessageKey, RandK, Segments, TopK
 from fedlora.compression.randk import common_places
 from fedlora.compression.update import code_update, vector
+from fedlora.core.messages import Peer, Update
 from fedlora.core.vectors import flat
 from fedlora.privacy import ClientLevel, Plan
 from fedlora.privacy.client_level import ClientLevelMechanism
@@ -72,6 +73,20 @@ def test_error_feedback_goes_on_from_what_a_strategy_of_a_fixed_basis_has_lost(
     assert kept[1] == lost[1]
 
 
+def test_a_fixed_basis_is_one_that_stays_where_nobody_learns(strategy: Any, make: Any) -> None:
+    """No claim is made of the others, some of which stay, too."""
+    if not strategy.fixed_basis:
+        pytest.skip("its factors get new directions")
+    state = strategy.init(make.adapter(np.random.default_rng(5), {"a": (7, 6), "b": (5, 9)}, 3))
+    for round in range(2):  # a strategy may take turns
+        before = strategy.task(state, Peer(0, 3))
+        updates = [Update(before.adapter, 1.0 + k, Peer(k, 3)) for k in range(3)]
+        state = strategy.aggregate(state, updates, np.random.default_rng(round))
+        after = dict(strategy.task(state, Peer(0, 3)).adapter.tensors())
+        for name in before.shared():
+            torch.testing.assert_close(after[name], dict(before.adapter.tensors())[name])
+
+
 def test_a_whole_run_is_the_same_twice_and_warns_of_nothing(lab: Any) -> None:
     for code in CODES:
         one, two = (lab.run(strategies.FlexLoRA(), (4, 1, 3), compression=code) for _ in range(2))
@@ -108,6 +123,8 @@ def test_a_training_that_diverged_leaves_what_was_kept_as_it_was() -> None:
     made = code_update(codec, change, {}, MessageKey(0, 0, 1))
     assert made.memory == {}
     assert not flat(made.change).isfinite().all()
+    kept = code_update(codec, {"a": torch.tensor([2.0, 1.0])}, {}, MessageKey(0, 0, 1)).memory
+    assert code_update(codec, change, kept, MessageKey(0, 0, 2)).memory == kept
 
 
 @pytest.mark.parametrize("code", [Int8(), TopK(density=0.1), TopK(density=0.1, values="bf16")], ids=repr)

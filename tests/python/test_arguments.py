@@ -56,6 +56,8 @@ WRONG: list[tuple[Mapping[str, Any], tuple[str, ...]]] = [
     ({"rule": LOCAL}, ("rule", "LocalRule")),
     ({"engine": "in_process"}, ("engine", "Engine")),
     ({"scheduler": "buffered"}, ("scheduler", "Scheduler")),
+    ({"compression": "gzip"}, ("compression", "topk", "'gzip'")),
+    ({"compression": fl.compression.TopK}, ("compression", "the class TopK; write")),
     ({"steps": [fl.callbacks.EarlyStopping(2)]}, ("steps[0]", "UpdateStep")),
     ({"callbacks": fl.callbacks.EarlyStopping(2)}, ("callbacks", "put it into a list")),
     ({"callbacks": [fl.callbacks.EarlyStopping]}, ("callbacks[0]", "the class EarlyStopping; write")),

@@ -61,6 +61,10 @@ def sha(run: fl.Run) -> str:
             marks=pytest.mark.slow,
         ),
         (["robust=median"], {"robust": fl.robust.Median()}),
+        (
+            ["strategy=ffalora", "compression=topk", "compression.error_feedback=true"],
+            {"strategy": "ffalora", "compression": fl.compression.TopK(error_feedback=True)},
+        ),
         (["strategy=fedms"], {"strategy": "fedms"}),
     ],
 )
