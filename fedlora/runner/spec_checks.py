@@ -32,6 +32,7 @@ KINDS: dict[str, type] = {
     "engine": Engine,
 }
 FACTS = ("mixed_ranks", "linear", "exact")  # of a strategy, those that have no default
+SPACES = ("factors", "product", "rank", "base_delta")  # of a strategy for server optimizers, or none
 
 
 def check_parts(spec: "RunSpec") -> None:
@@ -61,6 +62,11 @@ def check_parts(spec: "RunSpec") -> None:
         raise ConfigError(
             f"strategy: expected {', '.join(FACTS)} to be True or False in {type(spec.strategy).__name__}, "
             f"got no {', '.join(lacking)}; fedlora.Strategy says what each means"
+        )
+    if spec.strategy is not None and (space := spec.strategy.server_space) not in ("", *SPACES):
+        raise ConfigError(
+            f"strategy: expected {type(spec.strategy).__name__}.server_space to be one of {', '.join(SPACES)}, "
+            f"or left out, got {space!r}; fedlora.Strategy says what each means"
         )
     check_whole("clients", spec.clients, none=True)
 

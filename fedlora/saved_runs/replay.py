@@ -7,7 +7,7 @@ own run would have gone: from the second round on its clients would have started
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fedlora.config.instantiate import Trust, make, named, read
 from fedlora.config.translate import kept_spec
 from fedlora.core.messages import Peer, State, Task, Update
 from fedlora.core.parametrization import LORA
-from fedlora.core.strategy import Strategy
+from fedlora.core.strategy import Strategy, next_state
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.report import Table
 from fedlora.report.tables import score
@@ -27,7 +27,7 @@ from fedlora.runner.load_data import encode_rows
 from fedlora.runner.task_file import TaskFile
 from fedlora.seeds import generator
 from fedlora.server_optimizers import ServerOptimizer
-from fedlora.server_optimizers.advance import OWN, next_round, without_optimizer
+from fedlora.server_optimizers.advance import OWN, advance, without_optimizer
 from fedlora.storage.run_folder import RunFolder
 from fedlora.storage.update_log import UpdateLog
 from fedlora.training.evaluation import evaluate
@@ -84,8 +84,12 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
         before, updates = recording.read(round)
         at[before.round] = round
         began = _began(recording, at, before, updates)
-        after, tasks = again(recorder, other, optimizer, widest, spec.seed, before, updates, began, round)
-        found = {**sizes(after), **aggregation_error(after, updates, tasks)}
+        combined, tasks = again(recorder, other, widest, spec.seed, before, updates, began, round)
+        after = combined.state
+        if optimizer is not None:
+            rng = generator(spec.seed, "aggregate", 0, round)
+            after, _ = advance(other, optimizer, combined.before, after, combined.answered, rng)
+        found = {**sizes(after), **aggregation_error(combined.state, updates, tasks)}
         found |= base.task.metrics(
             *evaluate(base, [Task(after.adapter, base_delta=after.base_delta)], [test])[0]
         )
@@ -100,23 +104,36 @@ def replay(run: Path, words: Sequence[str], trust: Trust) -> Table:
     return _table(f"{type(other).__name__} on what clients of {learnt.strategy} sent", lines)
 
 
+@dataclass(frozen=True)
+class Combined:
+    """What a strategy made of a recorded round.
+
+    Args:
+        before: the state before the round in the strategy's own form, with what a server optimizer remembers.
+        state: the strategy's next state.
+        answered: the updates, and what each would have answered to.
+    """
+
+    before: State
+    state: State
+    answered: Sequence[tuple[Update, Task]]
+
+
 def again(
     recorder: Strategy,
     other: Strategy,
-    optimizer: ServerOptimizer | None,
     widest: Peer,
     seed: int,
     before: State,
     updates: Sequence[Update],
     began: Sequence[State],
     round: int,
-) -> tuple[State, list[Task]]:
+) -> tuple["Combined", list[Task]]:
     """The state that a strategy makes of a recorded round, and what the clients had been asked.
 
     Args:
         recorder: the strategy of the run.
         other: the one that aggregates now.
-        optimizer: the run's, which steps by what comes out; None without.
         widest: a client of the largest rank, whose start has all of the state.
         seed: the run's.
         before: the state before the round.
@@ -131,21 +148,24 @@ def again(
     tasks = [recorder.task(without_optimizer(state), peer) for peer, state in asked]
     rng = generator(seed, "aggregate", 0, round)
     if other == recorder:
-        return next_round(other, optimizer, before, updates, tasks, rng), tasks
+        state = next_state(other, without_optimizer(before), updates, rng)
+        return Combined(before, state, list(zip(updates, tasks, strict=True))), tasks
 
     def own(state: State) -> State:
         """What the widest client starts from is the state in a form that every strategy knows."""
         start = recorder.task(without_optimizer(state), widest)
         made = other.init(start.adapter, start.base_delta, state.seed)
         memory = dict(made.memory) | {n: t for n, t in state.memory.items() if n.startswith(OWN)}
-        form = {"adapter": start.adapter, "base_delta": start.base_delta, "round": state.round}
-        return replace(made, memory=memory, **form)
+        made = replace(made, adapter=start.adapter, base_delta=start.base_delta)
+        return replace(made, round=state.round, memory=memory)
 
     owns = {state.round: own(state) for state in (before, *began)}
     others = [other.task(without_optimizer(owns[state.round]), peer) for peer, state in asked]
     for (peer, _), task, was in zip(asked, others, tasks, strict=True):
         _check_alike(other, recorder, task, was, peer, round)
-    return next_round(other, optimizer, owns[before.round], updates, others, rng), tasks
+    begun = owns[before.round]
+    state = next_state(other, without_optimizer(begun), updates, rng)
+    return Combined(begun, state, list(zip(updates, others, strict=True))), tasks
 
 
 def _began(

@@ -21,6 +21,7 @@ def test_it_is_a_frozen_dataclass_that_states_its_facts(strategy):
     assert strategy == dataclasses.replace(strategy)
     assert strategy.client in ("", *fedlora.clients.__all__)
     assert strategy.start
+    assert strategy.server_space in ("", "factors", "product", "rank", "base_delta")
 
 
 def test_a_task_trains_something_and_shares_no_more_than_it_trains(strategy, state, peers):

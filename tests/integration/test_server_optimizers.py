@@ -72,6 +72,14 @@ def test_what_means_nothing_is_refused_in_one_line_before_anything_is_loaded(
     assert "\n" not in str(raised.value)
 
 
+def test_a_space_that_there_is_not_is_named() -> None:
+    class Odd(fl.strategies.FedIT):
+        server_space = "factor"  # type: ignore[assignment]
+
+    with pytest.raises(ConfigError, match=r"Odd.server_space to be one of factors, .*, got 'factor'"):
+        make_spec("tiny", "tiny", {"strategy": Odd()})
+
+
 def test_a_sum_of_padded_factors_gets_no_momentum() -> None:
     mixed = {"strategy": "ffalora", "server": "fedavgm", "secure_sum": True, "ranks": [2, 4, 4]}
     for words in (mixed, {**mixed, "ranks": 4}):

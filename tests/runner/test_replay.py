@@ -33,21 +33,30 @@ def fedit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recorded(tmp_path_factory.mktemp("fedit") / "run", "strategy=fedit", "ranks=4")
 
 
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With an optimizer of the server's, whose momentum is in the recorded states."""
+    words = ("strategy=flexlora", "ranks=[2,4]", "server=fedavgm")
+    return recorded(tmp_path_factory.mktemp("stepped") / "run", *words)
+
+
 def replayed(run: Path, name: str) -> list[dict[str, Any]]:
     return json.loads((run / f"replay-{name}.json").read_text())["rounds"]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("name", ["flex", "fedit"])
+@pytest.mark.parametrize("name", ["flex", "fedit", "stepped"])
 def test_the_same_strategy_gives_the_run_s_own_states_to_the_bit(name: str, request: Any) -> None:
     run = request.getfixturevalue(name)
     main(["replay", str(run)])
-    rounds = replayed(run, "flexlora" if name == "flex" else "fedit")
+    rounds = replayed(run, "fedit" if name == "fedit" else "flexlora")
     before = [UpdateLog(run).read(round)[0].digest() for round in (2, 3)]
     last = RunFolder(run).read_state()[1].digest()
     assert [line["state"] for line in rounds] == [*before, last]
     for line in rounds:
         assert line["recorded"]["delta_norm"] == line["replayed"]["delta_norm"]
         assert line["recorded"]["accuracy"] == line["replayed"]["accuracy"]
+        for key, value in line["recorded"].items():
+            assert line["replayed"][key] == pytest.approx(value, rel=1e-6, abs=1e-12), key
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,15 @@ def test_an_exact_strategy_makes_an_exact_mean_of_what_fedit_s_clients_sent(fedi
         if other != "raflora":
             assert line["replayed"]["aggregation_error"] < 1e-5
         assert {"loss", "accuracy", "effective_rank"} <= line["replayed"].keys()
+
+
+def test_a_momentum_of_one_space_steps_no_strategy_of_another(
+    stepped: Path, refused: Callable[..., str]
+) -> None:
+    main(["replay", str(stepped), "strategy=raflora"])
+    assert len(replayed(stepped, "raflora")) == 3
+    why = refused("replay", str(stepped), "strategy=ffalora")
+    assert "FedAvgM remembers is of the space of FlexLoRA (product), and FFALoRA has factors" in why
 
 
 def test_mixed_ranks_are_replayed(flex: Path, capsys: Any) -> None:
