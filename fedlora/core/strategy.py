@@ -42,8 +42,7 @@ class Strategy(ABC):
         products: is the weighted mean of the products s·B·A, and of the extras, enough for it?
         exact: is the new ΔW the weighted mean of the clients', base delta and s_k B_k A_k together?
         personal: do clients keep a trained part, so that the global state alone is nobody's model?
-        fixed_basis: do the trained tensors mean the same in every round and to every client, so that what a
-            client or the server remembers in their coordinates can be added to them later?
+        fixed_basis: do the trained tensors mean the same to every client and in every round to come?
         start: the initial adapter that the paper asks for, a value of `lora.init`.
         client: the name of the client class that it needs; empty where ordinary local training does.
         lr_factor: the learning rate that suits it, over the one that suits LoRA whose factors are both

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from flwr.app import Message
 
@@ -61,8 +60,3 @@ def test_a_site_goes_on_from_what_it_kept_and_says_so_if_that_is_gone(
     for folder in (tmp_path / "state").rglob("client-0"):
         shutil.rmtree(folder)
     assert "lacks the control variate that it had after round 1" in asked.why(reply(second, 2))
-
-
-@pytest.mark.parametrize("words", [("privacy=dp_sgd", "privacy.epsilon=8"), ("secure_sum=true",)])
-def test_a_private_site_refuses_such_a_run(ask: Any, composed: Any, site: Any, words: Any) -> None:
-    assert "rule: what Scaffold has clients send" in ask(composed(*WORDS, *words), site).why()
