@@ -295,10 +295,10 @@ class LocalTraining(Client):
         memory, sent = {name: tensors[name] for name in assignment.task.own()}, dict[str, Tensor]()
         words = {f"{m}.{word}": word for m, factors in task.adapter.factors().items() for word in factors}
         rates = {name: job.rate * self._rate(words.get(name, "head")) for name in task.trained()}
-        for at, rule in enumerate(task.method):
-            if isinstance(rule, LocalRule):
+        for at, part in enumerate(task.method):
+            if isinstance(part, LocalRule):
                 own = part_of(job.memory, at)
-                left = rule.end(RoundEnd(task.adapter, fitted.adapter, fitted.steps, rates, own))
+                left = part.end(RoundEnd(task.adapter, fitted.adapter, fitted.steps, rates, own))
                 memory |= {f"{at}/{name}": tensor for name, tensor in left.memory.items()}
                 sent |= {f"{at}/{name}": tensor for name, tensor in left.sent.items()}
         if odd := sorted(sent.keys() ^ assignment.task.sent().keys()):

@@ -266,9 +266,7 @@ class RunSpec:
 
     @property
     def local_client(self) -> Client:
-        """The client with the run's local rule, under the differential privacy of its records, if any.
-
-        A rule with a half at the server comes to the client with its tasks.
+        """The client with the run's rule, unless that comes with its tasks, and with privacy of records.
 
         Raises:
             ConfigError: the client follows no rules or is not private, or the rule must not be.

@@ -86,13 +86,14 @@ def nothing_that_is_given_changes(one: Tried) -> None:
     given = [*start.tensors(), *moved.tensors(), *moment.memory.items(), *moment.known.tensors.items()]
     given += left.sent.items()
     before = [tensor.clone() for _, tensor in given]
-    for name, call in {
+    calls: dict[str, Callable[[], object]] = {
         "gradient": lambda: moment.rule.term(RoundStart(start, begun, moment.memory))(dict(moved.tensors())),
         "finish": lambda: one.ends(0),
         "end": lambda: moment.rule.end(one.ended(0, moment.memory)),
         "learn": lambda: one.rule.learn(moment.known, [one.update(0, left.sent, 1)]),
         "ask": lambda: one.rule.ask(moment.known, Task(start), Peer(0, RANKS[0])),
-    }.items():
+    }
+    for name, call in calls.items():
         call()
         wrote = [n for (n, tensor), old in zip(given, before, strict=True) if not torch.equal(tensor, old)]
         if wrote:
