@@ -125,7 +125,7 @@ class Stacks:
         """
         widths = [value.shape[1] for value in self.values.values()]
         every = torch.arange(sum(widths))
-        numbers = dict(zip(self.values, every.split(widths), strict=True))
+        numbers = dict(zip(self.values, torch.split(every, widths), strict=True))
         made: dict[tuple[int, ...], Tensor | None] = {}
         ranks = [tuple(pair.rank for pair in adapter.pairs.values()) for adapter in self._adapters]
         for key, adapter in zip(ranks, self._adapters, strict=True):

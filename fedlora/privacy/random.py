@@ -48,7 +48,7 @@ class Source:
         if not count:
             return torch.empty(0, dtype=torch.float64, device=device)
         found = torch.empty(math.ceil(count / (2 * PAIRS)), 2, PAIRS, dtype=torch.float64, device=device)
-        blocks = found.split(1 if found.device.type == "cpu" else BLOCKS)
+        blocks = torch.split(found, 1 if found.device.type == "cpu" else BLOCKS)
         bits, u = _Bits(blocks[0].numel()), torch.empty_like(blocks[0])  # once: new memory is slow
         for block in blocks:
             drawn = upload(bits.draw(self._stream, block.numel()), found.device)

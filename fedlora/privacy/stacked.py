@@ -88,7 +88,7 @@ class PrivateStacks:
                 value.grad[slot].copy_(mean[at : at + value.shape[1]])
                 at += value.shape[1]
             for p in self._heads[slot]:
-                p.grad = mean[at : at + p.numel()].view(p.shape).to(p)
+                p.grad = mean[at : at + p.numel()].view(p.shape).to(p, copy=True)
                 at += p.numel()
         self.forget()
 

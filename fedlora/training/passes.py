@@ -47,7 +47,7 @@ class Passes:
         def trial() -> int:
             shares = dict.fromkeys(sorted({slot for slot, _ in micro}), 1.0)
             self._bank.gradients(self._losses(micro, shares)[0], list(shares))
-            self._forget()
+            self._gathering.forget()
             return self._size(micro)
 
         try:
@@ -79,7 +79,7 @@ class Passes:
                 break
             except torch.OutOfMemoryError:
                 pass  # the error holds on to what did not fit, and goes with this block
-            self._forget()
+            self._gathering.forget()
             self._smaller(micros)
         for taken, _ in found:
             self._gathering.add(taken)
@@ -96,9 +96,6 @@ class Passes:
         share = torch.tensor([shares[slot] for slot, _ in micro], dtype=each.dtype)
         weighted = each * upload(share, each.device)
         return each.sum() if self._gathering.by_row else weighted.sum(), weighted.detach()
-
-    def _forget(self) -> None:
-        self._gathering.forget()
 
     def _smaller(self, micros: list[Micro]) -> None:
         sizes = [(self._size(micro), max(row.size for _, row in micro)) for micro in micros]

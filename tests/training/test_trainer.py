@@ -201,19 +201,6 @@ def test_micro_batches_without_a_budget_hold_every_row_in_as_many_lists_as_the_c
             assert len(micro_batches(pool, tighter, Traits(), padded)) > wanted or len(found) == len(pool)
 
 
-@given(lengths=lengths, tokens=st.none() | st.integers(1, 200), most=st.integers(1, 5), padded=st.booleans())
-def test_micro_batches_hold_no_more_rows_than_they_may(
-    lengths: list[tuple[int, int]], tokens: int | None, most: int, padded: bool
-) -> None:
-    pool = [(slot, Example([number] * length, 0)) for number, (slot, length) in enumerate(lengths)]
-    found = micro_batches(pool, tokens, Traits(), padded, most)
-    assert sorted((item for micro in found for item in micro), key=repr) == sorted(pool, key=repr)
-    assert all(1 <= len(micro) <= most for micro in found)
-    assert micro_batches(pool, tokens, Traits(), padded, len(pool) + 1) == micro_batches(
-        pool, tokens, Traits(), padded
-    )
-
-
 @given(tokens=st.integers(1, 10**6))
 def test_the_number_of_micro_batches_is_even_and_their_size_has_bounds(tokens: int) -> None:
     number = count(tokens)
