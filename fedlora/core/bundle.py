@@ -75,6 +75,16 @@ def bundle(strategy: Strategy, state: State, wide: Task, updates: Sequence[Updat
     return Update(adapter, weight, peer, version=updates[0].version, several=True)
 
 
+def forwarded(strategy: Strategy, wide: Task) -> list[str]:
+    """The names of the tensors that are a bundle's own; all others are those of the widest task."""
+    if bundled(strategy) == "factors":
+        return wide.shared()
+    pairs = [
+        f"{module}.{factor}" for module, pair in wide.adapter.pairs.items() for factor, _ in pair.factors()
+    ]
+    return [*pairs, *(name for name in wide.shared() if name in wide.adapter.extra)]
+
+
 def _mean(
     strategy: Strategy,
     kind: str,

@@ -95,7 +95,7 @@ def _one(run: Progress) -> RenderableType:
     if run.metrics:
         rows += [
             ("clients", _clients(run)),
-            ("bytes", f"{megabytes(run.total('bytes_down'))} down, {megabytes(run.total('bytes_up'))} up"),
+            ("bytes", _bytes(run)),
             ("time", _time(run)),
         ]
     if run.epsilon is not None:
@@ -152,6 +152,12 @@ def _clients(run: Progress) -> str:
 
 def _spent(run: Progress, epsilon: float) -> str:
     return f"{epsilon:.3f}" + ("" if run.budget is None else f" of {run.budget:g}")
+
+
+def _bytes(run: Progress) -> str:
+    said = f"{megabytes(run.total('bytes_down'))} down, {megabytes(run.total('bytes_up'))} up"
+    root = run.total("root_bytes_down") + run.total("root_bytes_up")  # of a tree
+    return f"{said}, {megabytes(root)} on the server's own links" if root else said
 
 
 def _time(run: Progress) -> str:

@@ -116,15 +116,27 @@ def read_tasks(content: RecordDict) -> dict[int, RecordDict]:
     return dict(sorted(found.items()))
 
 
-def write_sum(update: Update, wide: Task) -> RecordDict:
-    """What an edge forwards: the shared tensors of the update that stands for its clients, and its weight."""
+def write_sum(update: Update, names: Sequence[str]) -> RecordDict:
+    """What an edge forwards: tensors of the update that stands for its clients, and its weight.
+
+    Args:
+        update: what `bundle` has made.
+        names: the tensors that are its own, as `fedlora.core.bundle.forwarded` names them.
+    """
     tensors = dict(update.adapter.tensors())
-    arrays = ArrayRecord({name: Array(tensors[name].cpu().contiguous().numpy()) for name in wide.shared()})
+    arrays = ArrayRecord({name: Array(tensors[name].cpu().contiguous().numpy()) for name in names})
     return RecordDict({"arrays": arrays, "metrics": MetricRecord({"weight": update.weight})})
 
 
-def read_sum(content: RecordDict, wide: Task, peer: Peer, version: int) -> Update:
-    """The update that an edge has forwarded; what it did not send is the widest client's.
+def read_sum(content: RecordDict, wide: Task, names: Sequence[str], peer: Peer, version: int) -> Update:
+    """The update that an edge has forwarded.
+
+    Args:
+        content: what came.
+        wide: the task of a client of the largest ranks, of which all is taken that is not sent.
+        names: the tensors that are sent.
+        peer: who sent it.
+        version: the `State.round` of the state that it answers to.
 
     Raises:
         IncompatibleUpdates: other tensors, shapes or dtypes than the task has, apart from the rank; numbers
@@ -134,8 +146,8 @@ def read_sum(content: RecordDict, wide: Task, peer: Peer, version: int) -> Updat
     weight = content.metric_records["metrics"].get("weight")
     if not (isinstance(weight, int | float) and 0 <= weight < float("inf")):
         raise IncompatibleUpdates(f"expected a sum of weights, got {weight!s:.20}")
-    if {*arrays} != {*wide.shared()}:
-        raise IncompatibleUpdates(f"expected the tensors {wide.shared()[:3]}, got {sorted(arrays)[:3]}")
+    if {*arrays} != {*names}:
+        raise IncompatibleUpdates(f"expected the tensors {sorted(names)[:3]}, got {sorted(arrays)[:3]}")
     found = {}
     for name, array in arrays.items():
         want, shape = like[name], list(like[name].shape)

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ConfigRecord, RecordDict
 
 from fedlora.callbacks.base import Callbacks
-from fedlora.core.bundle import bundle
+from fedlora.core.bundle import bundle, forwarded
 from fedlora.core.messages import Peer, Task, Update
 from fedlora.core.update_step import ClientUpdate, RoundUpdates, UpdateStep
 from fedlora.errors import IncompatibleUpdates
@@ -68,7 +68,8 @@ def test_an_edge_is_sent_what_its_clients_share_once(wire: Any) -> None:
     assert alone < size(sent) < 2 * alone  # of three messages of almost equal content
 
 
-def forwarded(wire: Any, strategy: Any, ranks: tuple[int, ...]) -> tuple[Any, Task, RecordDict]:
+def edge_of(wire: Any, strategy: Any, ranks: tuple[int, ...]) -> tuple[Any, Task, list[str], RecordDict]:
+    """What an edge makes of clients of these ranks, and its message."""
     state = strategy.init(wire.adapter(4))
     wide, sent = strategy.task(state, Peer(0, 5)), []
     for client, rank in enumerate(ranks):
@@ -76,12 +77,13 @@ def forwarded(wire: Any, strategy: Any, ranks: tuple[int, ...]) -> tuple[Any, Ta
         task = strategy.task(state, peer)
         sent.append(Update(wire.moved(task), 10.0 + client, peer))
     whole = bundle(strategy, state, wide, sent, Peer(0, 5))
-    return whole, wide, write_sum(whole, wide)
+    names = forwarded(strategy, wide)
+    return whole, wide, names, write_sum(whole, names)
 
 
 def test_what_an_edge_forwards_arrives_as_it_was(wire: Any) -> None:
-    whole, wide, message = forwarded(wire, FlexLoRA(), (1, 3))
-    read = read_sum(message, wide, Peer(0, 5), 0)
+    whole, wide, names, message = edge_of(wire, FlexLoRA(), (1, 3))
+    read = read_sum(message, wide, names, Peer(0, 5), 0)
     assert read.adapter.digest() == whole.adapter.digest()
     assert (read.weight, read.several) == (21.0, True)
 
@@ -106,10 +108,10 @@ def test_what_an_edge_forwards_arrives_as_it_was(wire: Any) -> None:
     ],
 )
 def test_a_damaged_sum_is_refused(wire: Any, damage: Any, said: str) -> None:
-    _, wide, message = forwarded(wire, FlexLoRA(), (2, 3))
+    _, wide, names, message = edge_of(wire, FlexLoRA(), (2, 3))
     damage(message)
     with pytest.raises(IncompatibleUpdates, match=said):
-        read_sum(message, wide, Peer(0, 5), 0)
+        read_sum(message, wide, names, Peer(0, 5), 0)
 
 
 def near(one: Any, two: Any, tol: float = 1e-12) -> bool:
@@ -163,8 +165,8 @@ def test_bytes_are_those_of_the_links(lab: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_clients_of_a_lost_edge_are_dropped_by_name(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(update: Any, wide: Task) -> RecordDict:
-        message = write_sum(update, wide)
+    def broken(update: Any, names: Any) -> RecordDict:
+        message = write_sum(update, names)
         if update.peer.called == "edge 1.0":
             message.metric_records["metrics"]["weight"] = float("nan")
         return message

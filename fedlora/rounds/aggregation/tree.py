@@ -11,7 +11,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora.core.bundle import bundle
+from fedlora.core.bundle import bundle, forwarded
 from fedlora.core.messages import Peer, Task, Update
 from fedlora.core.strategy import next_state
 from fedlora.core.update_step import RoundUpdates, UpdateStep
@@ -127,7 +127,7 @@ class TreeDelivery(Delivery):
 
     def traffic(self) -> dict[str, int]:
         """The bytes of the server's own links, and of all links of the tree, the clients' included."""
-        found = {}
+        found = dict[str, int]()
         for way in ("down", "up"):
             root, inner = self._bytes[way, True], self._bytes[way, False]
             found |= {f"root_bytes_{way}": root, f"all_bytes_{way}": root + inner + self._of_clients[way]}
@@ -206,8 +206,9 @@ class TreeAggregation(Aggregation):
         """What those above an edge read of it."""
         wide, peer = given.wide, Peer(path[-1], given.widest.rank, name=called(path))
         whole = bundle(given.strategy, given.state, wide, updates, peer)
-        message = delivery.pass_on("up", len(path) - 1, write_sum(whole, wide))
-        return read_sum(message, wide, peer, given.state.round)
+        names = forwarded(given.strategy, wide)
+        message = delivery.pass_on("up", len(path) - 1, write_sum(whole, names))
+        return read_sum(message, wide, names, peer, given.state.round)
 
     def _edge(self, update: Update) -> Path:
         assert update.peer is not None, "updates come from clients"
