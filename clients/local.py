@@ -7,7 +7,6 @@ A client goes through its own rows in seeded order, `epochs` times or for so man
 that starts anew each round: after the server has combined factors, old moments point nowhere.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from fedlora.models import Base
 from fedlora.privacy import DPSGD, Plan, self_test
 from fedlora.ranges import check_number, check_whole
 from fedlora.seeds import generator
+from fedlora.training.batches import steps_of_pass
 from fedlora.training.client import Client, TrainRequest, TrainResult
 from fedlora.training.round_schedule import RoundSchedule
 from fedlora.training.rules.base import LocalRule, RoundEnd, check_private, part_of, rules_of
@@ -225,21 +225,10 @@ class LocalTraining(Client):
         rows, found, passes = assignment.rows, list[list[Example]](), 0
         steps = self.over_rounds.steps_of(assignment.round) or self.steps
         while rows and (passes < self.epochs if steps is None else len(found) < steps):
-            found += self._cut([rows[i] for i in rng.permutation(len(rows))])
+            order = [rows[i] for i in rng.permutation(len(rows))]
+            found += steps_of_pass(order, self.step_rows, self.max_tokens, self.accumulate)
             passes += 1
         return found[:steps]
-
-    def _cut(self, rows: list[Example]) -> list[list[Example]]:
-        """The rows of one pass, step by step."""
-        if self.max_tokens is None:
-            return [rows[start : start + self.step_rows] for start in range(0, len(rows), self.step_rows)]
-        cuts, held = [0], 0
-        for at, row in enumerate(rows):
-            if held + row.size > self.max_tokens and at > cuts[-1]:
-                cuts, held = [*cuts, at], 0
-            held += row.size
-        ends = [*cuts[:: self.accumulate], len(rows)]
-        return [rows[start:stop] for start, stop in itertools.pairwise(ends)]
 
     @property
     def step_rows(self) -> int:

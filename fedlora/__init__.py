@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fedlora.core.strategy import Strategy
     from fedlora.core.update_step import ClientUpdate, RoundUpdates, UpdateStep
     from fedlora.rounds.scheduling import Scheduler
-    from fedlora.runner.spec import EvaluationSpec, LoRASpec, ModelSpec
+    from fedlora.runner.spec_parts import EvaluationSpec, LoRASpec, ModelSpec
     from fedlora.tasks import LearningTask
     from fedlora.training import rules
     from fedlora.training.client import Client, TrainRequest, TrainResult
@@ -36,10 +36,10 @@ _HOMES = {  # public name -> where it is
     "Adapter": "core.adapter",
     "Client": "training.client",
     "ClientUpdate": "core.update_step",
-    "EvaluationSpec": "runner.spec",
+    "EvaluationSpec": "runner.spec_parts",
     "LearningTask": "tasks",
-    "LoRASpec": "runner.spec",
-    "ModelSpec": "runner.spec",
+    "LoRASpec": "runner.spec_parts",
+    "ModelSpec": "runner.spec_parts",
     "Pair": "core.adapter",
     "Peer": "core.messages",
     "RoundSchedule": "training.round_schedule",

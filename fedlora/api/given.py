@@ -5,7 +5,7 @@ from typing import Any
 
 from fedlora.config.resume import check_given
 from fedlora.errors import ConfigError
-from fedlora.runner.spec import DataSpec
+from fedlora.runner.spec_parts import DataSpec
 
 from .parts import model_of, server_of, strategy_of
 from .settings import OPTIONS, Settings

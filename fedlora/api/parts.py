@@ -14,7 +14,7 @@ from fedlora.compression import Compression
 from fedlora.config.presets import model_preset, presets
 from fedlora.core.strategy import Strategy
 from fedlora.errors import ConfigError
-from fedlora.runner.spec import LoRASpec, ModelSpec
+from fedlora.runner.spec_parts import LoRASpec, ModelSpec
 from fedlora.server_optimizers import ServerOptimizer
 from fedlora.training.client import Client
 

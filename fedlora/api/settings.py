@@ -22,7 +22,8 @@ from fedlora.privacy import DPSGD, ClientLevel, Privacy
 from fedlora.ranges import check_whole
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler, Synchronous
-from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, RunSpec
+from fedlora.runner.spec import RunSpec
+from fedlora.runner.spec_parts import DataSpec, EvaluationSpec, LoRASpec
 from fedlora.server_optimizers import ServerOptimizer
 from fedlora.tasks import TASKS, LearningTask
 from fedlora.training.client import Client

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlora.errors import ConfigError
-from fedlora.runner.spec import DataSpec, ModelSpec
+from fedlora.runner.spec_parts import DataSpec, ModelSpec
 
 from .translate import data_spec, model_spec, plain
 

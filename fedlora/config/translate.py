@@ -26,7 +26,8 @@ from fedlora.models.device import AUTO, chosen_dtype
 from fedlora.privacy import Privacy
 from fedlora.robust.base import Robust
 from fedlora.rounds.scheduling import Scheduler
-from fedlora.runner.spec import DataSpec, EvaluationSpec, LoRASpec, ModelSpec, RunSpec
+from fedlora.runner.spec import RunSpec
+from fedlora.runner.spec_parts import DataSpec, EvaluationSpec, LoRASpec, ModelSpec
 from fedlora.server_optimizers import ServerOptimizer
 from fedlora.training.client import Client
 from fedlora.training.rules import LocalRule

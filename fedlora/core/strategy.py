@@ -47,7 +47,7 @@ class Strategy(ABC):
         staleness: what becomes of an update of an old version, where a scheduler does not wait for all:
             "exact", its change is added and nothing of it is lost; "effective", its change of ΔW is added,
             and the sum is cut back to the strategy's rank; "refused", clients must be at the same version.
-        fixed_basis: do the trained tensors mean the same to every client and in every round to come?
+        fixed_basis: do the trained tensors mean the same to every client in every round to come?
         start: the initial adapter that the paper asks for, a value of `lora.init`.
         client: the name of the client class that it needs; empty where ordinary local training does.
         lr_factor: the learning rate that suits it, over the one that suits LoRA whose factors are both
@@ -81,8 +81,7 @@ class Strategy(ABC):
 
         Args:
             adapter: of the largest rank any client has.
-            base_delta: what is added to the frozen base from the start, such as minus an
-                adapter that was taken out of it.
+            base_delta: what is added to the frozen base, such as minus an adapter that was taken out of it.
             seed: of the strategy's own random choices.
         """
         base_delta = base_delta or {}

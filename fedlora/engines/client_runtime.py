@@ -15,7 +15,7 @@ from fedlora.compression.words import for_downloads, for_uploads
 from fedlora.core.update_step import UpdateStep
 from fedlora.data import Example
 from fedlora.engines.client_memory import ClientMemory, Downloads
-from fedlora.engines.replies import Outgoing, draft, outgoing
+from fedlora.engines.replies import Outgoing, draft, outgoing, version_of
 from fedlora.errors import CheckpointError, ConfigError, PrivacyError
 from fedlora.models import Base
 from fedlora.privacy import Ledger
@@ -111,13 +111,13 @@ class ClientRuntime:
                 self.memory.steps.write(a.client, a.round, out.kept)
         for m, (a, held) in zip(messages, read, strict=True):
             # Once nothing can fail any more: a second try starts from what was held before.
-            self.shelf.hold(a.client, held, _version(m))
+            self.shelf.hold(a.client, held, version_of(m))
         return [finish(context) for finish, context in zip(drafts, contexts, strict=True)]
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """The client's model on the rows that it keeps back, without training."""
         assignment, held = self._assignment(message, context)
-        self.shelf.hold(assignment.client, held, _version(message))
+        self.shelf.hold(assignment.client, held, version_of(message))
         kept = len(self._split(assignment.client)[1])
         metrics = MetricRecord({"num-examples": kept, **self._told([assignment])[0]})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
@@ -288,12 +288,6 @@ class ClientRuntime:
             {"local_loss": loss, name: score} if a.rows else {}
             for a, (loss, score) in zip(kept, scores, strict=True)
         ]
-
-
-def _version(message: Message) -> int | None:
-    """The state that a task comes from; None where the server counts on nothing from before."""
-    version = int(message.content.config_records["config"].get("version", -1))  # type: ignore[arg-type]
-    return None if version < 0 else version
 
 
 def _own(assignment: TrainRequest, outcome: TrainResult) -> TrainRequest:

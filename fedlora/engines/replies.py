@@ -159,3 +159,9 @@ def _form(adapter: Adapter) -> dict[str, Any]:
     """The shapes and precisions of an adapter's tensors, and its scales, by their names."""
     tensors = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in adapter.tensors()}
     return {**tensors, **{f"{module}.scale": pair.scale for module, pair in adapter.pairs.items()}}
+
+
+def version_of(message: Message) -> int | None:
+    """The state that a task comes from; None where the server counts on nothing from before."""
+    version = int(message.content.config_records["config"].get("version", -1))  # type: ignore[arg-type]
+    return None if version < 0 else version

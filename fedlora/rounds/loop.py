@@ -159,7 +159,7 @@ class ServerLoop:
         """
         began, number = time.perf_counter(), self.done + 1
         if wanted is not None:
-            there, away = self._gather(grid, number, wanted)
+            there, away = self._registry.present(grid, number, wanted, self.config)
             self._callbacks.round_begin(number, wanted)
             return Round(number, Delivery(there), wanted, away, began)
         refusal = self._aggregation.refusal()
@@ -188,16 +188,13 @@ class ServerLoop:
     def finish_round(
         self, round: Round, replies: Iterable[Message], keep_waiting: bool = False
     ) -> dict[str, Any]:
-        """Check the replies, combine the good ones, and record the round.
+        """Check the replies, combine the good ones, and record the round; its line of metrics.jsonl.
 
         Args:
             round: what `begin_round` returned.
             replies: those that have come, to this round's messages or to earlier ones.
             keep_waiting: whether clients that have not answered may still do so in a later round; else they
                 count as dropped.
-
-        Returns:
-            The round's line of metrics.jsonl.
         """
         schedule = self.clock.dump() if self.clock else ""
         return self.close_round(round, self.receive(round, replies, keep_waiting), schedule)
@@ -249,10 +246,7 @@ class ServerLoop:
         return line
 
     def evaluate_clients(self, grid: Grid) -> dict[int, dict[str, float]]:
-        """The metrics of each client's own model of the run's result on the rows that it keeps back, by id.
-
-        The mapping is empty unless `config.evaluate_clients` is set.
-        """
+        """By client id, the metrics of its own model of the result on the rows that it keeps back, if any."""
         if not self.config.evaluate_clients:
             return {}
         task = partial(self._step.task, self._run.result)
@@ -261,23 +255,13 @@ class ServerLoop:
     def _sample(self, grid: Grid, round: int) -> tuple[list[int], list[str]]:
         """This round's nodes, in the order of their clients' ids, and the names of the clients away."""
         config = self.config
-        there, away = self._gather(grid, round, config.least(config.sampled(config.clients)))
+        least = config.least(config.sampled(config.clients))
+        there, away = self._registry.present(grid, round, least, config)
         busy = self._exchange.waiting | (grid.busy if isinstance(grid, PatientGrid) else set())
         if self.clock:
             self.clock.wait_for(map(self.client, there), config.clients_per_round or 1)
             busy |= {node for node in there if self.clock.free(self.client(node)) > self.clock.now}
         return self._aggregation.sample(there, busy, round, config), away
-
-    def _gather(self, grid: Grid, round: int, least: int) -> tuple[list[int], list[str]]:
-        """The nodes that are there, and the names of the clients that are not."""
-        config, registry = self.config, self._registry
-        there = registry.gather(grid, least, config.wait)
-        if away := registry.away(config.clients):
-            some = len(there)
-            self._run.warn(
-                f"round {round}: {', '.join(away)} away, {some} of {some + len(away)} clients are there"
-            )
-        return there, away
 
     def _open(self, grid: Grid, nodes: list[int], round: int) -> Delivery:
         """Let the clients of a round agree on what they need; no node is left if they could not."""

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from fedlora.core.messages import Peer
 from fedlora.errors import FedLoraError, IncompatibleUpdates
 from fedlora.rounds.pending import PendingMessages
+from fedlora.rounds.round_config import RoundConfig
 
 AWAY = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
 PATIENCE = 900.0  # seconds for a node on another machine to load its model and say who it is
@@ -100,6 +101,19 @@ class ClientRegistry:
             why = f"{who} cannot, for the reason above" if who else "are the nodes up?"
             raise FedLoraError(f"no client took part within {wait:g} s; {why}")
         return sorted(there, key=lambda node: self.peers[node].id)
+
+    def present(self, grid: Grid, round: int, least: int, config: RoundConfig) -> tuple[list[int], list[str]]:
+        """The nodes of a round that are connected, as `gather` gives them, and the clients that are not.
+
+        The user is told of those, by their names.
+        """
+        there = self.gather(grid, least, config.wait)
+        if away := self.away(config.clients):
+            some = len(there)
+            self._warn(
+                f"round {round}: {', '.join(away)} away, {some} of {some + len(away)} clients are there"
+            )
+        return there, away
 
     def called(self, node: int) -> str:
         """The name of a node in messages: that of its site, or the number of its client."""

@@ -12,7 +12,7 @@ from fedlora.errors import ConfigError
 from fedlora.models import Base, fresh_adapter, load_adapter, merge, parametrized, take_out_of_base
 from fedlora.models.parametrizations import LORA, Parametrization
 
-from .spec import LoRASpec
+from .spec_parts import LoRASpec
 
 ROUNDING = 1e-4  # of float32 factors, relative to what they were taken out of
 

@@ -15,7 +15,8 @@ from fedlora.models import Base
 from fedlora.seeds import generator
 from fedlora.tasks import LearningTask
 
-from .spec import DataSpec, Partitioner, RunSpec
+from .spec import RunSpec
+from .spec_parts import DataSpec, Partitioner
 
 VALIDATION = 500  # rows that are cut from the training rows at most; a fifth of them if that is less
 

@@ -9,7 +9,7 @@ from fedlora.errors import ConfigError
 from fedlora.models import Base, load, load_given
 from fedlora.models.device import lacks_bfloat16
 
-from .spec import LoRASpec, ModelSpec
+from .spec_parts import LoRASpec, ModelSpec
 
 # A base is never written to, so the runs of one process share it.
 shared = functools.lru_cache(maxsize=1)(load)

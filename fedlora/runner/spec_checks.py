@@ -65,8 +65,8 @@ def check_parts(spec: "RunSpec") -> None:
         )
     if spec.strategy is not None and (space := spec.strategy.server_space) not in ("", *SPACES):
         raise ConfigError(
-            f"strategy: expected {type(spec.strategy).__name__}.server_space to be one of {', '.join(SPACES)}, "
-            f"or left out, got {space!r}; fedlora.Strategy says what each means"
+            f"strategy: expected {type(spec.strategy).__name__}.server_space to be one of "
+            f"{', '.join(SPACES)}, or left out, got {space!r}; fedlora.Strategy says what each means"
         )
     check_whole("clients", spec.clients, none=True)
 

@@ -25,7 +25,8 @@ from fedlora.models import (
     merge,
     save_adapter,
 )
-from fedlora.runner.spec import ModelSpec, RunSpec
+from fedlora.runner.spec import RunSpec
+from fedlora.runner.spec_parts import ModelSpec
 from fedlora.runner.task_file import TaskFile
 from fedlora.server_optimizers.advance import without_optimizer
 from fedlora.storage.client_state import ClientStore

@@ -102,3 +102,26 @@ def _cuts(lengths: Sequence[int], tokens: int, traits: Traits, padded: bool, mos
             cuts.append(i)
             held = length
     return cuts
+
+
+def steps_of_pass(
+    rows: list[Example], step_rows: int, max_tokens: int | None, accumulate: int
+) -> list[list[Example]]:
+    """The rows of one pass over a client's rows, step by step.
+
+    Args:
+        rows: in the order of the pass.
+        step_rows: how many rows a step has; the last step of a pass may have fewer.
+        max_tokens: how many tokens a batch holds at most, if it holds more than one row; `step_rows` then
+            says nothing. None for no bound.
+        accumulate: how many batches of `max_tokens` a step has.
+    """
+    if max_tokens is None:
+        return [rows[start : start + step_rows] for start in range(0, len(rows), step_rows)]
+    cuts, held = [0], 0
+    for at, row in enumerate(rows):
+        if held + row.size > max_tokens and at > cuts[-1]:
+            cuts, held = [*cuts, at], 0
+        held += row.size
+    ends = [*cuts[::accumulate], len(rows)]
+    return [rows[start:stop] for start, stop in itertools.pairwise(ends)]

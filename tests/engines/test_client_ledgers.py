@@ -130,7 +130,7 @@ def test_a_reply_has_no_loss_and_no_count_and_a_refusal_reaches_the_log(
     monkeypatch.setattr(
         type(lab),
         "site",
-        lambda self, client, rows=None: ClientRuntime(
+        lambda self, client, rows=None, compression=None: ClientRuntime(
             None, client, rows or (lambda c: [None] * (10 * (c + 1))), memory
         ),
     )
