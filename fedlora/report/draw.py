@@ -243,7 +243,7 @@ def _place(figure: Figure, axes: Axes, legend: float, names: float | None = None
         names: inches of the names below the x axis; None where those stand upright.
     """
     said = {
-        axis: axis.get_major_formatter().format_ticks(axis.get_majorticklocs())
+        axis: axis.get_major_formatter().format_ticks(axis.get_majorticklocs().tolist())
         for axis in (axes.xaxis, axes.yaxis)
     }
     if names is None:
@@ -269,8 +269,8 @@ def _legend(figure: Figure, named: Sequence[tuple[Handle, str]]) -> float:
     columns = max(1, min(3, 60 // (6 + max(len(name) for _, name in named))))
     rows = -(-len(named) // columns)
     handles = [handle for handle, _ in named]
-    where = {"loc": "lower center", "borderaxespad": 0.2}
-    legend = figure.legend(handles, ["run"] * len(named), **where, ncols=columns, frameon=False, fontsize=9)
+    labels, look = ["run"] * len(named), {"frameon": False, "borderaxespad": 0.2, "fontsize": 9}
+    legend = figure.legend(handles, labels, loc="lower center", ncols=columns, **look)
     for text, (_, name) in zip(legend.get_texts(), named, strict=True):
         text.set_parse_math(False)  # a folder may be called $x$
         text.set_text(name)
