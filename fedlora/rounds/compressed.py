@@ -95,7 +95,7 @@ def plain_update(reply: Message, task: Task, codec: Compression, key: MessageKey
     """
     if reply.has_error() or "arrays" not in reply.content.array_records or not task.shared():
         return
-    content, forms = RecordDict(reply.content), _forms(task)
+    content, forms = RecordDict(dict(reply.content)), _forms(task)
     config = ConfigRecord(dict(content.config_records.get("config", {})))
     which = config.pop(REPLY, 0)
     if type(which) is not int or not 0 <= which < len(forms):
