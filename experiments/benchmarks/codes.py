@@ -1,6 +1,6 @@
 """How near a federation comes to its optimum, and for how many bytes, under every code of `compression=`.
 
-    python experiments/benchmarks/codes.py [--rounds 40] [--clients 8] [--seeds 3]
+    python experiments/benchmarks/codes.py [--rounds 40] [--clients 8] [--seeds 3] [--lr 0.5]
 
 Every message is a real one. A client's model is a least-squares problem: it takes 5 gradient steps on B from
 what it was sent, towards a dense weight of its own, under FFA-LoRA. The weights of the clients have a part in
@@ -60,7 +60,7 @@ class LeastSquares(Client):
     """Gradient steps on ½ ‖s B A − W_k‖² of each layer."""
 
     seed: int
-    lr: float = 0.5
+    lr: float
 
     def wanted(self, client: int, layer: int) -> torch.Tensor:
         """W_k: the part in common and a part of the client's own, both with a few large entries."""
@@ -98,9 +98,11 @@ def start(seed: int) -> Adapter:
     return Adapter(pairs)
 
 
-def federation(code: Compression | None, seed: int, clients: int, rounds: int) -> tuple[float, int, int]:
+def federation(
+    code: Compression | None, seed: int, clients: int, rounds: int, lr: float
+) -> tuple[float, int, int]:
     """The distance at the end over that at the start, and the bytes up and down of all rounds."""
-    learner, strategy = LeastSquares(seed), FFALoRA()
+    learner, strategy = LeastSquares(seed, lr), FFALoRA()
     base = Base(torch.nn.Linear(1, 1), None, Classification(), (), "none")
     lines: list[Any] = []
     config = RoundConfig(rounds, seed, evaluate_every=0)
@@ -136,11 +138,12 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=0.5)
     given = parser.parse_args()
     print("| `compression` | distance left | kB up a message | kB down a message |\n|---|---|---|---|")
     messages = given.clients * given.rounds
     for name, code in CODES.items():
-        found = [federation(code, seed, given.clients, given.rounds) for seed in range(given.seeds)]
+        found = [federation(code, seed, given.clients, given.rounds, given.lr) for seed in range(given.seeds)]
         left = math.exp(sum(math.log(max(f[0], 1e-300)) for f in found) / len(found))
         up, down = (found[0][way] / messages / 1e3 for way in (1, 2))
         print(f"| {name} | {left:.2g} | {up:.2f} | {down:.2f} |", flush=True)
