@@ -64,9 +64,10 @@ def check_parts(spec: "RunSpec") -> None:
             f"got no {', '.join(lacking)}; fedlora.Strategy says what each means"
         )
     if spec.strategy is not None and (space := spec.strategy.server_space) not in ("", *SPACES):
+        name = type(spec.strategy).__name__
         raise ConfigError(
-            f"strategy: expected {type(spec.strategy).__name__}.server_space to be one of "
-            f"{', '.join(SPACES)}, or left out, got {space!r}; fedlora.Strategy says what each means"
+            f"strategy: expected {name}.server_space to be one of {', '.join(SPACES)}, or left out, got "
+            f"{space!r}; fedlora.Strategy says what each means"
         )
     check_whole("clients", spec.clients, none=True)
 
