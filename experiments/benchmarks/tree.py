@@ -30,24 +30,22 @@ SIDE, RANKS = 64, (2, 4, 8)
 
 
 def main(clients: int = 10_000, *fans: int) -> None:
-    """One round of two strategies, over the tree and flat."""
-    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = (
-        1  # without which Flower makes no message
-    )
-    tree = fans or (10, 100, 10)
+    """One round of FlexLoRA, over the tree and flat."""
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1  # else Flower makes no message
+    tree, strategy, rng = fans or (10, 100, 10), strategies.FlexLoRA(), np.random.default_rng(0)
     print(f"{clients} clients, tree {list(tree)}")
-    for strategy in (strategies.FlexLoRA(), strategies.FFALoRA()):
-        rng = np.random.default_rng(0)
-        state = strategy.init(Adapter({m: _pair(rng) for m in LAYERS}, {"head.weight": _noise(rng, 2, SIDE)}))
-        peers = [Peer(client, RANKS[client % len(RANKS)]) for client in range(clients)]
-        tasks = [strategy.task(state, peer) for peer in peers]
-        updates = [_update(rng, task, peer) for task, peer in zip(tasks, peers, strict=True)]
-        found = {fans: _round(strategy, state, peers, tasks, updates, fans) for fans in (tree, ())}
-        gap = max(float((found[tree].delta(m) - found[()].delta(m)).norm()) for m in LAYERS)
-        norm = max(float(found[()].delta(m).norm()) for m in LAYERS)
-        print(f"  ΔW of both differs by {gap / norm:.0e} of its norm\n")
+    state = strategy.init(Adapter({m: _pair(rng) for m in LAYERS}, {"head.weight": _noise(rng, 2, SIDE)}))
+    peers = [Peer(client, RANKS[client % len(RANKS)]) for client in range(clients)]
+    tasks = [strategy.task(state, peer) for peer in peers]
+    updates = [_update(rng, task, peer) for task, peer in zip(tasks, peers, strict=True)]
+    found = {fans: _round(strategy, state, peers, tasks, updates, fans) for fans in (tree, ())}
+    gap = max(float((found[tree].delta(m) - found[()].delta(m)).norm()) for m in LAYERS)
+    norm = max(float(found[()].delta(m).norm()) for m in LAYERS)
+    print(f"  ΔW of both differs by {gap / norm:.0e} of its norm")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(f"peak memory {peak:.0f} MB, of which all updates take {sum(map(_bytes, updates)) / 2**20:.0f} MB")
+    print(
+        f"  peak memory {peak:.0f} MB, of which all updates take {sum(map(_bytes, updates)) / 2**20:.0f} MB"
+    )
 
 
 def _round(
@@ -74,10 +72,9 @@ def _round(
     combined = time.process_time() - began
     root = delivery.traffic() or {"root_bytes_down": down, "root_bytes_up": up}
     mb = [root[f"root_bytes_{way}"] / 1e6 for way in ("down", "up")]
-    name = f"{type(strategy).__name__} {'tree' if fans else 'flat'}"
     print(
-        f"  {name:13}: {sent:6.1f} s down, {combined:6.1f} s up; the server's links"
-        f" {mb[0]:7.2f} MB down, {mb[1]:7.2f} MB up"
+        f"  {'tree' if fans else 'flat'}: {sent:5.1f} s down, {combined:5.1f} s up; the server's links "
+        f"{mb[0]:7.2f} MB down, {mb[1]:7.2f} MB up"
     )
     return after
 

@@ -29,9 +29,9 @@ from fedlora.rounds.tree import (
     write_tasks,
 )
 from fedlora.secure_aggregation.crypto import Words
-from fedlora.strategies import FedExLoRA, FedFold, FedIT, FFALoRA, FlexLoRA, FLoRA
+from fedlora.strategies import FedExLoRA, FedIT, FFALoRA, FlexLoRA
 
-STRATEGIES = [FedIT(), FFALoRA(), FlexLoRA(), FLoRA(), FedExLoRA(), FedFold()]
+STRATEGIES = [FFALoRA(), FlexLoRA(), FedExLoRA()]  # the kinds of sums; tests/contract has all strategies
 EIGHT = [4, 2, 1, 4, 3, 2, 4, 1]
 
 
@@ -131,13 +131,11 @@ def ran(lab: Any, strategy: Any, fans: tuple[int, ...], **more: Any) -> Any:
     return found
 
 
-@pytest.mark.parametrize(
-    "strategy", [FedIT(), FFALoRA(), FlexLoRA(), FLoRA(), FedExLoRA(), FedFold()], ids=repr
-)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda one: type(one).__name__)
 def test_a_run_over_any_tree_is_the_flat_run(lab: Any, strategy: Any) -> None:
     flat = ran(lab, strategy, ())
     assert ran(lab, strategy, (8,)).digest == flat.digest
-    for fans in [(4, 2), (2, 2, 2)]:
+    for fans in [(3, 3), (2, 2, 2)]:
         tree = ran(lab, strategy, fans)
         assert tree.client.groups == flat.client.groups  # so that training cannot differ
         assert near(tree, flat)
@@ -263,6 +261,7 @@ def test_clients_that_fail_under_masks_are_dropped_as_without_a_tree(lab: Any, n
     assert [line["status"] for line in tree.lines("clients.jsonl")].count("dropped") == 2
 
 
+@pytest.mark.slow
 def test_under_client_level_privacy_clients_clip_and_the_server_adds_the_noise_once(
     lab: Any, tmp_path: Any
 ) -> None:
