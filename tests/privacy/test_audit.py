@@ -96,7 +96,7 @@ def test_signal_shows_a_clip_twice_too_large(monkeypatch: Patch) -> None:
 
 def test_the_sum_of_rounds_shows_noise_that_comes_back(monkeypatch: Patch) -> None:
     drawn = torch.randn(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    monkeypatch.setattr(Source, "normals", lambda self, count: drawn.clone())
+    monkeypatch.setattr(Source, "normals", lambda self, *given: drawn.clone())
     found = audit(steps=1)  # each round's noise is as it should be, by itself
     assert found.noise.ratio == pytest.approx(math.sqrt(5), rel=0.1)
     assert not verdicts(found)["noise"]
