@@ -37,7 +37,6 @@ class RoLoRA(Strategy):
     linear = True
     exact = True
     staleness = "effective"
-    fixed_basis = True
     server_space = "factors"
 
     def task(self, state: State, peer: Peer) -> Task:

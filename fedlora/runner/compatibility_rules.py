@@ -1,6 +1,7 @@
 """Refused pairings with local rules; `compatibility` lists them all."""
 
 from fedlora.core.strategy import named as strategies
+from fedlora.engines.base import fans
 from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, ClientLevel
 from fedlora.rounds.scheduling import Synchronous
@@ -89,9 +90,9 @@ def rule_at_server(spec: RunSpec) -> str | None:
             f"rule: robust={type(spec.robust).__name__} judges updates, and not what {_name(spec)} has "
             "clients send beside them, by which one client could move all others; leave one of them out"
         )
-    if spec.engine.tree:
+    if len(fans(spec.engine.tree)) > 1:
         return (
-            f"rule: the edges of engine.tree={list(spec.engine.tree)} forward sums of updates, and what "
+            f"rule: the edges of engine.tree forward sums of updates, and what "
             f"{_name(spec)} has clients send beside them goes by client; use rule=fedprox, or leave the "
             "tree out"
         )

@@ -1,6 +1,7 @@
 """Refused pairings with server optimizers; `compatibility` lists them all."""
 
 from fedlora.core.strategy import named as strategies
+from fedlora.engines.base import fans
 from fedlora.privacy import ClientLevel
 
 from .dealt import Dealt
@@ -20,10 +21,10 @@ def server_without_space(spec: RunSpec) -> str | None:
 
 def server_over_a_tree(spec: RunSpec) -> str | None:
     """Edges, which forward sums: what each client was sent and has learned stays below them."""
-    if spec.server is not None and spec.engine.tree:
+    if spec.server is not None and len(fans(spec.engine.tree)) > 1:
         return (
             f"server: {type(spec.server).__name__} steps by what clients have learned of what each was sent, "
-            f"and the edges of engine.tree={list(spec.engine.tree)} forward sums alone; use server=none, or "
+            f"and the edges of engine.tree forward sums alone; use server=none, or "
             "leave the tree out"
         )
     return None

@@ -18,7 +18,7 @@ from fedlora.runner.compatibility_rules import scales_of_rule
 from fedlora.runner.spec import RunSpec
 
 PLAIN = ("weights=uniform", "client.optimizer._target_=torch.optim.SGD", "client.clip=null")
-FIXED = "use federa, fedit, ffalora or privatelora"
+FIXED = "use federa, fedexlora, fedit, ffalora or privatelora"
 MEANING = "gives the trained tensors another meaning"
 SGD = partial(torch.optim.SGD, momentum=0.9)
 

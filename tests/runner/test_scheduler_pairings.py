@@ -8,6 +8,7 @@ import pytest
 import fedlora as fl
 from fedlora.engines.in_process import InProcess
 from fedlora.errors import ConfigError
+from fedlora.rounds.aggregation.plain import PlainAggregation
 from fedlora.rounds.scheduling import Synchronous
 from fedlora.schedulers import Asynchronous, Buffered
 
@@ -50,4 +51,6 @@ def test_over_selection_in_one_process_wants_virtual_time() -> None:
 
 def test_only_schedulers_without_a_barrier_mix_versions() -> None:
     assert [cls.mixes_versions for cls in (Synchronous, Buffered, Asynchronous)] == [False, True, True]
-    assert Synchronous().aggregation((), uniform=False) is None
+    plain = PlainAggregation()
+    assert Synchronous().aggregation(plain) is plain
+    assert Buffered().aggregation(plain).plain is plain
