@@ -9,26 +9,24 @@ base's while the bank is open.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
-from fedlora.core.parametrization import LORA
 from fedlora.errors import ModelError
 from fedlora.models import adapter_parameters
 from fedlora.models.attention import end_to_end, packed
 from fedlora.models.base import Base
+from fedlora.models.changes import Changes
 from fedlora.models.checkpointing import checkpointed
+from fedlora.models.experts import place
 from fedlora.models.first_token import keep_first
-from fedlora.models.lora import layer_of
-from fedlora.models.low_rank import add_low_rank
 from fedlora.models.per_row import Copies, call_rows
+from fedlora.models.routed_experts import RoutedExperts
 from fedlora.models.routing import Routing
 
 
@@ -83,38 +81,41 @@ class MultiAdapterModel:
             else adapter_parameters.leaves(base, task.adapter, trained)
             for slot, (task, trained) in enumerate(each)
         ]
-        self._constants = [
-            adapter_parameters.constants(base, form, own)
-            for form, own in zip(self._forms, self._factors, strict=True)
-        ]
-        self._layers = {name: layer_of(base, name) for name in self._factors[0] if self._forms[0] != LORA}
-        self._base_deltas = adapter_parameters.base_deltas(base, tasks)
         self._heads = [adapter_parameters.copies(base, task.adapter, trained) for task, trained in each]
         if per_row and self._factors[0] and not self._forms[0].by_row:
             raise ModelError(
                 f"the factors of {type(self._forms[0]).__name__} have no gradient for each row; use LoRA"
             )
+        self._experts = {
+            p for own in self._factors for name, found in own.items() if place(name) for p in found.values()
+        }
         # Read once: a head is lent other parameters while rows are given their own, in any thread.
         self._trained = [self._groups(slot) for slot in range(len(tasks))]
         alone = range(len(tasks)) if per_row else ()
         self._rows = Copies([[p for own in self.factors(slot).values() for p in own] for slot in alone])
-        self._routing = Routing(len(tasks), base.traits.by_row, base.device, self._rows.on)
+        self._changes = Changes(base, tasks, self._factors, self.stacks, self._rows)
+        self._routing = Routing(len(tasks), base.traits, base.device, self._rows.on)
         self._memory, self._checkpointing = base.memory if train else None, ExitStack()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> Self:
         modules = dict(self._model.named_modules())
-        named = adapter_parameters.adapted(modules, self._tasks)
+        named = dict.fromkeys([*adapter_parameters.adapted(self._model, self._tasks), *self._factors[0]])
+        of_experts = {name: at[0] for name in named if (at := place(name))}
         vocabulary = getattr(self._model, "get_output_embeddings", lambda: None)()
-        if vocabulary is not None and any(modules[name] is vocabulary for name in named):
+        if vocabulary is not None and any(modules.get(name) is vocabulary for name in named):
             self.unpadded = False  # it is shown the tokens before a response's alone
-        for name in dict.fromkeys([*named, *self._factors[0]]):
+        for name in (n for n in named if n not in of_experts):
             self._handles.append(modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
         if self._after is not None:
             self._handles.append(keep_first(self._after))
-        for name in self._heads[0]:
-            modules[name].forward = self._stand_in(name)
+        stand_ins = {name: self._stand_in(name) for name in self._heads[0]}
+        for path in dict.fromkeys(of_experts.values()):
+            changes = {name: self._changes.of(name) for name, at in of_experts.items() if at == path}
+            stand_ins[path] = RoutedExperts(modules[path], path, changes, self._routing, self.stacks)
+        for name, forward in stand_ins.items():
+            modules[name].forward = forward
             self._replaced.append(modules[name])
         self.checkpoint()
         return self
@@ -173,8 +174,13 @@ class MultiAdapterModel:
         groups = [item for slot in slots for item in self.factors(slot).items()]
         parameters = [p for name, found in groups for p in found if name == "head" or not self.stacks]
         anchor = [] if self.stacks is None else [self.stacks.anchor]
-        found = torch.autograd.grad(loss, [*self.leaves(parameters), *anchor], allow_unused=True)
-        return list(zip(parameters, found[: len(parameters)], strict=True))
+        leaves = self.leaves(parameters)
+        found = torch.autograd.grad(loss, [*leaves, *anchor], allow_unused=True)
+        # No token may have gone to an expert. In PEFT all experts are one tensor, of which its part is zero.
+        return [
+            (p, torch.zeros_like(leaf) if grad is None and p in self._experts else grad)
+            for p, leaf, grad in zip(parameters, leaves, found[: len(parameters)], strict=True)
+        ]
 
     def factors(self, slot: int) -> dict[str, list[nn.Parameter]]:
         """One slot's trainable parameters, in groups: "A", "B", the parametrization's words, and "head"."""
@@ -203,82 +209,17 @@ class MultiAdapterModel:
         return self._tasks[slot].adapter.with_tensors(own | stacked)
 
     def _hook(self, name: str) -> Any:
-        form, own = self._forms[0], name in self._factors[0]
-        paired = own and name in self._tasks[0].adapter.pairs
-        low_rank = own and (paired if form.pairs else form.has_low_rank)
-        scales = [task.adapter.pairs[name].scale if paired else 1.0 for task in self._tasks]
-        base_deltas = self._base_deltas.get(name, [])
+        change, routing, stacked = self._changes.of(name), self._routing, self.stacks is not None
 
         def add(
             module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
         ) -> Tensor:
             x = args[0] if args else next(iter(named.values()))
-            segments = self._routing.segments(x, name)
-            units = segments[-1][1]
-            live = [k for k, (start, stop) in enumerate(segments) if stop > start]
-            if own and self.stacks:
-                output = self.stacks.add(
-                    output, x, name, self._routing.parts(segments, x.numel() // x.shape[-1])
-                )
-            elif low_rank:
-                factors = [f for k in live for f in self._low_rank(k, name)]
-                ends, s = [segments[k] for k in live], [scales[k] for k in live]
-                output = add_low_rank(output, x, units, ends, s, factors)
-            if base_deltas:
-                every = segments if len(base_deltas) > 1 else [(0, units)]
-                factors = [f for p in base_deltas for f in (p.A, p.B)]
-                output = add_low_rank(output, x, units, every, [p.scale for p in base_deltas], factors)
-            if own and form != LORA:
-                output = self._beyond_low_rank(name, x, output, [(k, *segments[k]) for k in live], units)
-            return output
+            segments = routing.segments(x, name, flat=True)
+            parts = routing.parts(segments, x.numel() // x.shape[-1]) if stacked else None
+            return change(x, output, segments, parts)
 
         return add
-
-    def _low_rank(self, slot: int, name: str) -> tuple[Tensor, Tensor]:
-        """A and B of one slot's term in a layer; per row, each row's own where they are trained."""
-        own = self._factors[slot][name]
-        form = self._forms[slot]
-        if form == LORA:
-            return self._rows.of(own["A"]), self._rows.of(own["B"])
-        return form.low_rank(self._layers[name], self._all(slot, name))
-
-    def _all(self, slot: int, name: str) -> dict[str, Tensor]:
-        """A layer's factors, each row's own where there are such, and its constants."""
-        own = {factor: self._rows.of(parameter) for factor, parameter in self._factors[slot][name].items()}
-        return own | self._constants[slot][name]
-
-    def _beyond_low_rank(
-        self, name: str, x: Tensor, output: Tensor, live: list[tuple[int, int, int]], units: int
-    ) -> Tensor:
-        """The layer's output with each slot's dense change, and what the parametrization makes of it."""
-        layer = self._layers[name]
-        changes = [self._forms[k].dense(layer, self._all(k, name)) for k, _, _ in live]
-        if changes and changes[0] is not None:
-            flat = x.reshape(units, -1, x.shape[-1]).to(changes[0])
-            parts = [
-                F.linear(flat[a:b], c) for (_, a, b), c in zip(live, changes, strict=True) if c is not None
-            ]
-            output = output + torch.cat(parts).view(output.shape).to(output)
-        if self._forms[0].changes_output:
-            flat = output.reshape(units, -1, output.shape[-1])
-            parts = [
-                self._forms[k].output(layer, flat[a:b], self._all(k, name), partial(self._change, k, name))
-                for k, a, b in live
-            ]
-            output = torch.cat(parts).view(output.shape)
-        return output
-
-    @torch.no_grad()
-    def _change(self, slot: int, name: str) -> Tensor:
-        """ΔW of one slot and module, (d_out, d_in), of all that there is; a constant to the gradient."""
-        pairs, factors = self._tasks[slot].adapter.pairs, self._all(slot, name)
-        scale = pairs[name].scale if name in pairs else 1.0
-        found = self._forms[slot].change(self._layers[name], factors, scale)
-        change = next(iter(factors.values())).new_zeros(()) if found is None else found
-        if name in self._base_deltas:
-            base_delta = self._base_deltas[name][slot if len(self._base_deltas[name]) > 1 else 0]
-            change = change + base_delta.scale * base_delta.B @ base_delta.A
-        return change
 
     def _stand_in(self, name: str) -> Any:
         heads = [slot[name] for slot in self._heads]

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlora.errors import ApartError, ModelError
 from fedlora.models.products import Parts
+from fedlora.models.traits import Traits
 
 Segments = list[tuple[int, int]]
 
@@ -27,13 +28,13 @@ class Routing:
 
     Args:
         slots: how many there are.
-        by_row: the modules whose input has the rows of the batch as its first dimension; None if not known.
+        traits: of the model: which modules' input has rows, or tokens row after row, as its first dimension.
         device: where the model is.
         alone: whether each row has factors of its own, so that it must be known even of one slot.
     """
 
-    def __init__(self, slots: int, by_row: Collection[str] | None, device: torch.device, alone: bool) -> None:
-        self._slots, self._by_row, self._device, self._alone = slots, by_row, device, alone
+    def __init__(self, slots: int, traits: Traits, device: torch.device, alone: bool) -> None:
+        self._slots, self._traits, self._device, self.alone = slots, traits, device, alone
         self._here = threading.local()
 
     @property
@@ -49,12 +50,13 @@ class Routing:
         """Say what each slot has in this thread's next batch: rows, and tokens where rows lie end to end."""
         self._here.batch = _Batch(_segments(counts), None if tokens is None else _segments(tokens))
 
-    def segments(self, x: Tensor, name: str) -> Segments:
+    def segments(self, x: Tensor, name: str, flat: bool = False) -> Segments:
         """The rows (start, stop) of each slot; or the tokens, where rows lie end to end.
 
         Args:
             x: the input of a layer.
             name: the layer.
+            flat: whether the input may also be (tokens, d), the rows one after the other and equally long.
 
         Raises:
             ApartError: the clients of several slots cannot be told apart there.
@@ -64,15 +66,21 @@ class Routing:
         tokens = batch.tokens if batch else None
         if tokens is not None and x.ndim == 3 and x.shape[:2] == (1, tokens[-1][1]):
             return tokens
-        if self._slots == 1 and not self._alone:
+        flat = flat and x.ndim == 2 and name in self._traits.by_token
+        if tokens is not None and flat and len(x) == tokens[-1][1]:
+            return tokens
+        if self._slots == 1 and not self.alone:
             return [(0, x.shape[0])]
         assert batch is not None, "say how a batch is dealt before the model computes it"
-        if x.shape[0] != batch.rows[-1][1] or (self._by_row is not None and name not in self._by_row):
+        by_row, rows = self._traits.by_row, batch.rows[-1][1]
+        if flat and tokens is None and len(x) % rows == 0:
+            return batch.rows
+        if len(x) != rows or (by_row is not None and name not in by_row):
             told = (
-                f"'{name}' is fed {tuple(x.shape)}, not one row for each of the {batch.rows[-1][1]} rows of "
+                f"'{name}' is fed {tuple(x.shape)}, not one row for each of the {rows} rows of "
                 "the batch, so that they cannot be told apart by "
             )
-            if self._alone:
+            if self.alone:
                 raise ModelError(f"{told}record; leave it out of lora.targets, or use privacy=none")
             raise ApartError(f"{told}client; train this model with engine.fuse=1")
         return batch.rows
