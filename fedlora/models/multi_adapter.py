@@ -86,9 +86,10 @@ class MultiAdapterModel:
             raise ModelError(
                 f"the factors of {type(self._forms[0]).__name__} have no gradient for each row; use LoRA"
             )
-        self._experts = {
-            p for own in self._factors for name, found in own.items() if place(name) for p in found.values()
-        }
+        routed = {name for name in self._factors[0] if place(name) or name in base.traits.chosen}
+        self._experts = {p for own in self._factors for name in routed for p in own[name].values()}
+        if self.stacks:
+            self.stacks.reached |= routed
         # Read once: a head is lent other parameters while rows are given their own, in any thread.
         self._trained = [self._groups(slot) for slot in range(len(tasks))]
         alone = range(len(tasks)) if per_row else ()
@@ -113,7 +114,7 @@ class MultiAdapterModel:
         stand_ins = {name: self._stand_in(name) for name in self._heads[0]}
         for path in dict.fromkeys(of_experts.values()):
             changes = {name: self._changes.of(name) for name, at in of_experts.items() if at == path}
-            stand_ins[path] = RoutedExperts(modules[path], path, changes, self._routing, self.stacks)
+            stand_ins[path] = RoutedExperts(modules[path], path, changes, self._routing)
         for name, forward in stand_ins.items():
             modules[name].forward = forward
             self._replaced.append(modules[name])

@@ -11,7 +11,6 @@ from fedlora.models.changes import Change
 from fedlora.models.experts import Expert
 from fedlora.models.products import Parts
 from fedlora.models.routing import Routing
-from fedlora.models.stacks import Stacks
 
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 
@@ -36,7 +35,6 @@ class RoutedExperts:
         name: its name.
         changes: by layer, such as "mlp.experts.down_proj[3]".
         routing: whose tokens are whose.
-        stacks: the factors of all slots, where they lie so; else None.
     """
 
     def __init__(
@@ -45,10 +43,9 @@ class RoutedExperts:
         name: str,
         changes: Mapping[str, Change],
         routing: Routing,
-        stacks: Stacks | None,
     ) -> None:
-        self._module, self._name, self._changes = module, name, changes
-        self._routing, self._stacks = routing, stacks
+        self._module, self._name = module, name
+        self._changes, self._routing = changes, routing
         self._up = UP[0] if module.has_gate else UP[1]
 
     def __call__(self, *given: Tensor, **named: Tensor) -> Tensor:
@@ -79,8 +76,6 @@ class RoutedExperts:
                 dealt = [[next(left) for _ in own] for own in units]
                 made = self._expert(expert, x[tokens], dealt) * weights[picked, None]
                 output.index_add_(0, tokens, made.to(output.dtype))
-        if self._stacks is not None:  # the gradient of an expert without tokens is zero, and not missing
-            self._stacks.reached.update(self._changes)
         return output
 
     def _expert(self, expert: int, x: Tensor, dealt: list[list[int]]) -> Tensor:

@@ -21,6 +21,7 @@ class Traits:
         by_row: the modules whose input has the rows of the batch as its first dimension; None if not known.
         by_token: those whose input is (tokens, d), the tokens of one row after those of another, as routers
             and experts are fed.
+        chosen: those that see only the tokens which a router sends there, as experts that are modules do.
     """
 
     side: Side = "right"
@@ -30,6 +31,7 @@ class Traits:
     prompts: bool = True
     by_row: frozenset[str] | None = None
     by_token: frozenset[str] = frozenset()
+    chosen: frozenset[str] = frozenset()
 
     def together(self, longer: int, shorter: int) -> bool:
         """Whether rows of so many tokens may share a batch."""

@@ -26,7 +26,7 @@ SHORT = (
 LEAST = (9, 5, 3)
 MOST = 256  # tokens of the longest row of a trial: attention grows with its square
 WORK = 3e8  # parameters times tokens of the longest row: about a tenth of a second for all passes
-ROWS, TOKENS = "rows", "tokens"  # what a module's input has as its first dimension
+ROWS, TOKENS, PART = "rows", "tokens", "part"  # what a module's input has as its first dimension
 # Numbers of a configuration beyond which a model may treat a row in another way.
 BREAKS = re.compile(r"window|top_?k|block|chunk|local|landmark|segment_means|stride|original_max")
 
@@ -81,7 +81,9 @@ class Trial:
         by_row = frozenset(n for n in modules if all(seen.get(n) == {ROWS} for seen in self._seen))
         by_token = frozenset(n for n in self._in_order if all(seen[n] == {TOKENS} for seen in self._seen))
         self._inputs, self._single = {}, {}
-        return Traits(side, limit, mixes, self.stateful or beyond is not None, prompts, by_row, by_token)
+        stateful, lists = self.stateful or beyond is not None, self._chosen(modules)
+        chosen = frozenset(name for name in modules if name.startswith(lists)) if lists else frozenset()
+        return Traits(side, limit, mixes, stateful, prompts, by_row, by_token, chosen)
 
     def answers(self) -> list[Tensor]:
         """The logits of a batch padded on both sides, and a gradient by its embedded tokens.
@@ -170,6 +172,16 @@ class Trial:
         few = slice(-2, None)
         return self._near(torch.cat(self._say(self.rows[few], ["left"] * 2, True)), torch.cat(alone[few]))
 
+    def _chosen(self, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+        """Lists of modules, of a row's tokens each fed those that a router sends there, as experts are."""
+        found = []
+        for name, module in modules.items():
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                inside = [f"{name}.{key}" for key, _ in module.named_children()]
+                if any(seen.get(n) == {PART} for seen in self._seen for n in inside):
+                    found.append(f"{name}.")
+        return tuple(found)
+
     @torch.no_grad()
     def _say(
         self, rows: Sequence[Sequence[int]], sides: Sequence[Side], positions: bool = False
@@ -193,7 +205,8 @@ class Trial:
             x, (rows, longest) = args[0] if args else next(iter(named.values()), None), self._shape
             how = ""
             if isinstance(x, Tensor) and x.ndim > 1:
-                how = ROWS if len(x) == rows else TOKENS if x.ndim == 2 and len(x) == rows * longest else ""
+                flat = TOKENS if len(x) == rows * longest else PART
+                how = ROWS if len(x) == rows else flat if x.ndim == 2 else ""
                 if how == TOKENS:
                     self._inputs[name] = x.detach()
             self._seen[-1].setdefault(name, set()).add(how)

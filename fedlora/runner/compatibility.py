@@ -101,9 +101,7 @@ def experts_of_own_client(spec: RunSpec) -> str | None:
 def experts_by_dora(spec: RunSpec) -> str | None:
     """PEFT's file holds DoRA of modules only."""
     if spec.lora.form.peft_names and _experts(spec):
-        return (
-            "lora.target_parameters: PEFT has no DoRA of experts, got lora.dora=true; leave one of them out"
-        )
+        return "lora.target_parameters: PEFT has no DoRA of experts, got lora.dora=true; leave one out"
     return None
 
 
