@@ -165,9 +165,11 @@ def part(joined: Joined, name: str) -> dict[str, Pair]:
         name: of the parameter.
     """
     number = len(joined.A) // joined.rank
-    A = joined.A.view(number, joined.rank, -1)
-    B = joined.B.view(len(joined.B), joined.rank, number).permute(2, 0, 1)
-    return {f"{name}[{e}]": Pair(A[e].clone(), B[e].contiguous(), joined.scale) for e in range(number)}
+    A = joined.A.reshape(number, joined.rank, -1)
+    B = joined.B.reshape(len(joined.B), joined.rank, number).permute(2, 0, 1)
+    own = ((f"{name}[{e}]", (A[e], B[e])) for e in range(number))
+    plain = torch.contiguous_format  # a copy, whatever the strides
+    return {n: Pair(*(f.clone(memory_format=plain) for f in both), joined.scale) for n, both in own}
 
 
 def fitting(model: nn.Module, wanted: Iterable[str]) -> dict[str, list[str]]:

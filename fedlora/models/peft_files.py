@@ -78,8 +78,10 @@ def as_peft(adapter: Adapter, base: Base) -> tuple[Any, dict[str, Tensor]]:
     linear = {name: pair for name, pair in adapter.pairs.items() if not place(name)}
     joined = join(adapter.pairs, base.model)
     held: dict[str, Pair | Joined] = {**linear, **joined}
-    rank = Counter(pair.rank for pair in held.values()).most_common(1)[0][0]
-    scale = next(pair.scale for pair in held.values())
+    # PEFT warns of a pattern that names a parameter, though it follows it.
+    common = joined or held
+    rank = Counter(pair.rank for pair in common.values()).most_common(1)[0][0]
+    scale = next(pair.scale for pair in common.values())
     transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in linear)
     config = LoraConfig(
         task_type=TaskType[base.task.peft_type],
@@ -218,6 +220,7 @@ def by_peft(base: Base, folder: Path) -> Base:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers
+        warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)  # of parameters
         model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     return Base(model, base.tokenizer, base.task, (), base.path)
 

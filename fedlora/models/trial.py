@@ -79,7 +79,7 @@ class Trial:
         elif self.stateful and limit is None:
             limit = tried[0]  # what it does with longer rows is not known
         by_row = frozenset(n for n in modules if all(seen.get(n) == {ROWS} for seen in self._seen))
-        by_token = frozenset(n for n in self._in_order if all(seen[n] == {TOKENS} for seen in self._seen))
+        by_token = frozenset(n for n in self._in_order if all(seen.get(n) == {TOKENS} for seen in self._seen))
         self._inputs, self._single = {}, {}
         stateful, lists = self.stateful or beyond is not None, self._chosen(modules)
         chosen = frozenset(name for name in modules if name.startswith(lists)) if lists else frozenset()

@@ -140,7 +140,6 @@ MAKE: dict[str, Callable[[], Any]] = {
 # What a test asks for -> the checkpoint, and what it is trained for.
 NAMES = {
     **{name: (name, "instruction") for name in ("mixtral", "olmoe", "qwen3-moe", "gpt-oss")},
-    "mixtral-cls": ("mixtral", "classification"),
     "bert": ("bert", "classification"),
     "bert-mlm": ("bert-mlm", "classification"),
     "roberta": ("roberta", "classification"),
