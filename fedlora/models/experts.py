@@ -167,9 +167,12 @@ def part(joined: Joined, name: str) -> dict[str, Pair]:
     number = len(joined.A) // joined.rank
     A = joined.A.reshape(number, joined.rank, -1)
     B = joined.B.reshape(len(joined.B), joined.rank, number).permute(2, 0, 1)
-    own = ((f"{name}[{e}]", (A[e], B[e])) for e in range(number))
     plain = torch.contiguous_format  # a copy, whatever the strides
-    return {n: Pair(*(f.clone(memory_format=plain) for f in both), joined.scale) for n, both in own}
+
+    def own(e: int) -> Pair:
+        return Pair(A[e].clone(memory_format=plain), B[e].clone(memory_format=plain), joined.scale)
+
+    return {f"{name}[{e}]": own(e) for e in range(number)}
 
 
 def fitting(model: nn.Module, wanted: Iterable[str]) -> dict[str, list[str]]:

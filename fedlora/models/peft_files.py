@@ -250,6 +250,7 @@ def merge(base: Base, adapter: Adapter) -> None:
             continue
         if type(layer).__name__ == "Conv1D":
             merged = merged.T
-        layer.weight.data = merged.to(layer.weight.dtype).contiguous()
+        weight = base.model.get_parameter(f"{name}.weight")
+        weight.data = merged.to(weight.dtype).contiguous()
     for name, value in adapter.heads().items():
         parameters[name].data = value.to(parameters[name])

@@ -216,7 +216,6 @@ ZOO: dict[str, Entry] = {
             },
         },
         single=True,
-        refused=APART,
         left_out=(
             "model.layers.*.feed_forward.experts (no linear layers); "
             "model.layers.*.feed_forward.router (a tuple as output)"
