@@ -6,14 +6,13 @@ the description of the run alone, `WITH_DATA` its rows and clients too, `WITH_MO
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from fedlora.errors import ConfigError
-from fedlora.models import adapts_experts
 from fedlora.models.parametrizations import LORA
 
 from . import compatibility_callbacks as callbacks
 from . import compatibility_compression as compression
+from . import compatibility_experts as experts
 from . import compatibility_privacy as privacy
 from . import compatibility_rules as rules
 from . import compatibility_schedulers as schedulers
@@ -91,29 +90,6 @@ def form_without_pairs(spec: RunSpec) -> str | None:
             f"{spec.ranks}; use one rank"
         )
     return None
-
-
-def experts_of_own_client(spec: RunSpec) -> str | None:
-    """Such a client looks at the modules that are adapted, and an expert is none."""
-    if spec.strategy.client and _experts(spec):
-        return (
-            f"lora.target_parameters: strategy {spec.strategy_class} trains with a client of its own, which "
-            "adapts modules only; leave it out, or use another strategy"
-        )
-    return None
-
-
-def experts_by_dora(spec: RunSpec) -> str | None:
-    """PEFT's file holds DoRA of modules only."""
-    if spec.lora.form.peft_names and _experts(spec):
-        return "lora.target_parameters: PEFT has no DoRA of experts, got lora.dora=true; leave one out"
-    return None
-
-
-def _experts(spec: RunSpec) -> bool:
-    """Whether experts that are kept in one parameter are adapted."""
-    given = spec.lora.adapter is not None and adapts_experts(Path(spec.lora.adapter))
-    return given or bool(spec.lora.target_parameters)
 
 
 def start_and_adapter(spec: RunSpec) -> str | None:
@@ -260,8 +236,8 @@ BEFORE_LOADING = (
     plain_lora_of_own_client,
     form_of_pairs,
     form_without_pairs,
-    experts_of_own_client,
-    experts_by_dora,
+    experts.experts_of_own_client,
+    experts.experts_by_dora,
     start_and_adapter,
     answers_of_personal,
     callbacks.metrics_of_callbacks,
