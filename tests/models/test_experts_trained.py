@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from private_jobs import compare, trained
 from torch import Tensor, nn
 from transformers import MixtralForSequenceClassification
 
@@ -16,10 +17,10 @@ import fedlora
 from fedlora.core.messages import Peer, Task, Update
 from fedlora.data import Example, collate
 from fedlora.errors import ApartError, ConfigError
-from fedlora.models import Base, MultiAdapterModel, save_adapter, targets
+from fedlora.models import Base, MultiAdapterModel, per_row, save_adapter, targets
 from fedlora.models.loading import tried
 from fedlora.models.products import OneByOne
-from fedlora.privacy import self_test
+from fedlora.privacy import Mechanism, Source, self_test
 from fedlora.strategies import FlexLoRA, FLoRA
 from fedlora.training.steps import FitJob
 from fedlora.training.trainer import fit
@@ -73,6 +74,27 @@ def test_rows_get_gradients_of_their_own(zoo: Any) -> None:
                     assert got is not None
                     torch.testing.assert_close(got[i], grads[parameter], rtol=1e-8, atol=1e-10)
     self_test(base, work[1])
+
+
+def private(zoo: Any, base: Base) -> list[FitJob]:
+    return [
+        FitJob(task, [rows, [], rows[:1]], Mechanism(0.1, (3.0, 6.0, 12.0)[k], 3, Source(f"client {k}")))
+        for k, (task, rows) in enumerate(zip(tasks(zoo, base), rows_of(zoo, base), strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("name", "stacked"), [("mixtral", False), ("mixtral", True), ("gpt-oss", True)])
+def test_rows_are_clipped_alike_padded_end_to_end_and_in_stacks(
+    zoo: Any, name: str, stacked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = zoo.base(name, double=True)
+    assert (base.packing is not None) == (name == "mixtral")
+    plain = trained(replace(base, packing=None), private(zoo, base))
+    monkeypatch.setattr(per_row, "SMALL", 0)  # so that rows lie end to end without stacks too
+    other = replace(base, products=OneByOne()) if stacked else base
+    for one, found in zip(plain, trained(other, private(zoo, base)), strict=True):
+        compare(one, found, 1e-9)
+    assert any(0 < (found.clipped or 0) < 1 for found in plain)
 
 
 def test_an_expert_that_no_token_reaches_has_a_gradient_of_zeros(zoo: Any) -> None:
