@@ -44,6 +44,7 @@ class Lora:
     """The adapter's form."""
 
     targets: Any = None
+    target_parameters: Any = field(default_factory=list)
     scale: float = 2.0
     alpha: float | None = None
     use_rslora: bool = False

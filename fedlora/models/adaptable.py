@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
+from fedlora.models.experts import kind, place
 from fedlora.models.lora import layer_shape
 from fedlora.models.peft_files import PREFIX, as_peft
 
@@ -25,7 +26,9 @@ NO_LINEAR = "no linear layers"
 TOKENS = 16  # of the row, at most
 
 
-def targets(base: Base, wanted: Sequence[str] | str) -> dict[str, tuple[int, int]]:
+def targets(
+    base: Base, wanted: Sequence[str] | str, besides: Iterable[str] = ()
+) -> dict[str, tuple[int, int]]:
     """The modules that LoRA adapts: name -> (d_out, d_in).
 
     Args:
@@ -33,6 +36,7 @@ def targets(base: Base, wanted: Sequence[str] | str) -> dict[str, tuple[int, int
         wanted: names as PEFT takes them ("query" is every module whose path ends in it), patterns with `*`,
             or "all-linear": every linear layer but the heads, the output layer, and those that cannot be
             adapted. One warning says which layers are left out, and why.
+        besides: experts that are adapted too, from `expert_targets`; they count as not left out.
 
     Raises:
         ModelError: a name that fits no linear layer (the message lists those that exist), or one that takes
@@ -41,7 +45,8 @@ def targets(base: Base, wanted: Sequence[str] | str) -> dict[str, tuple[int, int
     linear = _linear(base)
     if wanted == "all-linear":
         bad = unusable(base, linear)
-        others = [name for name in no_linear(base) if not any(f"{m}.".startswith(f"{name}.") for m in bad)]
+        others = set(no_linear(base)) - {kind(name).rpartition(".")[0] for name in besides}
+        others = {name for name in others if not any(f"{m}.".startswith(f"{name}.") for m in bad)}
         if told := left_out(bad | dict.fromkeys(others, NO_LINEAR), linear):
             if linear and not linear.keys() - bad.keys():
                 raise ModelError(
@@ -86,12 +91,15 @@ def unusable(base: Base, modules: Mapping[str, tuple[int, int]]) -> dict[str, st
 
     Args:
         base: the model; it is as before afterwards.
-        modules: linear layers, name -> (d_out, d_in).
+        modules: linear layers, or experts, name -> (d_out, d_in).
 
     Raises:
         ModelError: the model fails on a row of a few tokens.
     """
-    found = _silent(base, modules)
+    # An expert counts as called where its module is: another row's tokens go to others.
+    within = _modules(modules)
+    silent = _silent(base, dict.fromkeys(within.values()))
+    found = {name: silent[module] for name, module in within.items() if module in silent}
     live = {name: shape for name, shape in modules.items() if name not in found}
     return found | _refused_by_peft(base, live)
 
@@ -151,7 +159,8 @@ def _silent(base: Base, modules: Iterable[str]) -> dict[str, str]:
         ids = list(range(TOKENS // 2))
     row = base.task.probe(ids, 0)
     probes: dict[str, Tensor] = {}
-    found = dict.fromkeys(modules, "never called")
+    # A module to which a router sends no token of this row is reached by others.
+    found = dict.fromkeys((name for name in modules if name not in base.traits.chosen), "never called")
 
     def hook(name: str) -> Any:
         def add(module: nn.Module, args: Any, output: Any) -> Any:
@@ -199,7 +208,7 @@ def _refused_by_peft(base: Base, modules: Mapping[str, tuple[int, int]]) -> dict
     if error is not None:
         groups: dict[str, dict[str, tuple[int, int]]] = {}
         for name, shape in modules.items():
-            groups.setdefault(name.rsplit(".", 1)[-1], {})[name] = shape
+            groups.setdefault(kind(name).rsplit(".", 1)[-1], {})[name] = shape
         if len(groups) > 1:  # PEFT refuses layers by the ends of their names
             for group in groups.values():
                 found |= _refused_by_peft(base, group)
@@ -228,9 +237,15 @@ def _try_peft(base: Base, modules: Mapping[str, tuple[int, int]]) -> tuple[str |
             told = set_peft_model_state_dict(model, tensors)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             return re.sub(r"^\[.*?\] ", "", str(error).strip().splitlines()[0]).split(". ")[0], set()
-    keys = [key.removeprefix(PREFIX) for key in (*told.missing_keys, *told.unexpected_keys)]
-    lost = {name for name in modules if any(key.startswith(f"{name}.lora_") for key in keys)}
-    return None, lost | (modules.keys() - set(model.base_model.targeted_module_names))
+    keys = [re.sub(r"\.(base_layer\.)+", ".", key) for key in (*told.missing_keys, *told.unexpected_keys)]
+    lost = {n for n, m in _modules(modules).items() if any(f"{PREFIX}{m}.lora_" in key for key in keys)}
+    adapted = {*model.base_model.targeted_module_names, *model.base_model.targeted_parameter_names}
+    return None, lost | {name for name in modules if kind(name) not in adapted}
+
+
+def _modules(names: Iterable[str]) -> dict[str, str]:
+    """Layers and the modules that compute them, which of an expert is that of all experts."""
+    return {name: at[0] if (at := place(name)) else name for name in names}
 
 
 def _hollow(model: Any) -> Any:

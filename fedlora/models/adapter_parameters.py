@@ -11,6 +11,7 @@ from fedlora.core.messages import Task
 from fedlora.core.parametrization import LORA, Parametrization
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
+from fedlora.models.experts import layer_at
 from fedlora.models.lora import layer_of, layer_shape
 from fedlora.models.stacks import Stacks
 
@@ -19,11 +20,11 @@ def _leaf(tensor: Tensor, device: torch.device, trained: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach().to(device, copy=True), requires_grad=trained)
 
 
-def adapted(modules: Mapping[str, nn.Module], tasks: Sequence[Task]) -> list[str]:
+def adapted(model: nn.Module, tasks: Sequence[Task]) -> list[str]:
     """The layers that the tasks' pairs and base deltas change.
 
     Args:
-        modules: of the model, by name.
+        model: whose layers they are.
         tasks: one a slot.
 
     Raises:
@@ -31,9 +32,7 @@ def adapted(modules: Mapping[str, nn.Module], tasks: Sequence[Task]) -> list[str
     """
     named = [item for task in tasks for item in (*task.adapter.pairs.items(), *task.base_delta.items())]
     for name, pair in named:
-        if name not in modules:
-            raise ModelError(f"the adapter has a pair for '{name}', a module that the model lacks")
-        if pair.shape != (expected := layer_shape(modules[name], name)):
+        if pair.shape != (expected := layer_shape(layer_at(model, name), name)):
             raise ModelError(f"the adapter's update of '{name}' is {pair.shape}, the layer {expected}")
     return list(dict.fromkeys(name for name, _ in named))
 

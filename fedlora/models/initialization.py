@@ -25,6 +25,7 @@ from fedlora.core.algebra import negative, pad_orthonormal
 from fedlora.core.threads import one_thread
 from fedlora.errors import ConfigError
 from fedlora.models.base import Base
+from fedlora.models.experts import layer_at
 from fedlora.models.lora import layer_weight
 from fedlora.seeds import generator
 
@@ -52,7 +53,7 @@ def take_out_of_base(
         return adapter, {}
     pairs = {}
     for name, old in adapter.pairs.items():
-        weight = layer_weight(base.model.get_submodule(name), name).double().cpu()
+        weight = layer_weight(layer_at(base.model, name), name).double().cpu()
         B, A = _principal(weight, old) if init == "pissa" else _orthonormal(weight, old)
         pair = Pair(A.to(old.A.dtype).contiguous(), B.to(old.B.dtype).contiguous(), old.scale)
         pairs[name] = pad_orthonormal(pair, old.rank, generator(seed, "adapter", zlib.crc32(name.encode())))

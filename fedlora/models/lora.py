@@ -15,6 +15,7 @@ from fedlora.core.messages import Peer
 from fedlora.core.parametrization import Layer, Parametrization
 from fedlora.errors import ConfigError, ModelError
 from fedlora.models.base import Base
+from fedlora.models.experts import Expert, kind, layer_at
 from fedlora.ranges import check_number
 from fedlora.seeds import generator
 
@@ -60,7 +61,7 @@ class LoRA:
         """What the server knows of a client of this rank."""
         modules = list(modules)
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            if not any(re.fullmatch(rf"(.*\.)?({pattern})", m) for m in modules):
+            if not any(re.fullmatch(rf"(.*\.)?({pattern})", kind(m)) for m in modules):
                 raise ConfigError(f"lora: the pattern '{pattern}' fits no target module")
         ranks = {m: int(by_pattern(self.rank_pattern, m, rank)) for m in modules}
         scales = {m: self._scale(m, r) for m, r in ranks.items()}
@@ -74,9 +75,12 @@ class LoRA:
 
 
 def by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
-    """The value of the first pattern that fits the end of a module's path, by PEFT's rule."""
+    """The value of the first pattern that fits the end of a module's path, by PEFT's rule.
+
+    All experts of a parameter have the value of the parameter's path, as in PEFT.
+    """
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+        if re.fullmatch(rf"(.*\.)?({pattern})", kind(module)):
             return value
     return default
 
@@ -109,10 +113,7 @@ def layer_of(base: Base, name: str, base_delta: Mapping[str, Pair] | None = None
     Raises:
         ModelError: the model has no such layer.
     """
-    try:
-        module = base.model.get_submodule(name)
-    except AttributeError as error:
-        raise ModelError(f"the adapter has factors for '{name}', a module that the model lacks") from error
+    module = layer_at(base.model, name)
     added = dense(base_delta[name]) if base_delta and name in base_delta else 0.0
     weight = partial(layer_weight, module, name)
     return Layer(name, layer_shape(module, name), weight, getattr(module, "bias", None), added)
@@ -152,12 +153,14 @@ def parametrized(
     return Adapter(pairs, {**own, **adapter.extra}, form)
 
 
-def layer_shape(module: nn.Module, name: str) -> tuple[int, int]:
-    """(d_out, d_in) of a linear layer, GPT-2's transposed `Conv1D` included.
+def layer_shape(module: nn.Module | Expert, name: str) -> tuple[int, int]:
+    """(d_out, d_in) of a linear layer, GPT-2's transposed `Conv1D` included, or of an expert.
 
     Raises:
         ModelError: it is no linear layer.
     """
+    if isinstance(module, Expert):
+        return module.shape
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -166,7 +169,7 @@ def layer_shape(module: nn.Module, name: str) -> tuple[int, int]:
     raise ModelError(f"LoRA needs a linear layer, '{name}' is a {type(module).__name__}")
 
 
-def layer_weight(module: nn.Module, name: str) -> Tensor:
+def layer_weight(module: nn.Module | Expert, name: str) -> Tensor:
     """A linear layer's weight as (d_out, d_in), in float32 at least; a view where that is possible.
 
     Raises:

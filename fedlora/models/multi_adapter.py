@@ -14,21 +14,20 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Task
-from fedlora.core.parametrization import LORA
 from fedlora.errors import ModelError
 from fedlora.models import adapter_parameters
+from fedlora.models.adapted_layers import AdaptedLayers
 from fedlora.models.attention import end_to_end, packed
 from fedlora.models.base import Base
 from fedlora.models.checkpointing import checkpointed
+from fedlora.models.experts import place
 from fedlora.models.first_token import keep_first
-from fedlora.models.lora import layer_of
-from fedlora.models.low_rank import add_low_rank
 from fedlora.models.per_row import Copies, RowGradients, packs_rows, stand_in
+from fedlora.models.routed_experts import RoutedExperts
 from fedlora.models.routing import Routing
 
 
@@ -83,17 +82,15 @@ class MultiAdapterModel:
             else adapter_parameters.leaves(base, task.adapter, trained)
             for slot, (task, trained) in enumerate(each)
         ]
-        self._constants = [
-            adapter_parameters.constants(base, form, own)
-            for form, own in zip(self._forms, self._factors, strict=True)
-        ]
-        self._layers = {name: layer_of(base, name) for name in self._factors[0] if self._forms[0] != LORA}
-        self._base_deltas = adapter_parameters.base_deltas(base, tasks)
         self._heads = [adapter_parameters.copies(base, task.adapter, trained) for task, trained in each]
         if per_row and self._factors[0] and not self._forms[0].by_row:
             raise ModelError(
                 f"the factors of {type(self._forms[0]).__name__} have no gradient for each row; use LoRA"
             )
+        routed = {name for name in self._factors[0] if place(name) or name in base.traits.chosen}
+        self._experts = {p for own in self._factors for name in routed for p in own[name].values()}
+        if self.stacks:
+            self.stacks.reached |= routed
         # Read once: a head is lent other parameters while rows are given their own, in any thread.
         self._trained = [self._groups(slot) for slot in range(len(tasks))]
         self._by_autograd = [
@@ -101,24 +98,32 @@ class MultiAdapterModel:
             for own in self._trained
         ]
         self._rows = Copies(self._by_autograd if per_row else (), self._room if per_row else None)
-        self._routing = Routing(len(tasks), base.traits.by_row, base.device, per_row and any(self._trained))
+        self._layers = AdaptedLayers(base, tasks, self._factors, self.stacks, self._rows)
+        self._routing = Routing(len(tasks), base.traits, base.device, per_row and any(self._trained))
         self._memory, self._checkpointing = base.memory if train else None, ExitStack()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._replaced: list[nn.Module] = []
 
     def __enter__(self) -> Self:
         modules = dict(self._model.named_modules())
-        named = adapter_parameters.adapted(modules, self._tasks)
+        named = dict.fromkeys([*adapter_parameters.adapted(self._model, self._tasks), *self._factors[0]])
+        of_experts = {name: at[0] for name in named if (at := place(name))}
         vocabulary = getattr(self._model, "get_output_embeddings", lambda: None)()
-        if vocabulary is not None and any(modules[name] is vocabulary for name in named):
+        if vocabulary is not None and any(modules.get(name) is vocabulary for name in named):
             self.unpadded = False  # it is shown the tokens before a response's alone
-        for name in dict.fromkeys([*named, *self._factors[0]]):
+        for name in (n for n in named if n not in of_experts):
             self._handles.append(modules[name].register_forward_hook(self._hook(name), with_kwargs=True))
         if self._after is not None:
             self._handles.append(keep_first(self._after))
+        stand_ins = dict[str, Any]()
         for name in self._heads[0]:
             heads, told = [own[name] for own in self._heads], partial(self._routing.segments, name=name)
-            modules[name].forward = stand_in(heads, self._rows, told)
+            stand_ins[name] = stand_in(heads, self._rows, told)
+        for path in dict.fromkeys(of_experts.values()):
+            adapted = {name: self._layers.of(name) for name, at in of_experts.items() if at == path}
+            stand_ins[path] = RoutedExperts(modules[path], path, adapted, self._routing)
+        for name, forward in stand_ins.items():
+            modules[name].forward = forward
             self._replaced.append(modules[name])
         self.checkpoint()
         return self
@@ -176,8 +181,13 @@ class MultiAdapterModel:
         """
         parameters = [p for slot in slots for p in self._by_autograd[slot]]
         anchor = [] if self.stacks is None else [self.stacks.anchor]
-        found = torch.autograd.grad(loss, [*self.leaves(parameters), *anchor], allow_unused=True)
-        return list(zip(parameters, found[: len(parameters)], strict=True))
+        leaves = self.leaves(parameters)
+        found = torch.autograd.grad(loss, [*leaves, *anchor], allow_unused=True)
+        # No token may have gone to an expert. In PEFT all experts are one tensor, of which its part is zero.
+        return [
+            (p, torch.zeros_like(leaf) if grad is None and p in self._experts else grad)
+            for p, leaf, grad in zip(parameters, leaves, found[: len(parameters)], strict=True)
+        ]
 
     def row_gradients(self, loss: Tensor, slots: Sequence[int]) -> Tensor:
         """Per row and with stacks: all gradients of this thread's batch, as `RowGradients.complete` says."""
@@ -219,81 +229,12 @@ class MultiAdapterModel:
         return self._tasks[slot].adapter.with_tensors(own | stacked)
 
     def _hook(self, name: str) -> Any:
-        form, own = self._forms[0], name in self._factors[0]
-        paired = own and name in self._tasks[0].adapter.pairs
-        low_rank = own and (paired if form.pairs else form.has_low_rank)
-        scales = [task.adapter.pairs[name].scale if paired else 1.0 for task in self._tasks]
-        base_deltas = self._base_deltas.get(name, [])
+        adapted, routing = self._layers.of(name), self._routing
 
         def add(
             module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
         ) -> Tensor:
             x = args[0] if args else next(iter(named.values()))
-            segments = self._routing.segments(x, name)
-            units = segments[-1][1]
-            live = [k for k, (start, stop) in enumerate(segments) if stop > start]
-            tokens, made = x.numel() // x.shape[-1], self._rows.gradients
-            if own and self.stacks:
-                parts = self._routing.parts(segments, tokens)
-                rows = None if made is None else (made, self._routing.rows(segments, tokens))
-                output = self.stacks.add(output, x, name, parts, rows)
-            elif low_rank:
-                factors = [f for k in live for f in self._low_rank(k, name)]
-                ends, s = [segments[k] for k in live], [scales[k] for k in live]
-                each = [self._routing.rows(segments, tokens, k) for k in live] if self._rows.on else None
-                output = add_low_rank(output, x, units, ends, s, factors, each)
-            if base_deltas:
-                every = segments if len(base_deltas) > 1 else [(0, units)]
-                factors = [f for p in base_deltas for f in (p.A, p.B)]
-                output = add_low_rank(output, x, units, every, [p.scale for p in base_deltas], factors)
-            if own and form != LORA:
-                output = self._beyond_low_rank(name, x, output, [(k, *segments[k]) for k in live], units)
-            return output
+            return adapted(x, output, routing.layout(x, name))
 
         return add
-
-    def _low_rank(self, slot: int, name: str) -> tuple[Tensor, Tensor]:
-        """A and B of one slot's term in a layer; per row, each row's own where they are trained."""
-        own = self._factors[slot][name]
-        form = self._forms[slot]
-        if form == LORA:
-            return self._rows.of(own["A"]), self._rows.of(own["B"])
-        return form.low_rank(self._layers[name], self._all(slot, name))
-
-    def _all(self, slot: int, name: str) -> dict[str, Tensor]:
-        """A layer's factors, each row's own where there are such, and its constants."""
-        own = {factor: self._rows.of(parameter) for factor, parameter in self._factors[slot][name].items()}
-        return own | self._constants[slot][name]
-
-    def _beyond_low_rank(
-        self, name: str, x: Tensor, output: Tensor, live: list[tuple[int, int, int]], units: int
-    ) -> Tensor:
-        """The layer's output with each slot's dense change, and what the parametrization makes of it."""
-        layer = self._layers[name]
-        changes = [self._forms[k].dense(layer, self._all(k, name)) for k, _, _ in live]
-        if changes and changes[0] is not None:
-            flat = x.reshape(units, -1, x.shape[-1]).to(changes[0])
-            parts = [
-                F.linear(flat[a:b], c) for (_, a, b), c in zip(live, changes, strict=True) if c is not None
-            ]
-            output = output + torch.cat(parts).view(output.shape).to(output)
-        if self._forms[0].changes_output:
-            flat = output.reshape(units, -1, output.shape[-1])
-            parts = [
-                self._forms[k].output(layer, flat[a:b], self._all(k, name), partial(self._change, k, name))
-                for k, a, b in live
-            ]
-            output = torch.cat(parts).view(output.shape)
-        return output
-
-    @torch.no_grad()
-    def _change(self, slot: int, name: str) -> Tensor:
-        """ΔW of one slot and module, (d_out, d_in), of all that there is; a constant to the gradient."""
-        pairs, factors = self._tasks[slot].adapter.pairs, self._all(slot, name)
-        scale = pairs[name].scale if name in pairs else 1.0
-        found = self._forms[slot].change(self._layers[name], factors, scale)
-        change = next(iter(factors.values())).new_zeros(()) if found is None else found
-        if name in self._base_deltas:
-            base_delta = self._base_deltas[name][slot if len(self._base_deltas[name]) > 1 else 0]
-            change = change + base_delta.scale * base_delta.B @ base_delta.A
-        return change

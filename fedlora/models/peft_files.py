@@ -1,6 +1,7 @@
 """Adapters as PEFT writes and reads them: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import copy
+import json
 import re
 import warnings
 from collections import Counter
@@ -16,6 +17,7 @@ from torch import Tensor
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models.base import Base
+from fedlora.models.experts import Expert, Joined, fitting, join, layer_at, part, place, wrapper
 from fedlora.models.lora import by_pattern, layer_of, layer_shape, layer_weight, parametrized
 from fedlora.models.parametrizations import LORA, DoRA, Parametrization
 
@@ -71,29 +73,36 @@ def as_peft(adapter: Adapter, base: Base) -> tuple[Any, dict[str, Tensor]]:
         raise ModelError("this run trained the head alone: it has no LoRA pair, so there is no PEFT adapter")
     if own and adapter.pairs.keys() - own.keys():  # PEFT knows one kind of layer in an adapter
         adapter = parametrized(base, adapter, form)
-    rank = Counter(pair.rank for pair in adapter.pairs.values()).most_common(1)[0][0]
-    scale = next(pair.scale for pair in adapter.pairs.values())
-    transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in adapter.pairs)
+    if own and any(place(name) for name in adapter.pairs):
+        raise ModelError(f"PEFT has no {type(form).__name__} of experts; export the model with it merged")
+    linear = {name: pair for name, pair in adapter.pairs.items() if not place(name)}
+    joined = join(adapter.pairs, base.model)
+    held: dict[str, Pair | Joined] = {**linear, **joined}
+    # PEFT warns of a pattern that names a parameter, though it follows it.
+    common = joined or held
+    rank = Counter(pair.rank for pair in common.values()).most_common(1)[0][0]
+    scale = next(pair.scale for pair in common.values())
+    transposed = any(type(base.model.get_submodule(name)).__name__ == "Conv1D" for name in linear)
     config = LoraConfig(
         task_type=TaskType[base.task.peft_type],
         base_model_name_or_path=str(Path(base.path).absolute()) if Path(base.path).is_dir() else base.path,
         r=rank,
         lora_alpha=scale * rank,
-        target_modules=list(adapter.pairs),
+        target_modules=list(linear),
+        target_parameters=list(joined) or None,
         modules_to_save=list(base.heads) or None,
-        rank_pattern={n: p.rank for n, p in adapter.pairs.items() if p.rank != rank},
+        rank_pattern={n: p.rank for n, p in held.items() if p.rank != rank},
         # PEFT divides a module's alpha by its own rank, so every module that differs in either needs its own.
-        alpha_pattern={
-            n: p.scale * p.rank for n, p in adapter.pairs.items() if (p.rank, p.scale) != (rank, scale)
-        },
+        alpha_pattern={n: p.scale * p.rank for n, p in held.items() if (p.rank, p.scale) != (rank, scale)},
         fan_in_fan_out=transposed,
         inference_mode=True,
         **(form.peft_options if own else {}),
     )
     tensors: dict[str, Tensor] = {}
-    for name, pair in adapter.pairs.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
+    for name, pair in held.items():
+        where = f"{name}." if name in linear else wrapper(base.model, name, joined)
+        tensors[f"{PREFIX}{where}lora_A.weight"] = pair.A.contiguous()
+        tensors[f"{PREFIX}{where}lora_B.weight"] = pair.B.contiguous()
     for name, factors in adapter.own_factors().items():
         tensors |= {f"{PREFIX}{name}.{form.peft_names[word]}": t.contiguous() for word, t in factors.items()}
     for name, value in (base.head_state() | adapter.heads()).items():
@@ -158,19 +167,51 @@ def load_adapter(folder: Path, base: Base) -> Adapter:
             raise ModelError(
                 f"'{folder}' holds '{key}', which belongs neither to LoRA nor to a head of the model"
             )
-    made, modules = {}, dict(base.model.named_modules())
+    wrapped = _wrapped(base, config)
+    made, modules = dict[str, Pair](), dict(base.model.named_modules())
     for name, factors in pairs.items():
-        if name not in modules or factors.keys() != {"A", "B"}:
+        if (name not in wrapped and name not in modules) or factors.keys() != {"A", "B"}:
             raise ModelError(
                 f"lora.adapter: '{folder}' has lora_{' and lora_'.join(sorted(factors))} of '{name}'; "
                 f"expected both of a module of '{base.path}'"
             )
-        layer_shape(modules[name], name)
-        rank = factors["A"].shape[0]
-        alpha = by_pattern(config.alpha_pattern, name, config.lora_alpha)
-        made[name] = Pair(factors["A"], factors["B"], alpha / (rank**0.5 if config.use_rslora else rank))
+        at = wrapped.get(name, name)
+        rank = factors["A"].shape[0] // (len(base.model.get_parameter(at)) if name in wrapped else 1)
+        alpha = by_pattern(config.alpha_pattern, at, config.lora_alpha)
+        scale = alpha / (rank**0.5 if config.use_rslora else rank)
+        if name in wrapped:
+            made |= part(Joined(factors["A"], factors["B"], rank, scale), at)
+        else:
+            layer_shape(modules[name], name)
+            made[name] = Pair(factors["A"], factors["B"], scale)
     # PEFT saves the heads that it knows of; what else was made up here starts as it is.
     return Adapter(made, own | ((base.head_state() | extra) if extra else {}), form)
+
+
+def adapts_experts(folder: Path) -> bool:
+    """Whether the adapter of a folder adapts experts that are kept in one parameter; False of no adapter."""
+    file = folder / "adapter_config.json"
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("target_parameters"))
+    except (OSError, ValueError, AttributeError):
+        return False  # what it lacks is said when it is loaded
+
+
+def _wrapped(base: Base, config: Any) -> dict[str, str]:
+    """What stands before "lora_A.weight" of an adapter's parameters -> the parameter.
+
+    Raises:
+        ModelError: one of the parameters is not of three dimensions, (experts, ...).
+    """
+    found = fitting(base.model, config.target_parameters or ())
+    names = dict.fromkeys(name for own in found.values() for name in own)
+    for name in names:
+        if (held := base.model.get_parameter(name)).ndim != 3:
+            raise ModelError(
+                f"lora.adapter: expected target_parameters of three dimensions, one expert after the other; "
+                f"'{name}' of '{base.path}' is {tuple(held.shape)}"
+            )
+    return {wrapper(base.model, name, names).removesuffix("."): name for name in names}
 
 
 def by_peft(base: Base, folder: Path) -> Base:
@@ -179,6 +220,7 @@ def by_peft(base: Base, folder: Path) -> Base:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of peft about transformers
+        warnings.filterwarnings("ignore", ".*_pattern keys did not match", RuntimeWarning)  # of parameters
         model = PeftModel.from_pretrained(base.model, str(folder)).eval()
     return Base(model, base.tokenizer, base.task, (), base.path)
 
@@ -195,7 +237,7 @@ def merge(base: Base, adapter: Adapter) -> None:
     """
     form, parameters = adapter.parametrization, dict(base.model.named_parameters())
     for name, factors in adapter.factors().items():
-        layer, at = base.model.get_submodule(name), layer_of(base, name)
+        layer, at = layer_at(base.model, name), layer_of(base, name)
         merged = layer_weight(layer, name).double()
         wide = {
             factor: tensor.to(merged if tensor.is_floating_point() else merged.device)
@@ -203,8 +245,12 @@ def merge(base: Base, adapter: Adapter) -> None:
         }
         change = form.change(at, wide, adapter.pairs[name].scale if name in adapter.pairs else 1.0)
         merged = form.weight(at, merged if change is None else merged + change, wide)
+        if isinstance(layer, Expert):
+            layer.weight.copy_(merged)
+            continue
         if type(layer).__name__ == "Conv1D":
             merged = merged.T
-        layer.weight.data = merged.to(layer.weight.dtype).contiguous()
+        weight = base.model.get_parameter(f"{name}.weight")
+        weight.data = merged.to(weight.dtype).contiguous()
     for name, value in adapter.heads().items():
         parameters[name].data = value.to(parameters[name])

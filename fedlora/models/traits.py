@@ -19,6 +19,9 @@ class Traits:
             wrote is put back after it.
         prompts: whether a decoder may be padded on the left too, so that answers begin side by side.
         by_row: the modules whose input has the rows of the batch as its first dimension; None if not known.
+        by_token: those whose input is (tokens, d), the tokens of one row after those of another, as routers
+            and experts are fed.
+        chosen: those that see only the tokens which a router sends there, as experts that are modules do.
     """
 
     side: Side = "right"
@@ -27,6 +30,8 @@ class Traits:
     stateful: bool = False
     prompts: bool = True
     by_row: frozenset[str] | None = None
+    by_token: frozenset[str] = frozenset()
+    chosen: frozenset[str] = frozenset()
 
     def together(self, longer: int, shorter: int) -> bool:
         """Whether rows of so many tokens may share a batch."""

@@ -26,6 +26,7 @@ SHORT = (
 LEAST = (9, 5, 3)
 MOST = 256  # tokens of the longest row of a trial: attention grows with its square
 WORK = 3e8  # parameters times tokens of the longest row: about a tenth of a second for all passes
+ROWS, TOKENS, PART = "rows", "tokens", "part"  # what a module's input has as its first dimension
 # Numbers of a configuration beyond which a model may treat a row in another way.
 BREAKS = re.compile(r"window|top_?k|block|chunk|local|landmark|segment_means|stride|original_max")
 
@@ -49,7 +50,10 @@ class Trial:
         self.model, self.task, self.pad, self._path = model, task, pad, path
         self.stateful = False
         self._coarse = any(not p.is_floating_point() for p in model.parameters())
-        self._seen: list[dict[str, set[bool]]] = []
+        self._seen: list[dict[str, set[str]]] = []
+        self._inputs: dict[str, Tensor] = {}  # of the latest pass, those that hold tokens row after row
+        self._single: dict[str, Tensor] = {}  # of the first row by itself
+        self._in_order: set[str] = set()
         self.rows = made_up(model, tokenizer, pad, lengths(model, room))
 
     def traits(self) -> Traits:
@@ -74,8 +78,12 @@ class Trial:
             limit = beyond
         elif self.stateful and limit is None:
             limit = tried[0]  # what it does with longer rows is not known
-        by_row = frozenset(n for n in modules if all(seen.get(n) == {True} for seen in self._seen))
-        return Traits(side, limit, mixes, self.stateful or beyond is not None, prompts, by_row)
+        by_row = frozenset(n for n in modules if all(seen.get(n) == {ROWS} for seen in self._seen))
+        by_token = frozenset(n for n in self._in_order if all(seen.get(n) == {TOKENS} for seen in self._seen))
+        self._inputs, self._single = {}, {}
+        stateful, lists = self.stateful or beyond is not None, self._chosen(modules)
+        chosen = frozenset(name for name in modules if name.startswith(lists)) if lists else frozenset()
+        return Traits(side, limit, mixes, stateful, prompts, by_row, by_token, chosen)
 
     def answers(self) -> list[Tensor]:
         """The logits of a batch padded on both sides, and a gradient by its embedded tokens.
@@ -117,6 +125,7 @@ class Trial:
         for row in self.rows:
             try:
                 found.append(self._say([row], ["right"])[0])
+                self._single = self._single or self._inputs
                 taken.append(row)
             except (RuntimeError, ValueError, IndexError) as error:
                 self._seen.pop()
@@ -136,6 +145,10 @@ class Trial:
         cut = max(1, len(row) - 5)
         other = row[:cut] + row[cut : len(row) - 1][::-1] + row[-1:]
         one, two = self._say([row, other], ["right", "right"])
+        for name, x in self._inputs.items():
+            single = self._single.get(name)
+            if single is not None and len(x) == 2 * len(single) and self._near(x[: len(single)], single):
+                self._in_order.add(name)
         if self.task.generates and not self._near(two[:cut], one[:cut]):
             raise ModelError(
                 f"model: {self.task.needs}; '{self._path}' sees the tokens that follow, so that it would be "
@@ -159,6 +172,16 @@ class Trial:
         few = slice(-2, None)
         return self._near(torch.cat(self._say(self.rows[few], ["left"] * 2, True)), torch.cat(alone[few]))
 
+    def _chosen(self, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+        """Lists of modules, of a row's tokens each fed those that a router sends there, as experts are."""
+        found = []
+        for name, module in modules.items():
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                inside = [f"{name}.{key}" for key, _ in module.named_children()]
+                if any(seen.get(n) == {PART} for seen in self._seen for n in inside):
+                    found.append(f"{name}.")
+        return tuple(found)
+
     @torch.no_grad()
     def _say(
         self, rows: Sequence[Sequence[int]], sides: Sequence[Side], positions: bool = False
@@ -168,8 +191,8 @@ class Trial:
         named = {"input_ids": ids, "attention_mask": mask}
         if positions and "position_ids" in inspect.signature(self.model.forward).parameters:
             named["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
-        self._count, seen = len(rows), dict[str, set[bool]]()
-        self._seen.append(seen)
+        self._shape, self._inputs = ids.shape, {}
+        self._seen.append({})
         with put_back(self.model) as kept:
             logits = self.model(**named).logits
             self.stateful |= kept.changed
@@ -179,9 +202,14 @@ class Trial:
 
     def _note(self, name: str) -> Any:
         def note(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-            x = args[0] if args else next(iter(named.values()), None)
-            fits = isinstance(x, Tensor) and x.ndim > 1 and x.shape[0] == self._count
-            self._seen[-1].setdefault(name, set()).add(fits)
+            x, (rows, longest) = args[0] if args else next(iter(named.values()), None), self._shape
+            how = ""
+            if isinstance(x, Tensor) and x.ndim > 1:
+                flat = TOKENS if len(x) == rows * longest else PART
+                how = ROWS if len(x) == rows else flat if x.ndim == 2 else ""
+                if how == TOKENS:
+                    self._inputs[name] = x.detach()
+            self._seen[-1].setdefault(name, set()).add(how)
 
         return note
 

@@ -9,7 +9,7 @@ from fedlora.core.adapter import Adapter
 from fedlora.core.messages import Peer, State, Task
 from fedlora.data import Dataset, Example, Part
 from fedlora.engines.client_runtime import ClientRuntime
-from fedlora.models import Base, load, targets
+from fedlora.models import Base, expert_targets, lacking, load, targets
 from fedlora.privacy import DPSGD, ClientLevel, Plan
 from fedlora.rounds.round_config import RoundConfig
 from fedlora.rounds.speeds import Speeds
@@ -128,8 +128,7 @@ class Assembly:
 
     def initial(self) -> Task:
         """The model before round 1; the bare one where the adapter is no part of it."""
-        modules = {name for name, _ in self.base.model.named_modules()}
-        if self.start.adapter.pairs.keys() <= modules:
+        if not lacking(self.base.model, self.start.adapter.pairs):
             return Task(self.start.adapter, base_delta=self.start.base_delta)
         return Task(Adapter({}))
 
@@ -221,6 +220,7 @@ def client_runtime(
 
 
 def adapted(spec: RunSpec, base: Base) -> dict[str, Any]:
-    """The modules that get an adapter, module -> (d_out, d_in); those that suit the model by default."""
+    """The modules and experts that get an adapter, name -> (d_out, d_in); by default what suits the model."""
     named = spec.model.lora_targets if spec.lora.targets is None else spec.lora.targets
-    return targets(base, named) if named else {}
+    experts = expert_targets(base, spec.lora.target_parameters)
+    return (targets(base, named, experts) if named else {}) | experts

@@ -12,6 +12,7 @@ from fedlora.models.parametrizations import LORA
 
 from . import compatibility_callbacks as callbacks
 from . import compatibility_compression as compression
+from . import compatibility_experts as experts
 from . import compatibility_privacy as privacy
 from . import compatibility_rules as rules
 from . import compatibility_schedulers as schedulers
@@ -235,6 +236,8 @@ BEFORE_LOADING = (
     plain_lora_of_own_client,
     form_of_pairs,
     form_without_pairs,
+    experts.experts_of_own_client,
+    experts.experts_by_dora,
     start_and_adapter,
     answers_of_personal,
     callbacks.metrics_of_callbacks,

@@ -11,7 +11,7 @@ from fedlora.clients import LocalTraining
 from fedlora.core.algebra import negative, norm, stack
 from fedlora.core.messages import State, Task, Update
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.models import layer_weight
+from fedlora.models import layer_at, layer_weight
 from fedlora.privacy import ADJACENCY, DPSGD, ClientLevel, Entry, Ledger, Plan, Privacy
 from fedlora.privacy.client_level import ClientLevelMechanism
 from fedlora.report import Table
@@ -147,8 +147,8 @@ def _trained(task: Task) -> int:
 
 def _moved(job: Assembly, state: State) -> float:
     """‖ΔW_now − ΔW_start‖ over ‖W‖, over the adapted modules; 0 without any."""
-    modules, before, after = dict(job.base.model.named_modules()), job.start.whole(), state.whole()
-    weights = math.hypot(*(float(layer_weight(modules[m], m).norm()) for m in after.pairs))
+    model, before, after = job.base.model, job.start.whole(), state.whole()
+    weights = math.hypot(*(float(layer_weight(layer_at(model, m), m).norm()) for m in after.pairs))
     gaps = [norm(stack([pair, negative(before.pairs[m])], [1.0, 1.0])) for m, pair in after.pairs.items()]
     return math.hypot(*gaps) / weights if gaps else 0.0
 

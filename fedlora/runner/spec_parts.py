@@ -102,6 +102,7 @@ class LoRASpec:
 
     Args:
         targets: names of modules as PEFT takes them, or all-linear; None takes those that suit the model.
+        target_parameters: names of parameters that hold the weights of many experts, as PEFT takes them.
         scale: s in ΔW = s·B·A, the same at every rank.
         alpha: or PEFT's lora_alpha: then s = alpha / rank.
         use_rslora: with alpha: s = alpha / √rank.
@@ -115,6 +116,7 @@ class LoRASpec:
     """
 
     targets: Any = None
+    target_parameters: Any = ()
     scale: float = 2.0
     alpha: float | None = None
     use_rslora: bool = False

@@ -21,6 +21,7 @@ from fedlora.models import (
     Traits,
     by_peft,
     checkpoint_dtype,
+    lacking,
     load,
     merge,
     save_adapter,
@@ -59,7 +60,7 @@ def export(run: Path, to: Path, merged: bool, trust: Trust = NONE, spec: RunSpec
         spec, dtype = _in_own_dtype(spec, learnt)
     base = learnt.load_base(spec)
     adapter = state.whole()
-    if apart := adapter.pairs.keys() - dict(base.model.named_modules()).keys():
+    if apart := lacking(base.model, adapter.pairs):
         raise ConfigError(
             f"'{run}' trained an adapter beside the model, {sorted(apart)}, which PEFT cannot load; the "
             "clients' models are their own"

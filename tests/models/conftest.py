@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +30,7 @@ from transformers.utils import logging
 from fedlora.core.adapter import Adapter, Pair
 from fedlora.core.messages import Task
 from fedlora.data import Batch, Example, collate
-from fedlora.models import Base, MultiAdapterModel, load, targets
+from fedlora.models import Base, MultiAdapterModel, expert_targets, load, targets
 
 LABELS = ("a", "b", "c")
 VOCABULARY = 60
@@ -49,7 +50,40 @@ def _bert(**more: Any) -> BertConfig:
     )
 
 
+def _experts(kind: str, **more: Any) -> Any:
+    """A decoder that keeps the experts of a layer in one parameter, with values that matter."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        initializer_range=WIDE,
+        pad_token_id=0,
+        eos_token_id=2,
+        **more,
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 or "bias" in name or "router" in name or ".gate." in name:
+            parameter.data.normal_(0, WIDE)
+    return model
+
+
 MAKE: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: _experts("Mixtral", num_local_experts=4, sliding_window=None),
+    "olmoe": lambda: _experts("Olmoe", num_experts=4),
+    "qwen3-moe": lambda: _experts("Qwen3Moe", head_dim=8, num_experts=4, moe_intermediate_size=24),
+    "gpt-oss": lambda: _experts(
+        "GptOss",
+        head_dim=8,
+        num_local_experts=4,
+        sliding_window=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
     "bert": lambda: BertModel(_bert()),
     "bert-mlm": lambda: BertForMaskedLM(_bert()),  # its checkpoint has no pooler
     "roberta": lambda: RobertaModel(
@@ -105,6 +139,7 @@ MAKE: dict[str, Callable[[], Any]] = {
 }
 # What a test asks for -> the checkpoint, and what it is trained for.
 NAMES = {
+    **{name: (name, "instruction") for name in ("mixtral", "olmoe", "qwen3-moe", "gpt-oss")},
     "bert": ("bert", "classification"),
     "bert-mlm": ("bert-mlm", "classification"),
     "roberta": ("roberta", "classification"),
@@ -153,6 +188,8 @@ class Zoo:
         base = load(self.folder(checkpoint), kind, LABELS if kind == "classification" else (), **more)
         if double:
             base.model.double()
+        if double and checkpoint in ("mixtral", "olmoe", "qwen3-moe", "gpt-oss"):
+            base.model.set_experts_implementation("eager")  # torch's grouped products know no float64
         return base
 
     def plain(self, base: Base) -> Any:
@@ -212,8 +249,9 @@ class Zoo:
         seed: int = 0,
         modules: Sequence[str] | str = "all-linear",
         head: bool = True,
+        experts: Sequence[str] = (),
     ) -> Adapter:
-        """Random factors, B too; ranks and scales in turn over the modules; the head moved off its start."""
+        """Random factors, B too; ranks and scales in turn over the layers; the head moved off its start."""
         rng = np.random.default_rng([seed, 5])
         ranks = [rank] if isinstance(rank, int) else list(rank)
         scales = [scale] if isinstance(scale, int | float) else list(scale)
@@ -223,7 +261,8 @@ class Zoo:
             return torch.from_numpy(spread * rng.standard_normal(shape)).float().to(dtype)
 
         pairs = {}
-        for i, (name, (d_out, d_in)) in enumerate(targets(base, modules).items()):
+        shapes = targets(base, modules, experts) | expert_targets(base, experts)
+        for i, (name, (d_out, d_in)) in enumerate(shapes.items()):
             r = ranks[i % len(ranks)]
             A, B = random(r, d_in, spread=d_in**-0.5), random(d_out, r, spread=0.2)
             pairs[name] = Pair(A, B, scales[i % len(scales)])

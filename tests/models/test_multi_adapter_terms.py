@@ -154,7 +154,7 @@ def test_a_base_delta_that_all_slots_share_is_added_once(zoo: Any, name: str) ->
     ]
     check(zoo, name, tasks)
     with MultiAdapterModel(base, tasks) as bank:
-        assert all(len(pairs) == 1 for pairs in bank._base_deltas.values())
+        assert all(len(pairs) == 1 for pairs in bank._layers._base_deltas.values())
 
 
 @pytest.mark.parametrize("differ", ["A", "B", "scale"])

@@ -71,7 +71,7 @@ MORE: dict[str, Entry] = {
         ),
     ),
     "modernbert-decoder": decoder("ModernBertDecoder", sizes={"local_attention": 8, "num_hidden_layers": 3}),
-    "opt-proj": decoder("OPT", sizes={"ffn_dim": 48, "word_embed_proj_dim": 16}, refused=APART),
+    "opt-proj": decoder("OPT", sizes={"ffn_dim": 48, "word_embed_proj_dim": 16}),
     "qwen3.5": decoder(
         "Qwen3_5Text",
         family="Qwen3_5",

@@ -56,7 +56,7 @@ ZOO: dict[str, Entry] = {
     "phi3": decoder("Phi3", sizes={**GROUPED, "sliding_window": None}),
     "gpt2": decoder("GPT2", "LMHeadModel", sizes=GPT, drop=tuple(SIZES), fast=True),
     "gptneox": decoder("GPTNeoX"),
-    "opt": decoder("OPT", sizes={"ffn_dim": 48, "word_embed_proj_dim": 32}, refused=APART),
+    "opt": decoder("OPT", sizes={"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "bloom": decoder("Bloom", sizes={"n_layer": 2, "n_head": 4}, single=True),
     "falcon": decoder("Falcon", sizes={"new_decoder_architecture": True, "num_kv_heads": 2}),
     "olmo2": decoder("Olmo2", sizes=GROUPED),
@@ -111,7 +111,6 @@ ZOO: dict[str, Entry] = {
         "Qwen2Moe",
         sizes={**HEADS, **EXPERTS, "shared_expert_intermediate_size": 24},
         single=True,
-        refused=APART,
         left_out="model.layers.*.mlp.experts, model.layers.*.mlp.gate (no linear layers)",
     ),
     "qwen3-next": decoder(
@@ -127,7 +126,6 @@ ZOO: dict[str, Entry] = {
             "linear_num_value_heads": 4,
         },
         single=True,
-        refused=APART,
         left_out=(
             "model.layers.*.mlp.experts, model.layers.*.mlp.gate (no linear layers); "
             "model.layers.*.mlp.shared_expert (PEFT drops their factors when it loads the "
@@ -218,7 +216,6 @@ ZOO: dict[str, Entry] = {
             },
         },
         single=True,
-        refused=APART,
         left_out=(
             "model.layers.*.feed_forward.experts (no linear layers); "
             "model.layers.*.feed_forward.router (a tuple as output)"
