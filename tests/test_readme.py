@@ -38,7 +38,7 @@ def test_links_lead_somewhere():
 @pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
 def test_the_page_of_a_room_is_short_and_names_each_of_its_files(room):
     text = (room / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 40
+    assert len(text.splitlines()) <= 45
     assert text.startswith(f"# {room.name}\n")
     assert "../../docs/" in text
     files = {path.name for path in room.iterdir() if path.suffix in (".py", ".j2")} - {"__init__.py"}

@@ -18,6 +18,8 @@ from fedlora.core.vectors import flat
 from fedlora.privacy import ClientLevel, Plan
 from fedlora.privacy.client_level import ClientLevelMechanism
 
+pytestmark = pytest.mark.slow  # whole runs
+
 EVERY = sorted(strategies.__all__)
 CODES = [BF16(), Int8(), TopK(density=0.2, values="int8", download="nf4"), Segments(), RandK(density=0.2)]
 

@@ -11,6 +11,8 @@ import pytest
 from fedlora.errors import ConfigError
 from fedlora.privacy import Entry, Ledger, epsilon
 
+pytestmark = pytest.mark.slow  # whole runs
+
 DP = ("privacy=dp_sgd", "privacy.accountant=rdp", "client.batch_size=4")
 
 

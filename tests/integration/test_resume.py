@@ -12,6 +12,8 @@ import pytest
 from fedlora.cli.main import main
 from fedlora.storage.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow  # whole runs
+
 JOB = ("strategy=flexlora", "ranks=[2,4]", "rounds=4", "clients_per_round=2", "evaluate.clients=true")
 
 
@@ -192,7 +194,6 @@ def test_control_c_says_how_to_go_on(
     same(result(out), whole)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_kill_9(whole: Any, base: tuple[str, ...], result: Any, tmp_path: Path, share: float) -> None:
     out = tmp_path / "run"

@@ -7,6 +7,8 @@ import pytest
 
 from fedlora.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SIX = (
     "clients=6",
     "ranks=[2,4]",

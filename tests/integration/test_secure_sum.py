@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 from fedlora.errors import ConfigError
 
+pytestmark = pytest.mark.slow  # whole runs
+
 
 def test_a_private_run_under_masks_is_the_same_run(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("strategy=ffalora", "ranks=[2,4,8]", "privacy=dp_sgd", "privacy.accountant=rdp")

@@ -27,7 +27,10 @@ from fedlora.training.steps import FitJob
 from fedlora.training.trainer import fit
 
 MAGNITUDE = ".magnitude"
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,  # whole runs or every architecture
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 EVERY = ("bert", "bert-mlm", "roberta", "distilbert", "llama", "llama-cls", "gpt2", "gpt2-cls")
 

@@ -25,7 +25,10 @@ from fedlora.strategies import FlexLoRA, FLoRA
 from fedlora.training.steps import FitJob
 from fedlora.training.trainer import fit
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,  # whole runs or every architecture
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 RANKS, COUNTS, SCALES = (1, 3, 5), (3, 1, 4), (2.0, 0.7, 1.3)

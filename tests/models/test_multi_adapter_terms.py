@@ -24,6 +24,8 @@ from fedlora.training.expert import GlobalExpert
 from fedlora.training.steps import FitJob
 from fedlora.training.trainer import fit
 
+pytestmark = pytest.mark.slow  # whole runs
+
 NAMES = ["bert", "gpt2"]  # linear layers, and Conv1D, whose weight is transposed
 
 

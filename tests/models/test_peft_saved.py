@@ -12,7 +12,10 @@ from fedlora.core.adapter import Adapter, Pair
 from fedlora.errors import ModelError
 from fedlora.models import LoRA, fresh_adapter, load_adapter, merge, save_adapter, targets
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,  # every architecture
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 EVERY = ("bert", "bert-mlm", "roberta", "distilbert", "llama", "llama-cls", "gpt2", "gpt2-cls")
 MIXED = ((3, 1, 5, 3), (2.0, 0.3, 1.7, 4.0, 2.0))

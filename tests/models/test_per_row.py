@@ -20,6 +20,8 @@ from fedlora.models.per_row import call_rows
 from fedlora.privacy import self_test
 from fedlora.privacy import selftest as module
 
+pytestmark = pytest.mark.slow  # whole runs
+
 RANKS, COUNTS, SCALES = (1, 3, 20), (3, 1, 4), (2.0, 0.7, 1.3)
 MODELS = ("bert", "roberta", "distilbert", "bert-mlm", "llama", "gpt2", "llama-cls", "gpt2-cls")
 

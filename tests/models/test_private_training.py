@@ -20,6 +20,8 @@ from fedlora.training.rules import RankPruning
 from fedlora.training.steps import FitJob, Parameters
 from fedlora.training.trainer import fit
 
+pytestmark = pytest.mark.slow  # whole runs
+
 from_sgd = partial(torch.optim.SGD, lr=1.0)
 
 

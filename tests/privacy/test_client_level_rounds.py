@@ -15,6 +15,8 @@ from fedlora.privacy import ClientLevel, Entry, Plan, epsilon
 from fedlora.privacy.client_level import ClientLevelMechanism
 from fedlora.privacy.ledger_files import read_ledger
 
+pytestmark = pytest.mark.slow  # whole runs
+
 CLIP = 0.5
 SILENT = 1e-12  # σ, in the place of zero, which no ledger takes
 # name: (clients, how many of them fail, how many a round asks for)

@@ -7,6 +7,8 @@ import pytest
 from fedlora.errors import ConfigError
 from fedlora.privacy import DPSGD, Entry, Ledger, calibrate, epsilon
 
+pytestmark = pytest.mark.slow  # whole runs
+
 QUICK = DPSGD(accountant="rdp", participations=1)
 
 

@@ -17,6 +17,8 @@ from fedlora.errors import CheckpointError, ConfigError, DataError, FedLoraError
 from fedlora.models import load
 from fedlora.models.packaged import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 WORDS = {"animal": ["cat", "dog", "horse", "goose"], "tool": ["hammer", "saw", "drill", "file"]}
 ROWS = [
     {"text": f"the {word} number {n}", "label": kind}

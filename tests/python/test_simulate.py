@@ -16,6 +16,8 @@ from fedlora.errors import ConfigError, DataError
 from fedlora.models import load
 from fedlora.models.packaged import tiny
 
+pytestmark = pytest.mark.slow  # whole runs
+
 WORDS = {"animal": ["cat", "dog", "horse", "goose"], "tool": ["hammer", "saw", "drill", "file"]}
 ROWS = [
     {"text": f"the {word} number {n}", "label": kind}
@@ -81,7 +83,6 @@ def test_python_and_the_command_line_give_one_adapter(
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_the_command_line_goes_on_with_a_run_from_python(rounds: int, tmp_path: Path) -> None:
     whole = small(rounds=2, strategy="hetlora", ranks=[2, 4])
@@ -91,7 +92,6 @@ def test_the_command_line_goes_on_with_a_run_from_python(rounds: int, tmp_path: 
     assert sha(fl.open(tmp_path / "run")) == sha(whole)
 
 
-@pytest.mark.slow
 def test_rows_in_memory_of_whatever_kind_are_one_run() -> None:
     frame = pytest.importorskip("pandas").DataFrame(ROWS)
     made = pytest.importorskip("datasets").Dataset.from_list(ROWS)
@@ -129,7 +129,6 @@ def test_a_loaded_model_is_the_same_as_its_folder(tmp_path: Path) -> None:
     assert sha(given) == sha(named)
 
 
-@pytest.mark.slow
 def test_a_strategy_from_the_script_runs_and_is_named_when_it_is_missing(tmp_path: Path) -> None:
     own = small(strategy=Mean(), ranks=4, out=tmp_path / "own")
     assert sha(own) == sha(small(strategy="fedit", ranks=4))
@@ -175,7 +174,6 @@ def test_a_session_goes_round_by_round_to_the_same_end(tmp_path: Path) -> None:
     assert sha(session.run) == sha(small(rounds=2))
 
 
-@pytest.mark.slow
 def test_a_session_that_is_left_can_be_resumed(tmp_path: Path) -> None:
     session = fl.Session("tiny", "tiny", clients=3, rounds=2, out=tmp_path / "run")
     next(session)
@@ -205,7 +203,6 @@ def test_nothing_stays_on_disk_without_out(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_sweep_has_a_run_a_combination_and_goes_on(tmp_path: Path) -> None:
     words: dict[str, Any] = {"clients": 3, "rounds": 1, "ranks": fl.each(4, [2, 4]), "progress": False}
     swept = fl.sweep("tiny", "tiny", strategy=["flexlora", "hetlora"], out=tmp_path, **words)
@@ -237,7 +234,6 @@ def test_what_cannot_be_is_said_in_a_line(settings: dict[str, Any], error: type,
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_python_s_defaults_are_those_of_the_command_line() -> None:
     """What YAML says of a class is what the class says of itself."""
     import inspect

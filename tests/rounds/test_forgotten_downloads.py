@@ -11,6 +11,8 @@ from fedlora.storage import client_state
 from fedlora.storage.client_state import DownloadCache
 from fedlora.strategies import FedExLoRA, FedFold, FLoRA, RoLoRA
 
+pytestmark = pytest.mark.slow  # whole runs
+
 GROWING = [FedExLoRA(), FLoRA(), FedFold()]
 
 

@@ -12,6 +12,8 @@ from fedlora.config.composition import compose
 from fedlora.config.translate import run_spec
 from fedlora.runner.assemble import assemble
 
+pytestmark = pytest.mark.slow  # whole runs
+
 SMALL = ("model=tiny", "data=tiny", "clients=3", "ranks=4", "+data.source.rows=48")
 
 

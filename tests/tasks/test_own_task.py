@@ -112,7 +112,10 @@ def about() -> list[dict[str, Any]]:
     ] * 12
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft and transformers about each other
+pytestmark = [
+    pytest.mark.slow,  # whole runs
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of peft and transformers about each other
+]
 SMALL: dict[str, Any] = {"model": "tiny", "rounds": 2, "ranks": 4, "clients": 3, "progress": False}
 
 

@@ -14,6 +14,8 @@ from fedlora.training.rules import RankPruning
 from fedlora.training.steps import Parameters
 from fedlora.training.trainer import fit
 
+pytestmark = pytest.mark.slow  # whole runs
+
 WAYS = [(OneByOne(), torch.float64, 1e-10), (Grouped(), torch.float32, 2e-4)]
 
 
