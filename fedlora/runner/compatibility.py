@@ -248,6 +248,7 @@ BEFORE_LOADING = (
     schedulers.versions_of_strategy,
     schedulers.versions_under_masks,
     schedulers.versions_under_robust_rule,
+    schedulers.recorded_versions,
     compression.feedback_without_basis,
     compression.steps_in_code,
     compression.codes_under_robust_rule,

@@ -1,6 +1,7 @@
 """Refused pairings with schedulers that do not wait for all; `compatibility` lists them all."""
 
 from fedlora.core.strategy import named as strategies
+from fedlora.schedulers import Buffered
 
 from .dealt import Dealt
 from .spec import RunSpec
@@ -39,15 +40,27 @@ def versions_under_robust_rule(spec: RunSpec) -> str | None:
     return None
 
 
+def recorded_versions(spec: RunSpec) -> str | None:
+    """Recorded updates are aggregated again as those of one version."""
+    if spec.scheduler.mixes_versions and spec.record_updates:
+        return (
+            f"record_updates: fedlora replay aggregates the updates of a round anew, and under "
+            f"{type(spec.scheduler).__name__} the server adds changes by their age instead; leave it out, or "
+            "use scheduler=synchronous"
+        )
+    return None
+
+
 def full_buffer(known: Dealt) -> str | None:
     """A buffer that no number of clients could fill, since each is in it once."""
-    buffer = getattr(known.spec.scheduler, "buffer", 1)
-    if known.spec.scheduler.mixes_versions and buffer > known.clients:
+    scheduler, clients = known.spec.scheduler, known.spec.clients_per_round or known.clients
+    buffer = scheduler.size(clients) if isinstance(scheduler, Buffered) else 1
+    if scheduler.mixes_versions and buffer > known.clients:
         return (
             f"scheduler.buffer: expected at most {known.clients}, the number of clients, each of whom is in "
             f"a buffer once; got {buffer}"
         )
-    if known.spec.scheduler.mixes_versions and known.spec.min_updates > buffer:
+    if scheduler.mixes_versions and known.spec.min_updates > buffer:
         return (
             f"min_updates: expected at most {buffer}, the updates of a buffer; got {known.spec.min_updates}"
         )

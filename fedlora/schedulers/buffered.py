@@ -36,7 +36,8 @@ class Buffered(Scheduler):
     """Aggregates every so many updates, whichever clients they come from.
 
     Args:
-        buffer: K, the updates of an aggregation, which is a round of the run.
+        buffer: K, the updates of an aggregation, which is a round of the run. None takes half as many as are
+            at work, and no more than 10, the paper's K.
         concurrency: how many clients are at work at a time; None takes clients_per_round, or all clients.
         lr: η, the step of the server.
         staleness: s, polynomial, hinge or constant.
@@ -47,7 +48,7 @@ class Buffered(Scheduler):
         cap: a client's examples count at most so many times the buffer's median; None does not cap.
     """
 
-    buffer: int = 10
+    buffer: int | None = None
     concurrency: int | None = None
     lr: float = 1.0
     staleness: str = "polynomial"
@@ -60,7 +61,7 @@ class Buffered(Scheduler):
     mixes_versions = True
 
     def __post_init__(self) -> None:
-        check_whole("scheduler.buffer", self.buffer)
+        check_whole("scheduler.buffer", self.buffer, none=True)
         check_whole("scheduler.concurrency", self.concurrency, none=True)
         check_whole("scheduler.max_staleness", self.max_staleness, 0, none=True)
         check_number("scheduler.lr", self.lr, above=0)
@@ -69,7 +70,12 @@ class Buffered(Scheduler):
 
     def rounds(self, server: "ServerLoop", grid: Grid) -> Iterator[dict[str, Any]]:
         """A round is a buffer."""
-        return buffers(server, grid, self.buffer, self.concurrency, self.max_staleness)
+        size = self.size(server.config.clients_per_round or server.config.clients)
+        return buffers(server, grid, size, self.concurrency, self.max_staleness)
+
+    def size(self, clients: int) -> int:
+        """K, where so many clients may be at work."""
+        return self.buffer or min(10, max(1, (self.concurrency or clients) // 2))
 
     def aggregation(self, synchronous: Aggregation) -> Aggregation:
         """Changes are added, each by its age."""

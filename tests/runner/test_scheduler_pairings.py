@@ -32,6 +32,7 @@ def refusal(**settings: Any) -> str:
         ({"strategy": "slora"}, "strategy SLoRA wants all of a round at the same stage"),
         ({"strategy": Own()}, "strategy Own wants all of a round at the same stage"),
         ({"secure_sum": True}, "secure_sum: masks cancel in the sum of all clients that agreed on them"),
+        ({"record_updates": True}, "record_updates: fedlora replay aggregates the updates of a round anew"),
         ({"robust": fl.robust.Median()}, "robust: Median compares updates, and under Buffered"),
         ({"privacy": fl.privacy.ClientLevel(epsilon=8, clip=1)}, "scheduler: under client-level privacy"),
         ({"scheduler": Buffered(buffer=4)}, "scheduler.buffer: expected at most 3, the number of clients"),
