@@ -2,7 +2,7 @@
 
 A task's shared tensors, which it brings anew every round, become the arrays of the run's code for downloads.
 An update's tensors become those of the code of their change, and the server adds the change to what it sent.
-All else of a message stays as it was written.
+All else of a message stays as it was written, also what a local rule has clients send beside the adapter.
 """
 
 import json
@@ -75,7 +75,8 @@ def code_update(content: RecordDict, task: Task, adapter: Adapter, arrays: Mappi
         adapter: what it sends, in one of the shapes that the task allows.
         arrays: of the code of its change.
     """
-    content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+    beside = _beside(content.array_records["arrays"], task)
+    content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()} | beside)
     forms, form = _forms(task), _form(adapter, task)
     if form != forms[0]:
         content.config_records["config"][REPLY] = forms.index(form)
@@ -102,8 +103,10 @@ def plain_update(reply: Message, task: Task, codec: Compression, key: MessageKey
         raise IncompatibleUpdates(f"'{REPLY}': expected a number below {len(forms)}, got {which!r:.20}")
     form, start = forms[which], dict(task.adapter.tensors())
     arrays = content.array_records["arrays"]
-    change = tensors(_read(arrays, codec, lengths(form), key), form)
-    found = {}
+    beside = _beside(arrays, task)
+    coded = {name: array for name, array in arrays.items() if name not in beside}
+    change = tensors(_read(coded, codec, lengths(form), key), form)
+    found = dict(beside)
     for name, shape in form.items():
         begun = start[name][tuple(slice(0, length) for length in shape)]
         found[name] = Array((begun.double() + change[name].double()).to(begun.dtype).numpy())
@@ -122,6 +125,12 @@ def _read(
         raise IncompatibleUpdates(f"wrong arrays: missing {missing[:3]}, unknown {unknown[:3]}")
     read = {name: array_of(name, arrays[name], kind, shape) for name, (kind, shape) in wanted.items()}
     return codec.decode({name.removeprefix(prefix): array for name, array in read.items()}, sizes, key)
+
+
+def _beside(arrays: Mapping[str, Array], task: Task) -> dict[str, Array]:
+    """What a task has clients send beside the adapter, which stays as it was written."""
+    wanted = task.sent()
+    return {name: array for name, array in arrays.items() if name in wanted}
 
 
 def _forms(task: Task) -> list[dict[str, tuple[int, ...]]]:

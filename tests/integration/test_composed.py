@@ -8,6 +8,12 @@ from fedlora.errors import ConfigError
 
 VIRTUAL = ("scheduler=buffered", "scheduler.buffer=2", "engine.speeds={lognormal: 1}")
 STRATEGIES = ["ffalora", "flexlora"]
+SCAFFOLD = (
+    "rule=scaffold",
+    "weights=uniform",
+    "client.optimizer._target_=torch.optim.SGD",
+    "client.clip=null",
+)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -44,16 +50,7 @@ def test_an_optimizer_steps_by_what_a_buffer_of_mixed_versions_has_changed(run: 
     ("words", "reason"),
     [
         (("server=fedavgm", "engine.tree=[2,2]"), "server: FedAvgM steps by what clients have learned"),
-        (
-            (
-                "rule=scaffold",
-                "weights=uniform",
-                "client.optimizer._target_=torch.optim.SGD",
-                "client.clip=null",
-                "engine.tree=[2,2]",
-            ),
-            "rule: the edges of engine.tree forward sums",
-        ),
+        ((*SCAFFOLD, "engine.tree=[2,2]"), "rule: the edges of engine.tree forward sums"),
         (("compression=topk", "robust=median"), "robust: Median compares the same numbers of all clients"),
         (("compression=segments", "robust=krum"), "robust: Krum compares the same numbers of all clients"),
     ],
@@ -63,6 +60,15 @@ def test_what_does_not_compose_is_refused_in_one_line(run: Any, words: tuple[str
         run("clients=4", *words)
     assert str(caught.value).startswith(reason)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_a_rule_sends_travels_beside_a_code_as_it_is(run: Any) -> None:
+    words = ("strategy=ffalora", "ranks=[2,4]", *SCAFFOLD)
+    plain = run(*words)
+    assert run(*words, "compression=topk", "compression.density=1").sha == plain.sha
+    coded = run(*words, "compression=int8")
+    assert all(line["status"] == "ok" for line in coded.clients)
+    assert coded.summary["bytes_up"] < 0.8 * plain.summary["bytes_up"]
 
 
 def test_rules_that_look_at_each_update_by_itself_may_stand_beside_codes(run: Any) -> None:
