@@ -110,7 +110,7 @@ class HetLoRA(Strategy):
         ω_k are the norms of what the buffer's clients sent, of whatever version. What a client has pruned
         stays as it is: its tail was light against the tail that it was sent, which says nothing of D's.
         """
-        changes = self.admit_changes(state, changes)
+        changes = [one for one in self.admit_changes(state, changes) if one.share > 0]
         old, sent = state.adapter.pairs, [one.update for one in changes]
         omega = self._weights({m: [norm(u.adapter.pairs[m]) for u in sent] for m in old})
         place = {id(one): at for at, one in enumerate(changes)}

@@ -6,7 +6,9 @@ client k sends the segment (k + t) mod N. The server's mean of each segment is o
 
     x̂ = N x on the segment, else 0,
 
-so that the mean over clients is that mean, if equally many send each segment and they count alike.
+so that the mean over clients is that mean, if equally many send each segment and they count alike. A client
+that takes part in every g-th round alone, with a divisor in common with N, never sends some segments; where
+clients are drawn at random there is no such rhythm.
 
 Differs from the paper: segments alone, without its sparse code and its schedule of densities for A and B
 (`TopK` has a sparse code). A client goes on from what it is sent, and not from its own unsent segments. With

@@ -13,8 +13,6 @@ from fedlora.core.vectors import Form, flat, split
 
 from .base import Compression, MessageKey, Numbers
 
-ROUND = "/round"  # the name, which no tensor has, of the round in which something was kept
-
 
 @dataclass(frozen=True)
 class CodedUpdate:
@@ -41,9 +39,9 @@ def code_update(
         e ← e + δ,    send C(e),    e ← e - C(e)
 
     (Karimireddy, Rebjock, Stich, Jaggi. "Error Feedback Fixes SignSGD and other Gradient Compression
-    Schemes". ICML 2019. https://arxiv.org/abs/1901.09847). What is older than the round before has lost
-    weight: after τ rounds without this client it counts 1 / √(1 + τ), as FedBuff counts a change that is as
-    old (Nguyen et al. AISTATS 2022. https://arxiv.org/abs/2106.06639).
+    Schemes". ICML 2019. https://arxiv.org/abs/1901.09847). So what was sent and what is kept are together
+    all changes, however seldom the client takes part. What is kept does not lose weight with its age: codes
+    that leave most numbers out would then never send the most of a change.
 
     Args:
         codec: makes the code.
@@ -53,16 +51,15 @@ def code_update(
     """
     form = {name: tuple(tensor.shape) for name, tensor in change.items()}
     whole = vector(change)
-    if codec.error_feedback and ROUND in memory:
-        away = max(0, key.round - 1 - int(memory[ROUND]))
-        whole = whole + vector(_held(memory, form)) / np.float32(math.sqrt(1 + away))
+    if codec.error_feedback:
+        whole = whole + vector(_held(memory, form))
     arrays = codec.encode(whole, lengths(form), key)
     sent = codec.decode(arrays, lengths(form), key)
     kept = memory if codec.error_feedback else {}
     with np.errstate(invalid="ignore"):
         lost = whole - sent
     if codec.error_feedback and np.isfinite(lost).all():  # else training has diverged: the old stays
-        kept = {**memory, **tensors(lost, form), ROUND: torch.tensor(key.round)}
+        kept = {**memory, **tensors(lost, form)}
     return CodedUpdate(arrays, tensors(sent, form), kept)
 
 

@@ -102,12 +102,13 @@ class ClientRuntime:
         outcomes = [replace(o, metrics=o.metrics | more) for o, more in zip(outcomes, told, strict=True)]
         sent = [self._sent(a, outcome) for a, outcome in zip(assignments, outcomes, strict=True)]
         drafts = [draft(m, a, out) for m, a, out in zip(messages, assignments, sent, strict=True)]
-        for a, out in zip(assignments, sent, strict=True):
-            self._remember(a, out)
+        if self.memory is None and any(out.outcome.memory or out.kept for out in sent):
+            raise ConfigError("a client has a part of its own to keep, and its site has nowhere to keep it")
         self._spend(assignments, outcomes, contexts)
         for a, out in zip(assignments, sent, strict=True):
-            # Paid for first: what steps keep may be a part of a change, which a later message then holds.
+            # Paid for first: what is kept may be a part of what a later message then holds.
             if self.memory is not None:
+                self.memory.write(a.client, a.round, out.outcome.memory)
                 self.memory.steps.write(a.client, a.round, out.kept)
         for m, (a, held) in zip(messages, read, strict=True):
             # Once nothing can fail any more: a second try starts from what was held before.
@@ -272,12 +273,6 @@ class ClientRuntime:
                 "private training left no entry of its own in the ledger; its result is not sent"
             )
         return outcome.ledger
-
-    def _remember(self, assignment: TrainRequest, sent: Outgoing) -> None:
-        if (sent.outcome.memory or sent.kept) and self.memory is None:
-            raise ConfigError("a client has a part of its own to keep, and its site has nowhere to keep it")
-        if self.memory is not None:
-            self.memory.write(assignment.client, assignment.round, sent.outcome.memory)
 
     def _told(self, assignments: Sequence[TrainRequest]) -> list[dict[str, float]]:
         """Each client's own evaluation; empty where it keeps no rows back."""

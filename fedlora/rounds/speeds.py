@@ -39,9 +39,10 @@ class Pace:
         for start, end in self.absences:
             if start <= when < end:
                 when = end
-        while self.share and self._away(at := math.floor(when / self.period)):
-            when = (at + 1) * self.period
-        return when
+        first = at = math.floor(when / self.period)
+        while self.share and self._away(at):  # periods are counted: k · p / p may be below k
+            at += 1
+        return when if at == first else at * self.period
 
     def _away(self, period: int) -> bool:
         return bool(generator(self.seed, "absence", self.client, period).random() < self.share)

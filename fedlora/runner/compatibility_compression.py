@@ -20,6 +20,23 @@ def feedback_without_basis(spec: RunSpec) -> str | None:
     return None
 
 
+def feedback_in_buffers(spec: RunSpec) -> str | None:
+    """What was lost of a change, where a buffer gives the strategy other factors."""
+    fixed = spec.strategy.staleness == "exact" and spec.strategy.server_space == "factors"
+    if (
+        spec.compression is not None
+        and spec.compression.error_feedback
+        and spec.scheduler.mixes_versions
+        and not fixed
+    ):
+        return (
+            f"compression.error_feedback: under {type(spec.scheduler).__name__} {spec.strategy_class} cuts "
+            "what a buffer makes to its rank, which gives it other factors, and what a client has lost of "
+            "the old ones is no change of the new ones; leave it out, or use ffalora or privatelora"
+        )
+    return None
+
+
 def steps_in_code(spec: RunSpec) -> str | None:
     """A step's own code is no change of what was sent, which is what travels here."""
     named = [type(step).__name__ for step in spec.steps if step.at_client and step.at_server]

@@ -1,6 +1,7 @@
 """Refused pairings with schedulers that do not wait for all; `compatibility` lists them all."""
 
 from fedlora.core.strategy import named as strategies
+from fedlora.privacy import DPSGD, ClientLevel
 from fedlora.schedulers import Buffered
 
 from .dealt import Dealt
@@ -36,6 +37,29 @@ def versions_under_robust_rule(spec: RunSpec) -> str | None:
             f"robust: {type(spec.robust).__name__} compares updates, and under "
             f"{type(spec.scheduler).__name__} they start from different states, so that an old one looks "
             "like a bad one; use scheduler=synchronous, or steps=[Clip], which looks at each by itself"
+        )
+    return None
+
+
+def ledgers_of_sites(spec: RunSpec) -> str | None:
+    """What sites have spent that are still at work when the last buffer is full."""
+    if spec.scheduler.mixes_versions and spec.engine.sites and isinstance(spec.privacy, DPSGD):
+        return (
+            f"scheduler: when the last buffer of {type(spec.scheduler).__name__} is full, other sites are "
+            "still at work, and what that costs them is in their own ledgers and not in the epsilon that the "
+            "run reports; use scheduler=synchronous, or privacy=none"
+        )
+    return None
+
+
+def absences_of_clients(spec: RunSpec) -> str | None:
+    """A client that makes a round longer decides with it who is absent from the next one."""
+    speeds = spec.engine.speeds
+    absent = isinstance(speeds, str) or bool(speeds and (speeds.get("absent") or speeds.get("trace")))
+    if absent and isinstance(spec.privacy, ClientLevel):
+        return (
+            "engine.speeds: a slow client makes a round longer, and so decides who is absent from the next "
+            "one; under privacy=client_level nobody may change who else takes part; leave absences out"
         )
     return None
 

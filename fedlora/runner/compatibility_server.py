@@ -30,6 +30,19 @@ def server_over_a_tree(spec: RunSpec) -> str | None:
     return None
 
 
+def server_of_rebased_buffers(spec: RunSpec) -> str | None:
+    """An optimizer of factors, where a buffer's sum is cut to a rank and so gets other factors."""
+    strategy, scheduler = spec.strategy, spec.scheduler
+    rebased = strategy.server_space == "factors" and strategy.staleness == "effective"
+    if spec.server is not None and scheduler.mixes_versions and rebased:
+        return (
+            f"server: under {type(scheduler).__name__} {spec.strategy_class} cuts what a buffer makes to its "
+            "rank, which gives it other factors, and what an optimizer remembers of the old ones is no "
+            "change of the new ones; use scheduler=synchronous, server=none, ffalora or flexlora"
+        )
+    return None
+
+
 def server_of_numbers(spec: RunSpec) -> str | None:
     """An optimizer of single numbers, where the factors get another basis in every round."""
     space = spec.strategy.server_space

@@ -51,6 +51,15 @@ def test_an_optimizer_steps_by_what_a_buffer_of_mixed_versions_has_changed(run: 
     [
         (("server=fedavgm", "engine.tree=[2,2]"), "server: FedAvgM steps by what clients have learned"),
         ((*SCAFFOLD, "engine.tree=[2,2]"), "rule: the edges of engine.tree forward sums"),
+        (("server=fedavgm", *VIRTUAL), "server: under Buffered FedIT cuts what a buffer makes"),
+        (
+            ("strategy=fedexlora", "compression=topk", "compression.error_feedback=true", *VIRTUAL),
+            "compression.error_feedback: under Buffered FedExLoRA cuts",
+        ),
+        (
+            ("strategy=ffalora", "privacy=client_level", "engine.speeds={absent: 0.2}"),
+            "engine.speeds: a slow client makes a round longer",
+        ),
         (("compression=topk", "robust=median"), "robust: Median compares the same numbers of all clients"),
         (("compression=segments", "robust=krum"), "robust: Krum compares the same numbers of all clients"),
     ],

@@ -120,3 +120,12 @@ def test_a_clock_goes_on_from_its_checkpoint() -> None:
     assert other.now == clock.now > 0
     with pytest.raises(CheckpointError, match="virtual time"):
         other.load("[]")
+
+
+@pytest.mark.parametrize("period", [0.1, 0.7, 33.3])
+def test_a_client_comes_back_in_whole_periods_however_these_are_rounded(period: float) -> None:
+    pace = Speeds(absent=0.5, period=period).pace(3, 0)
+    for number in range(120):
+        back = pace.back(number * period)
+        assert back >= number * period
+        assert pace.back(back) == back

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean, median
+from statistics import fmean, median_low
 
 import numpy as np
 from flwr.app import Message
@@ -49,7 +49,7 @@ class BufferDelivery(Delivery):
 class BufferedAggregation(Aggregation):
     """The clients' changes are weighted by their age and added; a buffer that is a whole round is averaged.
 
-    With n̂_k a client's number of examples, no more than `cap` times the buffer's median, c_k is
+    With n̂_k a client's number of examples, no more than `cap` times the buffer's (lower) median, c_k is
     lr · s(τ_k) · n̂_k / Σ_j n̂_j. The denominator is the sum over the buffer without s: a buffer of old
     updates moves the state by less.
 
@@ -97,7 +97,8 @@ class BufferedAggregation(Aggregation):
     def _changes(self, given: RoundUpdates) -> list[Change]:
         counts = [update.weight for update in given.updates]
         if self.cap is not None:
-            counts = [min(count, self.cap * median(counts)) for count in counts]
+            middle = median_low([count for count in counts if count > 0] or counts)
+            counts = [min(count, self.cap * middle) for count in counts]
         return [
             Change(replace(update, weight=1.0), task, share, self.lr * self.factor(_age(given, update)))
             for update, task, share in zip(given.updates, given.tasks, normalised(counts), strict=True)
