@@ -106,10 +106,7 @@ class ClientRuntime:
             raise ConfigError("a client has a part of its own to keep, and its site has nowhere to keep it")
         self._spend(assignments, outcomes, contexts)
         for a, out in zip(assignments, sent, strict=True):
-            # Paid for first: what is kept may be a part of what a later message then holds.
-            if self.memory is not None:
-                self.memory.write(a.client, a.round, out.outcome.memory)
-                self.memory.steps.write(a.client, a.round, out.kept)
+            self._remember(a, out)  # paid for: it may be a part of what a later message then holds
         for m, (a, held) in zip(messages, read, strict=True):
             # Once nothing can fail any more: a second try starts from what was held before.
             self.shelf.hold(a.client, held, version_of(m))
@@ -273,6 +270,11 @@ class ClientRuntime:
                 "private training left no entry of its own in the ledger; its result is not sent"
             )
         return outcome.ledger
+
+    def _remember(self, assignment: TrainRequest, sent: Outgoing) -> None:
+        if self.memory is not None:
+            self.memory.write(assignment.client, assignment.round, sent.outcome.memory)
+            self.memory.steps.write(assignment.client, assignment.round, sent.kept)
 
     def _told(self, assignments: Sequence[TrainRequest]) -> list[dict[str, float]]:
         """Each client's own evaluation; empty where it keeps no rows back."""
