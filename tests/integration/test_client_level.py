@@ -176,7 +176,7 @@ def test_a_run_that_released_nothing_says_so(run: Any, monkeypatch: pytest.Monke
     from fedlora.errors import FedLoraError, IncompatibleUpdates
     from fedlora.secure_aggregation.masked_round import SecureSum
 
-    def torn(self: SecureSum) -> Any:
+    def torn(self: SecureSum, add: Any = None) -> Any:
         raise IncompatibleUpdates("shares are wrong")
 
     monkeypatch.setattr(SecureSum, "total", torn)
