@@ -124,7 +124,7 @@ def federation(
         lines = list(server.rounds(grid))
     off, whole = 0.0, 0.0
     for name, pair in server.state.adapter.pairs.items():
-        mean = sum(learner.wanted(k, int(name[-1])) for k in range(clients)) / clients
+        mean = torch.stack([learner.wanted(k, int(name[-1])) for k in range(clients)]).mean(dim=0)
         best = mean @ pair.A.double().T
         off += float((pair.B.double() - best).square().sum())
         whole += float(best.square().sum())

@@ -102,7 +102,7 @@ class Assembly:
         trains = self.runtime.client
         if not isinstance(trains, LocalTraining) or (trains.steps is None and not self.counts_public):
             return 1
-        return trains.count_steps(len(self.parts[client].rows))
+        return int(trains.count_steps(len(self.parts[client].rows)))
 
     def peer(self, client: int, rank: int) -> Peer:
         """What the server knows of a client."""

@@ -31,7 +31,7 @@ RANKS = [2, 4, 8, 16]
 
 
 @dataclass(frozen=True)
-class Mixed(fl.strategies.FlexLoRA):
+class Mixed(fl.strategies.FlexLoRA):  # type: ignore[misc]
     """FlexLoRA under FedAsync's convex mix: D ← (1 − Σ c) D + Σ_k c_k s_k B_k A_k, with the truncated D_k."""
 
     def apply_changes(self, state: fl.State, changes: Sequence[Change]) -> fl.State:
