@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core.adapter import Pair
+from fedlora.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,14 @@ class ServerOptimizer(ABC):
         Args:
             change: Δ, what the round has changed of ΔW, (d_out, d_in).
             momentum: that of the last time; None the first time.
+
+        Raises:
+            ConfigError: the optimizer treats each number by itself.
         """
-        raise NotImplementedError(f"{type(self).__name__} works on single numbers alone")
+        raise ConfigError(
+            f"server: {type(self).__name__} steps every number by itself and has no step of ΔW; use fedavgm, "
+            "or a strategy whose server_space is factors"
+        )
 
 
 def adaptive_step(
